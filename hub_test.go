@@ -1,0 +1,215 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"log"
+	"os"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestMain(m *testing.M) {
+	log.SetOutput(io.Discard)
+	os.Exit(m.Run())
+}
+
+// startHub runs a hub until the test ends, and joins bare clients with queues
+// of the given sizes to it. Call it in a synctest bubble.
+func startHub(t *testing.T, sizes ...int) (*Hub, []*Client) {
+	t.Helper()
+	hub := newHub()
+	go hub.run()
+	var clients []*Client
+	for _, size := range sizes {
+		clients = append(clients, join(hub, size))
+	}
+	t.Cleanup(func() {
+		for _, client := range clients {
+			hub.unregister <- client
+		}
+		close(hub.stop)
+		synctest.Wait() // a hub that does not end here is a deadlock to synctest
+	})
+	return hub, clients
+}
+
+// join registers a bare client with a queue of the given size.
+func join(hub *Hub, size int) *Client {
+	client := &Client{hub: hub, send: make(chan []byte, size)}
+	hub.register <- client
+	return client
+}
+
+// queued takes what is in the client's queue, and reports whether it is closed.
+func queued(client *Client) (messages []string, closed bool) {
+	for {
+		select {
+		case message, ok := <-client.send:
+			if !ok {
+				return messages, true
+			}
+			messages = append(messages, string(message))
+		default:
+			return messages, false
+		}
+	}
+}
+
+func wantQueue(t *testing.T, client *Client, wantClosed bool, want ...string) {
+	t.Helper()
+	got, closed := queued(client)
+	if fmt.Sprintf("%q", got) != fmt.Sprintf("%q", want) || closed != wantClosed {
+		t.Errorf("got %q, closed %v; want %q, closed %v", got, closed, want, wantClosed)
+	}
+}
+
+func TestEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 4, 4)
+		hub.broadcast <- []byte("one")
+		hub.broadcast <- []byte("two")
+		synctest.Wait()
+		for _, client := range clients {
+			wantQueue(t, client, false, "one", "two")
+		}
+	})
+}
+
+func TestFullQueueDropsItsClientAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 2, 3)
+		for _, message := range []string{"1", "2", "3"} {
+			hub.broadcast <- []byte(message)
+		}
+		synctest.Wait()
+		wantQueue(t, clients[0], true, "1", "2")
+		wantQueue(t, clients[1], false, "1", "2", "3")
+		if hub.clients[clients[0]] || len(hub.clients) != 1 {
+			t.Errorf("the hub has %d clients, want the healthy one alone", len(hub.clients))
+		}
+		if got := clients[0].goodbye.Load(); got != fellBehind {
+			t.Errorf("goodbye is %v, want %v", got, fellBehind)
+		}
+	})
+}
+
+func TestUnregisterTwiceIsHarmless(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 1, 1)
+		hub.unregister <- clients[0]
+		hub.unregister <- clients[0]
+		hub.broadcast <- []byte("still here")
+		synctest.Wait()
+		wantQueue(t, clients[0], true)
+		wantQueue(t, clients[1], false, "still here")
+	})
+}
+
+func TestUnregisterOfAStrangerIsHarmless(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 1)
+		hub.unregister <- &Client{hub: hub, send: make(chan []byte, 1)}
+		hub.broadcast <- []byte("still here")
+		synctest.Wait()
+		wantQueue(t, clients[0], false, "still here")
+	})
+}
+
+func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, _ := startHub(t, 8, 100)
+		start := time.Now()
+		for n := range 8 {
+			hub.broadcast <- []byte("message")
+			hub.unregister <- nil // returns when the hub has finished with the message
+			// The first four fill half of the smaller queue; each of the others
+			// leaves it more than half full.
+			want := breather * time.Duration(max(0, n-3))
+			if got := time.Since(start); got != want {
+				t.Errorf("after %d messages the hub has paused for %v, want %v", n+1, got, want)
+			}
+		}
+	})
+}
+
+func TestStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, _ := startHub(t, sendQueueSize)
+		start := time.Now()
+		for range sendQueueSize + 1 {
+			hub.broadcast <- []byte("message")
+		}
+		hub.unregister <- nil
+		if got, most := time.Since(start), sendQueueSize/2*breather; got > most {
+			t.Errorf("the stuck client cost the room %v, want at most %v", got, most)
+		}
+		dropped := time.Now()
+		for range 1000 {
+			hub.broadcast <- []byte("message")
+		}
+		hub.unregister <- nil
+		if got := time.Since(dropped); got != 0 {
+			t.Errorf("the dropped client cost the room %v, want nothing", got)
+		}
+	})
+}
+
+func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub := newHub()
+		ended := false
+		go func() { hub.run(); ended = true }()
+		inside, dropped := join(hub, 2), join(hub, 0)
+		hub.broadcast <- []byte("last words")
+		close(hub.stop)
+		synctest.Wait()
+		wantQueue(t, inside, true, "last words")
+		if got := inside.goodbye.Load(); got != shuttingDown {
+			t.Errorf("goodbye is %v, want %v", got, shuttingDown)
+		}
+		if got := dropped.goodbye.Load(); got != fellBehind {
+			t.Errorf("goodbye is %v, want the first one, %v", got, fellBehind)
+		}
+
+		// Until they have unregistered, clients can talk to the hub.
+		hub.broadcast <- []byte("too late")
+		hub.unregister <- inside
+		synctest.Wait()
+		if ended {
+			t.Error("the hub ended before its last client unregistered")
+		}
+		hub.unregister <- dropped
+		synctest.Wait()
+		if !ended {
+			t.Error("the hub still runs after its last client unregistered")
+		}
+	})
+}
+
+func BenchmarkHubBroadcast(b *testing.B) {
+	for _, n := range []int{1, 100, 10_000} {
+		b.Run(fmt.Sprintf("clients=%d", n), func(b *testing.B) {
+			hub := newHub()
+			go hub.run()
+			clients := make([]*Client, n)
+			for i := range clients {
+				clients[i] = join(hub, sendQueueSize)
+			}
+			message := []byte("a line of chat, about as long as people write them")
+			b.ReportAllocs()
+			for b.Loop() {
+				hub.broadcast <- message
+				for _, client := range clients {
+					<-client.send
+				}
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/delivery")
+			for _, client := range clients {
+				hub.unregister <- client
+			}
+			close(hub.stop)
+		})
+	}
+}

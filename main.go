@@ -1,0 +1,137 @@
+// Chat is a WebSocket chat server: what anybody says, everybody hears.
+//
+// Usage:
+//
+//	chat [-addr host:port]
+//
+// It serves a page for browsers at / and the WebSocket endpoint at /ws. One
+// text message there is one line of chat. SIGINT or SIGTERM sends everybody
+// home and ends it with status 0; a second one ends it at once.
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/base64"
+	"flag"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const (
+	// Time allowed to send a request's header.
+	readHeaderTimeout = 3 * time.Second
+
+	// Time allowed to take a page, or to ask for the next one.
+	pageTimeout = 10 * time.Second
+
+	// Time allowed to everybody together to leave when the server shuts down.
+	shutdownWait = 5 * time.Second
+)
+
+var addr = flag.String("addr", ":8080", "listen on `host:port`")
+
+//go:embed home.html
+var home string
+
+func main() {
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // so that a second signal ends the process at once
+	if err := run(ctx, *addr); err != nil {
+		log.Fatal(err)
+	}
+}
+
+// run serves chat on addr until ctx is done. It returns an error if it cannot
+// listen there, or no longer can.
+func run(ctx context.Context, addr string) error {
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		return err
+	}
+	host, port, _ := net.SplitHostPort(listener.Addr().String())
+	if net.ParseIP(host).IsUnspecified() {
+		host = "localhost"
+	}
+	log.Printf("listening on http://%s/", net.JoinHostPort(host, port))
+	return serve(ctx, listener)
+}
+
+// serve serves chat to those who connect to listener, until ctx is done or
+// listener fails. Then it has the hub send everybody away, and returns when they
+// have gone, after shutdownWait at the latest.
+func serve(ctx context.Context, listener net.Listener) error {
+	hub := newHub()
+	open, closed := context.WithCancel(context.Background())
+	go func() { hub.run(); closed() }()
+
+	mux := http.NewServeMux()
+	mux.HandleFunc("/", serveHome)
+	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
+	server := &http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: readHeaderTimeout,
+		ReadTimeout:       pageTimeout,
+		WriteTimeout:      pageTimeout,
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(listener) }()
+	var err error
+	select {
+	case err = <-failed:
+	case <-ctx.Done():
+	}
+
+	log.Print("shutting down")
+	close(hub.stop)
+	grace, cancel := context.WithTimeout(open, shutdownWait)
+	defer cancel()
+	server.Shutdown(grace) // closes listener
+	<-grace.Done()
+	if open.Err() == nil {
+		log.Printf("leaving clients behind that do not close within %v", shutdownWait)
+	}
+	return err
+}
+
+// contentSecurityPolicy allows the page its own script and style, by their
+// hashes, and its own server; nothing else. https://www.w3.org/TR/CSP3/
+var contentSecurityPolicy = "default-src 'none'; script-src " + hashSource("script") +
+	"; style-src " + hashSource("style") + "; img-src data:; connect-src 'self'" +
+	"; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+// hashSource returns the CSP hash source of what stands in home's one element
+// of that name.
+func hashSource(element string) string {
+	_, content, _ := strings.Cut(home, "<"+element+">")
+	content, _, _ = strings.Cut(content, "</"+element+">")
+	hash := sha256.Sum256([]byte(content))
+	return "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "'"
+}
+
+// serveHome answers with the page at /, and with an error elsewhere.
+func serveHome(w http.ResponseWriter, r *http.Request) {
+	log.Printf("%s: %s %s", r.RemoteAddr, r.Method, r.URL)
+	if r.URL.Path != "/" {
+		http.NotFound(w, r)
+		return
+	}
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		w.Header().Set("Allow", "GET, HEAD")
+		http.Error(w, "method not allowed", http.StatusMethodNotAllowed)
+		return
+	}
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Set("Content-Security-Policy", contentSecurityPolicy)
+	io.WriteString(w, home)
+}
