@@ -300,22 +300,35 @@ func TestBadMessageIsLoggedWithThePeersAddress(t *testing.T) {
 }
 
 func TestBadSenderReadsTheCloseCodeAlsoWhileItSends(t *testing.T) {
-	more := websocket.FormatCloseMessage(0, strings.Repeat("x", 500))
 	for _, test := range badMessages {
 		t.Run(test.name, func(t *testing.T) {
 			r := tcpRoom(t)
 			for range 4 {
 				sender := r.dial(t)
 				send(t, sender, test.messageType, test.message)
-				for range 4000 { // 2 MB in all, and nothing read meanwhile
-					if err := sender.WriteMessage(websocket.TextMessage, more); err != nil {
-						t.Fatal(err)
-					}
-				}
+				send2MB(t, sender)
 				wantClose(t, sender, test.code)
 				sender.Close()
 			}
 		})
+	}
+}
+
+// send2MB sends 2 MB in many messages, and reads nothing meanwhile.
+func send2MB(t *testing.T, conn *websocket.Conn) {
+	t.Helper()
+	for range 4096 {
+		send(t, conn, websocket.TextMessage, strings.Repeat("x", maxMessageSize))
+	}
+}
+
+func TestBadSenderReadsTheCloseCodeAlsoIfItHasStoppedWriting(t *testing.T) {
+	r := tcpRoom(t)
+	for range 20 {
+		sender := r.dial(t)
+		send(t, sender, websocket.BinaryMessage, "")
+		sender.NetConn().(*net.TCPConn).CloseWrite()
+		wantClose(t, sender, websocket.CloseUnsupportedData)
 	}
 }
 
@@ -466,12 +479,12 @@ func TestClientThatNeverReadsIsCutOff(t *testing.T) {
 		r := pipeRoom(t)
 		r.dial(t)
 		r.hub.broadcast <- []byte("nobody takes this")
-		time.Sleep(writeWait + closeWait - 1)
+		time.Sleep(writeWait + closeWait - time.Nanosecond)
 		synctest.Wait()
 		if got := pumps(); got == 0 {
 			t.Error("cut off too early")
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		if got := pumps(); got != 0 {
 			t.Errorf("%d pumps still run after writeWait and closeWait", got)
@@ -532,12 +545,12 @@ func TestSilentPeerIsDroppedAfterPongWait(t *testing.T) {
 		book := captureLog(t)
 		r := pipeRoom(t)
 		mute(r.dial(t))
-		time.Sleep(pongWait - 1)
+		time.Sleep(pongWait - time.Nanosecond)
 		synctest.Wait()
 		if got := pumps(); got != 2 {
 			t.Errorf("%d pumps run just before pongWait, want 2", got)
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		if got := pumps(); got != 0 {
 			t.Errorf("%d pumps run after pongWait, want none", got)
@@ -566,7 +579,7 @@ func TestAnyFrameShowsThatThePeerLives(t *testing.T) {
 				conn := r.dial(t)
 				mute(conn)
 				for n := range 5 {
-					time.Sleep(pongWait - 1)
+					time.Sleep(pongWait - time.Nanosecond)
 					synctest.Wait()
 					if pumps() != 2 {
 						t.Fatalf("dropped after %d frames", n)
@@ -727,12 +740,6 @@ func TestEveryPumpEndsWithItsClient(t *testing.T) {
 		{"peer breaks the protocol", func(r *room, conn *websocket.Conn) {
 			conn.NetConn().Write(frame(0x8f, ""))
 		}},
-		{"somebody unregisters it", func(r *room, conn *websocket.Conn) {
-			for client := range r.hub.clients {
-				r.hub.unregister <- client
-				return
-			}
-		}},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -752,23 +759,38 @@ func TestEveryPumpEndsWithItsClient(t *testing.T) {
 	}
 }
 
-func TestNormalCloseIsNotLogged(t *testing.T) {
+func TestNormalCloseIsAnsweredAtOnceAndNotLogged(t *testing.T) {
 	for _, code := range []int{websocket.CloseNormalClosure, websocket.CloseGoingAway, websocket.CloseNoStatusReceived} {
 		synctest.Test(t, func(t *testing.T) {
 			book := captureLog(t)
 			r := pipeRoom(t)
 			conn := r.dial(t)
-			mute(conn)
+			start := time.Now()
 			conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(code, ""))
-			synctest.Wait()
-			if got := pumps(); got != 0 {
-				t.Errorf("%d pumps still run after close %d", got, code)
+			wantClose(t, conn, code)
+			if _, err := conn.NetConn().Read(make([]byte, 1)); err != io.EOF {
+				t.Errorf("after close %d came %v, want %v", code, err, io.EOF)
+			}
+			if got := time.Since(start); got != 0 {
+				t.Errorf("close %d took %v, want no time", code, got)
 			}
 			if got := book.String(); got != "" {
 				t.Errorf("close %d is logged: %q", code, got)
 			}
 		})
 	}
+}
+
+func TestUnregisteredClientIsSentAwayNormally(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := pipeRoom(t)
+		conn := r.dial(t)
+		synctest.Wait()
+		for client := range r.hub.clients {
+			client.hub.unregister <- client
+		}
+		wantClose(t, conn, websocket.CloseNormalClosure)
+	})
 }
 
 func TestAbnormalCloseIsLoggedWithThePeersAddress(t *testing.T) {
@@ -785,6 +807,7 @@ func TestAbnormalCloseIsLoggedWithThePeersAddress(t *testing.T) {
 
 func TestShutdownDeliversWhatIsQueuedAndThenSaysGoingAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		book := captureLog(t)
 		r := pipeRoom(t)
 		conn := r.dial(t)
 		want := []string{"one", "two", "three"}
@@ -799,6 +822,9 @@ func TestShutdownDeliversWhatIsQueuedAndThenSaysGoingAway(t *testing.T) {
 		synctest.Wait()
 		if got := pumps(); got != 0 {
 			t.Errorf("%d pumps still run", got)
+		}
+		if got := book.String(); got != "" {
+			t.Errorf("log is %q, want nothing in it for each client", got)
 		}
 	})
 }
@@ -823,13 +849,35 @@ func TestShutdownIsReadByIdleAndByBusyClients(t *testing.T) {
 	wg.Wait()
 }
 
+func TestShutdownIsReadByAClientThatSendsBeforeItReads(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := pipeRoom(t)
+		sender := r.dial(t)
+		close(r.hub.stop)
+		synctest.Wait()
+		start := time.Now()
+		for range 10 * rateBurst {
+			sender.NetConn().Write(frame(0x81, "what is sent now is no longer heard"))
+			sender.NetConn().Write(frame(0x8a, ""))
+		}
+		if got := time.Since(start); got != 0 {
+			t.Errorf("the client is held up for %v, want it let go", got)
+		}
+		wantClose(t, sender, websocket.CloseGoingAway)
+	})
+}
+
 func TestHandshakeDuringShutdownIsRefused(t *testing.T) {
 	r := tcpRoom(t)
+	last := join(r.hub, 0)
 	close(r.hub.stop)
-	_, response, err := r.dialer.Dial(r.url, nil)
-	if err == nil || response.StatusCode != http.StatusServiceUnavailable {
-		t.Errorf("dial returned %v, %v; want status 503", response, err)
+	for range 20 {
+		_, response, err := r.dialer.Dial(r.url, nil)
+		if err == nil || response.StatusCode != http.StatusServiceUnavailable {
+			t.Errorf("dial returned %v, %v; want status 503", response, err)
+		}
 	}
+	r.hub.left <- last
 }
 
 func TestRequestThatIsNoHandshakeIsRefused(t *testing.T) {
@@ -1117,20 +1165,20 @@ func BenchmarkBroadcast(b *testing.B) {
 	for _, n := range []int{1, 100, 1000} {
 		b.Run(fmt.Sprintf("clients=%d", n), func(b *testing.B) {
 			r := tcpRoom(b)
+			message := []byte("a line of chat, about as long as people write them")
 			var received sync.WaitGroup
 			for range n {
-				conn := r.dial(b)
+				conn := r.dial(b).NetConn() // reads bytes, so as to cost little itself
 				go func() {
+					frame := make([]byte, 2+len(message))
 					for {
-						_, message, err := conn.ReadMessage()
-						if err != nil {
+						if _, err := io.ReadFull(conn, frame); err != nil {
 							return
 						}
-						received.Add(-1 - bytes.Count(message, newline))
+						received.Done()
 					}
 				}()
 			}
-			message := []byte("a line of chat, about as long as people write them")
 			b.ReportAllocs()
 			for b.Loop() {
 				received.Add(n)

@@ -26,10 +26,10 @@ func startHub(t *testing.T, sizes ...int) (*Hub, []*Client) {
 		clients = append(clients, join(hub, size))
 	}
 	t.Cleanup(func() {
-		for _, client := range clients {
-			hub.unregister <- client
-		}
 		close(hub.stop)
+		for _, client := range clients {
+			hub.left <- client
+		}
 		synctest.Wait() // a hub that does not end here is a deadlock to synctest
 	})
 	return hub, clients
@@ -173,17 +173,18 @@ func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
 			t.Errorf("goodbye is %v, want the first one, %v", got, fellBehind)
 		}
 
-		// Until they have unregistered, clients can talk to the hub.
+		// Until they have left, clients can talk to the hub.
+		hub.left <- inside
 		hub.broadcast <- []byte("too late")
-		hub.unregister <- inside
-		synctest.Wait()
-		if ended {
-			t.Error("the hub ended before its last client unregistered")
-		}
 		hub.unregister <- dropped
 		synctest.Wait()
+		if ended {
+			t.Error("the hub ended before its last client left")
+		}
+		hub.left <- dropped
+		synctest.Wait()
 		if !ended {
-			t.Error("the hub still runs after its last client unregistered")
+			t.Error("the hub still runs after its last client left")
 		}
 	})
 }
@@ -206,10 +207,10 @@ func BenchmarkHubBroadcast(b *testing.B) {
 				}
 			}
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/delivery")
-			for _, client := range clients {
-				hub.unregister <- client
-			}
 			close(hub.stop)
+			for _, client := range clients {
+				hub.left <- client
+			}
 		})
 	}
 }
