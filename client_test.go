@@ -720,6 +720,27 @@ func TestBatchesAreWholeInOneFrameAndBelow32KiB(t *testing.T) {
 	})
 }
 
+func TestLoneMessageIsWrittenWithoutAllocating(t *testing.T) {
+	conns := make(chan *websocket.Conn, 1)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		conn, err := upgrader.Upgrade(w, r, nil)
+		if err != nil {
+			t.Error(err)
+		}
+		conns <- conn
+	}))
+	t.Cleanup(server.Close)
+	r := &room{url: "ws" + strings.TrimPrefix(server.URL, "http")}
+	peer := r.dial(t)
+	go io.Copy(io.Discard, peer.NetConn())
+	client := &Client{conn: <-conns, send: make(chan []byte, sendQueueSize)}
+	t.Cleanup(func() { client.conn.Close() })
+	message := make([]byte, maxMessageSize)
+	if got := testing.AllocsPerRun(100, func() { client.write(message) }); got != 0 {
+		t.Errorf("a message costs %v allocations, want none", got)
+	}
+}
+
 func TestEveryPumpEndsWithItsClient(t *testing.T) {
 	tests := []struct {
 		name string
@@ -920,6 +941,17 @@ func TestRequestThatIsNoHandshakeIsRefused(t *testing.T) {
 	}
 	r.hub.broadcast <- []byte("still here")
 	wantLines(t, other, "still here")
+}
+
+func TestFailedHandshakeLeavesNothingInTheHub(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, _ := startHub(t)
+		serveWs(hub, httptest.NewRecorder(), httptest.NewRequest("GET", "/ws", nil))
+		synctest.Wait()
+		if got := len(hub.clients); got != 0 {
+			t.Errorf("the hub has %d clients, want none", got)
+		}
+	})
 }
 
 func TestHomePage(t *testing.T) {
