@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -303,7 +304,7 @@ func TestBadSenderReadsTheCloseCodeAlsoWhileItSends(t *testing.T) {
 	for _, test := range badMessages {
 		t.Run(test.name, func(t *testing.T) {
 			r := tcpRoom(t)
-			for range 4 {
+			for range 20 {
 				sender := r.dial(t)
 				send(t, sender, test.messageType, test.message)
 				send2MB(t, sender)
@@ -317,8 +318,9 @@ func TestBadSenderReadsTheCloseCodeAlsoWhileItSends(t *testing.T) {
 // send2MB sends 2 MB in many messages, and reads nothing meanwhile.
 func send2MB(t *testing.T, conn *websocket.Conn) {
 	t.Helper()
-	for range 4096 {
-		send(t, conn, websocket.TextMessage, strings.Repeat("x", maxMessageSize))
+	message := frame(0x81, strings.Repeat("x", 122))
+	if _, err := conn.NetConn().Write(bytes.Repeat(message, 2<<20/len(message))); err != nil {
+		t.Fatal(err)
 	}
 }
 
@@ -807,8 +809,8 @@ func TestUnregisteredClientIsSentAwayNormally(t *testing.T) {
 		r := pipeRoom(t)
 		conn := r.dial(t)
 		synctest.Wait()
-		for client := range r.hub.clients {
-			client.hub.unregister <- client
+		for _, client := range slices.Collect(maps.Keys(r.hub.clients)) {
+			r.hub.unregister <- client
 		}
 		wantClose(t, conn, websocket.CloseNormalClosure)
 	})
