@@ -599,6 +599,31 @@ func TestAnyFrameShowsThatThePeerLives(t *testing.T) {
 	}
 }
 
+func TestClientThatTheRoomHoldsUpIsNotTakenForSilent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := pipeRoom(t)
+		front := *r.hub // takes what clients say, and passes nothing on
+		front.broadcast = make(chan []byte)
+		listener := newPipeListener()
+		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			serveWs(&front, w, r)
+		})}
+		go server.Serve(listener)
+		t.Cleanup(func() { server.Close() })
+		conn := listener.room().dial(t)
+		mute(conn)
+		for range 3 {
+			send(t, conn, websocket.TextMessage, "hello")
+			time.Sleep(2 * pongWait)
+			<-front.broadcast
+		}
+		synctest.Wait()
+		if got := pumps(); got != 2 {
+			t.Errorf("%d pumps run, want 2", got)
+		}
+	})
+}
+
 func TestClientIsSlowedToItsRateAndNeverDropped(t *testing.T) {
 	tests := []struct {
 		name  string
