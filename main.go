@@ -44,8 +44,10 @@ var home string
 
 func main() {
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // so that a second signal ends the process at once
+	signals, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, cancel := context.WithCancel(context.Background())
+	// In this order, so that a second signal ends the process at once.
+	context.AfterFunc(signals, func() { stop(); cancel() })
 	if err := run(ctx, *addr); err != nil {
 		log.Fatal(err)
 	}
