@@ -1248,3 +1248,13 @@ func BenchmarkBroadcast(b *testing.B) {
 		})
 	}
 }
+
+func TestThePageHasTheLimitOnce(t *testing.T) {
+	want := fmt.Sprintf("const maxMessageSize = %d;", maxMessageSize)
+	if !strings.Contains(home, want) {
+		t.Errorf("home.html does not say %q", want)
+	}
+	if got := len(regexp.MustCompile(fmt.Sprintf(`\b%d\b`, maxMessageSize)).FindAllString(home, -1)); got != 1 {
+		t.Errorf("home.html states the limit %d times, want once", got)
+	}
+}
