@@ -1,0 +1,256 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os/exec"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/cdp"
+	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/input"
+	"github.com/chromedp/cdproto/network"
+	"github.com/chromedp/cdproto/page"
+	// Chromedp speaks Chromium's own protocol, through which a test can go
+	// offline, turn dark or hide a tab, and has releases that follow Chromium's.
+	// Of its like, Rod's last release is of 2024, and Playwright's Go client
+	// downloads a driver and browsers of its own.
+	"github.com/chromedp/chromedp"
+	"github.com/chromedp/chromedp/kb"
+)
+
+// browser starts the browser that all tests share; each has tabs of its own.
+var browser = sync.OnceValues(func() (context.Context, error) {
+	path, err := exec.LookPath("chromium")
+	if err != nil {
+		return nil, err
+	}
+	ctx, closeAllocator := chromedp.NewExecAllocator(context.Background(),
+		chromedp.ExecPath(path), // in a new user data directory
+		chromedp.NoSandbox,      // root can have none
+		chromedp.Headless,
+		chromedp.DisableGPU,
+		chromedp.NoFirstRun,
+		chromedp.IgnoreCertErrors, // the tests' proxy has a certificate of its own
+		chromedp.Flag("disable-background-networking", true),
+		chromedp.Flag("disable-component-update", true),
+		chromedp.Flag("disable-sync", true),
+		chromedp.Flag("disable-quic", true),
+	)
+	ctx, _ = chromedp.NewContext(ctx)
+	closeBrowser = func() { chromedp.Cancel(ctx); closeAllocator() }
+	return ctx, chromedp.Do(ctx)
+})
+
+// closeBrowser ends the browser, if it has been started.
+var closeBrowser = func() {}
+
+// spy runs before the page's script and counts the page's WebSockets, and those
+// that are open or opening at once.
+const spy = `
+	var sockets = [], atOnce = 0;
+	WebSocket = class extends WebSocket {
+		constructor(...args) {
+			super(...args);
+			sockets.push(this);
+			atOnce = Math.max(atOnce, sockets.filter((s) => s.readyState <= WebSocket.OPEN).length);
+		}
+	};`
+
+// A tab is a tab of the browser, with a window and a profile of its own.
+type tab struct {
+	t   testing.TB
+	ctx context.Context
+
+	mu      sync.Mutex
+	console []chromedp.ConsoleMessage
+}
+
+// newTab opens an empty tab; the test's end closes it.
+func newTab(t testing.TB) *tab {
+	t.Helper()
+	parent, err := browser()
+	if err != nil {
+		t.Fatalf("no browser: %v\nOn Debian: apt-get install chromium", err)
+	}
+	ctx, cancel := chromedp.NewContext(parent, chromedp.WithNewBrowserContext())
+	t.Cleanup(cancel)
+	if err := chromedp.Do(ctx); err != nil { // without do's time limit: that would close the tab
+		t.Fatal(err)
+	}
+	p := &tab{t: t, ctx: ctx}
+	do(p, chromedp.EmulateViewport(800, 600))
+	p.beforePage(spy)
+	console := chromedp.Console(ctx)
+	go func() {
+		for message, err := range console {
+			if err != nil {
+				return
+			}
+			p.mu.Lock()
+			p.console = append(p.console, message)
+			p.mu.Unlock()
+		}
+	}()
+	return p
+}
+
+// open opens url and waits until the page is connected. From then on, arrived
+// counts the lines that arrive.
+func (p *tab) open(url string) {
+	p.t.Helper()
+	do(p, chromedp.Navigate(url))
+	p.until(`$("status").textContent == "Connected"`)
+	eval[bool](p, `var arrived = 0, pageAdd = add; add = (kind, text) => { arrived += kind == "message"; pageAdd(kind, text); }; true`)
+}
+
+// openTab opens the server's page in a new tab and waits until it is connected.
+func openTab(t testing.TB, s *server) *tab {
+	t.Helper()
+	p := newTab(t)
+	p.open("http://" + s.addr + "/")
+	return p
+}
+
+// do does action in p, and fails the test if it fails or takes too long.
+func do[T any](p *tab, action chromedp.Action[T]) T {
+	p.t.Helper()
+	ctx, cancel := context.WithTimeout(p.ctx, patience)
+	defer cancel()
+	result, err := chromedp.Run(ctx, action)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return result
+}
+
+// call runs a command of Chromium's protocol in p.
+func call[P, R any](p *tab, cmd cdp.Command[P, R], params P) R {
+	p.t.Helper()
+	return do(p, func(ctx context.Context, target *chromedp.Target) (R, error) {
+		return cdp.Call(ctx, target, cmd, params)
+	})
+}
+
+// eval returns the value of JavaScript, in which $ finds an element by its id.
+func eval[T any](p *tab, js string, options ...chromedp.EvaluateOption) T {
+	p.t.Helper()
+	return do(p, chromedp.Evaluate[T]("{ const $ = (id) => document.getElementById(id);\n"+js+"\n}", options...))
+}
+
+// until waits until a JavaScript expression is true.
+func (p *tab) until(js string) {
+	p.t.Helper()
+	for start := time.Now(); !eval[bool](p, "!!("+js+")"); time.Sleep(10 * time.Millisecond) {
+		if time.Since(start) > patience {
+			p.t.Fatalf("not within %v: %s\npage:\n%.400s…", patience, js, eval[string](p, "document.body.innerText"))
+		}
+	}
+}
+
+// untilShown waits until n lines have arrived and are in the log.
+func (p *tab) untilShown(n int) {
+	p.t.Helper()
+	p.until(fmt.Sprintf("arrived == %d && !batch.hasChildNodes()", n))
+}
+
+// beforePage has the tab run js before the script of each page.
+func (p *tab) beforePage(js string) {
+	p.t.Helper()
+	call(p, page.AddScriptToEvaluateOnNewDocument, page.AddScriptToEvaluateOnNewDocumentParams{Source: js})
+}
+
+// insert puts text into the input, as a paste would.
+func (p *tab) insert(text string) {
+	p.t.Helper()
+	call(p, input.InsertText, input.InsertTextParams{Text: text})
+}
+
+func (p *tab) press(key string) {
+	p.t.Helper()
+	do(p, chromedp.KeyEvent(key))
+}
+
+// send inserts text and presses Enter.
+func (p *tab) send(text string) {
+	p.t.Helper()
+	p.insert(text)
+	p.press(kb.Enter)
+}
+
+// wantDraft checks what is in the input.
+func (p *tab) wantDraft(want string) {
+	p.t.Helper()
+	if got := eval[string](p, `$("msg").value`); got != want {
+		p.t.Errorf("draft %q, want %q", got, want)
+	}
+}
+
+// scroll turns the mouse's wheel over the log by so many pixels, given as
+// JavaScript, and waits until the log has come to rest.
+func (p *tab) scroll(by string) {
+	p.t.Helper()
+	delta := eval[float64](p, `var moved = Infinity; $("log").addEventListener("scroll", () => moved = performance.now()); `+by)
+	// The params that cdproto has leave out a deltaX of 0, which Chromium insists on.
+	wheel := cdp.Command[map[string]any, cdp.Empty]{Method: input.CommandDispatchMouseEvent}
+	call(p, wheel, map[string]any{"type": "mouseWheel", "x": 100, "y": 200, "deltaX": 0, "deltaY": delta})
+	p.until("performance.now() - moved > 300")
+}
+
+// setOffline takes the tab's network away, or gives it back.
+func (p *tab) setOffline(offline bool) {
+	p.t.Helper()
+	call(p, network.EmulateNetworkConditionsByRule, network.EmulateNetworkConditionsByRuleParams{
+		MatchedNetworkConditions: []*network.Conditions{{Offline: offline, DownloadThroughput: -1, UploadThroughput: -1}},
+	})
+	call(p, network.OverrideNetworkState, network.OverrideNetworkStateParams{
+		Offline: offline, DownloadThroughput: -1, UploadThroughput: -1,
+	})
+}
+
+// media sets a CSS media feature.
+func (p *tab) media(name, value string) {
+	p.t.Helper()
+	call(p, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{
+		Features: []*emulation.MediaFeature{{Name: name, Value: value}},
+	})
+}
+
+// hide opens another tab in front of p. It returns how to come back.
+func (p *tab) hide() (show func()) {
+	p.t.Helper()
+	ctx, cancel := chromedp.NewContext(p.ctx, chromedp.WithNewWindow(false))
+	p.t.Cleanup(cancel)
+	if err := chromedp.Do(ctx); err != nil {
+		p.t.Fatal(err)
+	}
+	p.until("document.hidden")
+	return func() {
+		p.t.Helper()
+		call(p, page.BringToFront, cdp.Empty{})
+		p.until("!document.hidden")
+	}
+}
+
+// wantQuietConsole checks that the browser has had nothing to complain about.
+func (p *tab) wantQuietConsole() {
+	p.t.Helper()
+	eval[bool](p, `console.log("end"); true`)
+	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		p.mu.Lock()
+		console := slices.Clone(p.console)
+		p.mu.Unlock()
+		if n := len(console); n > 0 && console[n-1].Text == "end" {
+			for _, message := range console[:n-1] {
+				p.t.Errorf("the console says %s %q", message.Type, message.Text)
+			}
+			return
+		}
+		if time.Since(start) > patience {
+			p.t.Fatalf("the console has not logged a line within %v", patience)
+		}
+	}
+}

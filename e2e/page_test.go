@@ -1,0 +1,835 @@
+package e2e
+
+import (
+	"bytes"
+	"flag"
+	"fmt"
+	"image"
+	_ "image/png"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/cdp"
+	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/network"
+	"github.com/chromedp/cdproto/performance"
+	"github.com/chromedp/chromedp"
+	"github.com/chromedp/chromedp/kb"
+	"github.com/gorilla/websocket"
+)
+
+var screenshots = flag.Bool("screenshots", false, "keep the screenshots, in the folder of that name")
+
+// JavaScript for what tests ask of the page's log.
+const (
+	atEnd    = `$("log").scrollHeight - $("log").clientHeight - $("log").scrollTop < 2`
+	lastLine = `$("log").lastChild?.lastChild.textContent`
+
+	// A line in the middle of the log, and where it stands.
+	beingRead = `(() => {
+		const line = document.elementFromPoint(20, 200).closest("p");
+		return line.textContent + " at " + line.getBoundingClientRect().top;
+	})()`
+)
+
+// fakeServer serves the page of s, but hands its WebSockets to talk, which gets
+// to know how many there have been. It returns the page's URL.
+func fakeServer(t testing.TB, s *server, talk func(n int, upgrade func() *websocket.Conn)) string {
+	t.Helper()
+	var n atomic.Int32
+	mux := http.NewServeMux()
+	mux.Handle("/", httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr}))
+	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) {
+		talk(int(n.Add(1)), func() *websocket.Conn {
+			conn, err := new(websocket.Upgrader).Upgrade(w, r, nil)
+			if err != nil {
+				t.Error(err)
+				return nil
+			}
+			t.Cleanup(func() { conn.Close() })
+			return conn
+		})
+	})
+	fake := httptest.NewServer(mux)
+	t.Cleanup(fake.Close)
+	return fake.URL
+}
+
+// talk has clients say n lines at once: so many clients that none is slowed down.
+func talk(t testing.TB, s *server, n int) {
+	t.Helper()
+	const burst = 100
+	for i := 0; i < n; i += burst {
+		conn := s.dial(t)
+		go discard(conn)
+		for j := i; j < min(i+burst, n); j++ {
+			say(t, conn, fmt.Sprintf("One of many lines, number %d", j))
+		}
+	}
+}
+
+// flood has clients say lines, evenly spread over time. The channel is closed
+// when they are sent.
+func flood(t testing.TB, s *server, lines, perSecond int) (done chan struct{}) {
+	t.Helper()
+	conns := make([]*websocket.Conn, perSecond/90) // each may say 100 a second
+	for i := range conns {
+		conns[i] = s.dial(t)
+		go discard(conns[i])
+	}
+	done = make(chan struct{})
+	go func() {
+		defer close(done)
+		start := time.Now()
+		for i := range lines {
+			time.Sleep(time.Until(start.Add(time.Duration(i) * time.Second / time.Duration(perSecond))))
+			text := fmt.Sprintf("line %d of a flood that is about as long as what people write", i)
+			if err := conns[i%len(conns)].WriteMessage(websocket.TextMessage, []byte(text)); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	return done
+}
+
+func TestItReconnectsWhenTheServerRestarts(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	if got := eval[int](p, `$("log").childElementCount`); got != 0 {
+		t.Errorf("a new page's log has %d lines, want none: there is no gap yet", got)
+	}
+	s.stop(t)
+	p.until(`$("status").textContent.includes("The server is restarting")`)
+	s = startServer(t, s.addr)
+	p.until(`$("status").textContent == "Connected"`)
+	p.until(`$("log").lastChild.className == "notice"`)
+	if got := eval[string](p, lastLine); !strings.Contains(got, "may have been missed") {
+		t.Errorf("after a gap the log says %q, want that messages may have been missed", got)
+	}
+	say(t, s.dial(t), "hello again")
+	p.until(lastLine + ` == "hello again"`)
+}
+
+func TestItSaysWhyTheConnectionEnded(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	for code, want := range map[int]string{
+		1001: "The server is restarting.",
+		1003: "Message refused: because.",
+		1006: "No connection to the server.",
+		1007: "Message refused: because.",
+		1009: "Message refused: because.",
+		1013: "You fell behind and missed messages.",
+	} {
+		t.Run(fmt.Sprint(code), func(t *testing.T) {
+			seen := make(chan struct{})
+			p := newTab(t)
+			p.open(fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
+				if n > 1 {
+					<-seen
+					discard(upgrade())
+					return
+				}
+				conn := upgrade()
+				conn.ReadMessage()
+				if code != 1006 {
+					conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(code, "because"))
+				}
+				conn.Close()
+			}))
+			defer close(seen)
+			p.send("offend")
+			p.until(fmt.Sprintf(`$("status").textContent == "%s Reconnecting…"`, want))
+			p.until(fmt.Sprintf(`$("log").innerText.includes(%q)`, want))
+			seen <- struct{}{}
+			p.until(`$("status").textContent == "Connected"`)
+			p.until(`$("log").innerText.includes("may have been missed")`)
+		})
+	}
+}
+
+func TestItTriesSoonThenLessOften(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	var firsts []float64
+	for range 2 {
+		p := newTab(t)
+		// Timers run 20 times as fast; those that lead to a try are noted.
+		p.beforePage(`
+			const realTimeout = setTimeout;
+			var waits = [];
+			setTimeout = (f, ms, ...args) => realTimeout(() => {
+				const before = sockets.length;
+				f(...args);
+				if (sockets.length > before) waits.push(ms);
+			}, ms / 20);`)
+		url := fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
+			if n == 1 {
+				upgrade().Close()
+			} // else the handshake fails
+		})
+		do(p, chromedp.Navigate(url))
+		p.until("waits.length >= 8")
+		waits := eval[[]float64](p, "waits")
+		if waits[0] > 1000 {
+			t.Errorf("the first try is after %v ms, want within 1000", waits[0])
+		}
+		if waits[7] < 5000 {
+			t.Errorf("the eighth try is after %v ms, want the tries to become rare", waits[7])
+		}
+		if slices.Max(waits) > 11_000 {
+			t.Errorf("waits of %v ms, want none above some 10000", waits)
+		}
+		firsts = append(firsts, waits[0])
+	}
+	if firsts[0] == firsts[1] {
+		t.Errorf("two pages both wait %v ms, want jitter", firsts[0])
+	}
+}
+
+func TestItGivesUpATryThatHangs(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	p.beforePage(`
+		const realTimeout = setTimeout;
+		setTimeout = (f, ms, ...args) => realTimeout(f, ms / 20, ...args);`)
+	end := make(chan struct{})
+	defer close(end)
+	p.open(fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
+		if n == 1 {
+			<-end
+		} else {
+			discard(upgrade())
+		}
+	}))
+	if got := eval[int](p, "atOnce"); got != 1 {
+		t.Errorf("%d connections at once, want 1", got)
+	}
+}
+
+func TestItHasOneConnectionAtATime(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	const events = `for (let i = 0; i < 20; i++) {
+		if (i % 5 == 0) dispatchEvent(new Event("offline"));
+		dispatchEvent(new Event("online"));
+		document.dispatchEvent(new Event("visibilitychange"));
+	} true`
+	eval[bool](p, events)
+	p.until(`$("status").textContent == "Connected"`)
+	s.stop(t)
+	p.until(`$("status").textContent != "Connected"`)
+	eval[bool](p, events)
+	startServer(t, s.addr)
+	eval[bool](p, events)
+	p.until(`$("status").textContent == "Connected"`)
+	if got := eval[int](p, "atOnce"); got != 1 {
+		t.Errorf("%d connections at once, want 1", got)
+	}
+}
+
+func TestOfflineItKeepsTheDraftAndSaysWhy(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	p.setOffline(true)
+	p.until(`$("status").textContent.includes("You are offline")`)
+	p.send("kept")
+	p.wantDraft("kept")
+	if got := eval[string](p, `$("msg").validationMessage`); !strings.Contains(got, "You are offline") {
+		t.Errorf("the input says %q, want that one is offline", got)
+	}
+	p.setOffline(false)
+	online := time.Now()
+	p.until(`$("status").textContent == "Connected"`)
+	if got := time.Since(online); got > 3*time.Second { // else the next try is 5 to 10 s away
+		t.Errorf("connected %v after the browser was online, want at once", got)
+	}
+	p.wantDraft("kept")
+	p.press(kb.Enter)
+	p.until(lastLine + ` == "kept"`)
+	p.wantDraft("")
+}
+
+func TestVisibleAgainItConnectsAtOnce(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	p.beforePage("setTimeout = () => 0") // without a try of its own
+	p.open("http://" + s.addr + "/")
+	show := p.hide()
+	s.stop(t)
+	p.until(`$("status").textContent != "Connected"`)
+	startServer(t, s.addr)
+	show()
+	p.until(`$("status").textContent == "Connected"`)
+}
+
+func TestADraftWaitsForTheServer(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	s.stop(t)
+	p.until(`$("status").textContent != "Connected"`)
+	p.send("patience")
+	p.wantDraft("patience")
+	startServer(t, s.addr)
+	p.until(`$("status").textContent == "Connected"`)
+	p.wantDraft("patience")
+	p.press(kb.Enter)
+	p.until(lastLine + ` == "patience"`)
+	p.wantDraft("")
+}
+
+func TestItShowsWhatMayNotHaveArrived(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	p.open(fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
+		conn := upgrade()
+		if n > 1 {
+			discard(conn)
+			return
+		}
+		for _, echo := range []bool{true, false, true, false} {
+			_, message, err := conn.ReadMessage()
+			if err != nil {
+				return
+			}
+			if echo {
+				conn.WriteMessage(websocket.TextMessage, message)
+			}
+		}
+		conn.Close()
+	}))
+	for _, text := range []string{"first", "second", "third", "lost"} {
+		p.send(text)
+	}
+	p.until(`$("log").textContent.includes("may have been missed")`)
+	if got, want := eval[string](p, `[...document.querySelectorAll(".notice span")].map((e) => e.textContent).filter((e) => e.includes("arrived")).join()`),
+		"This may not have arrived: lost"; got != want {
+		t.Errorf("the log says %q, want %q", got, want)
+	}
+}
+
+func TestTheLimitCountsBytes(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	for _, tt := range []struct {
+		name, draft, counter string
+	}{
+		{"far from it", strings.Repeat("x", 400), ""},
+		{"near it", strings.Repeat("x", 500), "12 bytes left"},
+		{"at it, in ASCII", strings.Repeat("x", 512), "0 bytes left"},
+		{"at it, in emoji", strings.Repeat("🐢", 128), "0 bytes left"},
+		{"at it, between blanks", "  " + strings.Repeat("é", 256) + "  ", "0 bytes left"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p.insert(tt.draft)
+			if got := eval[string](p, `$("counter").textContent`); got != tt.counter {
+				t.Errorf("counter %q, want %q", got, tt.counter)
+			}
+			p.press(kb.Enter)
+			p.until(fmt.Sprintf(lastLine+` == %q`, strings.TrimSpace(tt.draft)))
+			p.wantDraft("")
+			if got := eval[string](p, `$("counter").textContent`); got != "" {
+				t.Errorf("counter after sending %q, want none", got)
+			}
+		})
+	}
+	for _, draft := range []string{strings.Repeat("x", 513), strings.Repeat("🐢", 128) + "x"} {
+		p.insert(draft)
+		if got, want := eval[string](p, `$("counter").textContent`), "1 bytes too long"; got != want {
+			t.Errorf("counter %q, want %q", got, want)
+		}
+		p.press(kb.Enter)
+		p.wantDraft(draft)
+		if got := eval[string](p, `$("msg").validationMessage`); !strings.Contains(got, "too long") && !strings.Contains(got, "Too long") {
+			t.Errorf("the input says %q, want that the draft is too long", got)
+		}
+		p.press(kb.Backspace)
+		p.press(kb.Enter)
+		p.wantDraft("")
+	}
+	p.until(`$("status").textContent == "Connected" && $("log").childElementCount == 7`)
+}
+
+func TestBlankDraftsAreNotSent(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	p.beforePage(`var sent = []; WebSocket.prototype.send = (text) => sent.push(text);`)
+	p.open("http://" + s.addr + "/")
+	for _, draft := range []string{"", "   ", "\t\u0085\u00a0"} {
+		p.send(draft)
+		eval[bool](p, `$("msg").value = ""; true`)
+	}
+	p.send("x")
+	if got := eval[string](p, "sent.join()"); got != "x" {
+		t.Errorf("sent %q, want only %q", got, "x")
+	}
+}
+
+func TestMessagesAreTextAndKeepToThemselves(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	hostile := []string{
+		"plain",
+		`<b>bold</b><img src=x onerror=alert(1)>`,
+		"\u202eright to left override",
+		"\u2067isolate \u202b embedding",
+		"two\u2028lines\u2029three",
+		"Z" + strings.Repeat("\u0336\u0353\u0347", 80) + "algo",
+		"שלום עולם",
+		strings.Repeat("w", 512),
+		"10:00 AM You are offline.",
+		"plain",
+	}
+	conn := s.dial(t)
+	for _, text := range hostile {
+		say(t, conn, text)
+	}
+	p.until(fmt.Sprintf(`$("log").childElementCount == %d`, len(hostile)))
+	texts := eval[[]string](p, `[...$("log").children].map((line) => line.lastChild.textContent)`)
+	for i, got := range texts {
+		if want := strings.NewReplacer("\u2028", " ", "\u2029", " ").Replace(hostile[i]); got != want {
+			t.Errorf("line %q, want %q", got, want)
+		}
+	}
+	if got := eval[int](p, `$("log").querySelectorAll("*:not(p, time, span)").length`); got != 0 {
+		t.Errorf("the log has %d elements that messages brought", got)
+	}
+	if got := eval[[]float64](p, `[...new Set([...$("log").children].map((line) => line.firstChild.getBoundingClientRect().x))]`); len(got) != 1 {
+		t.Errorf("times stand at %v, want them in one column", got)
+	}
+	heights := eval[[]float64](p, `[...$("log").children].map((line) => line.getBoundingClientRect().height)`)
+	for i, height := range heights {
+		if long := len(hostile[i]) > 100; !long && height != heights[0] || long && i == 7 && height <= heights[0] {
+			t.Errorf("%.20q is %v high, a line of plain text %v", hostile[i], height, heights[0])
+		}
+	}
+	if got := eval[string](p, `[...$("log").children].map((line) => getComputedStyle(line).contain).filter((c) => c != "content").join()`); got != "" {
+		t.Errorf("a line contains only its %q, want all it shows", got)
+	}
+	if got := eval[int](p, `$("log").scrollWidth - $("log").clientWidth`); got != 0 {
+		t.Errorf("long words make the log %d pixels too wide", got)
+	}
+
+	s.stop(t)
+	p.until(`$("log").querySelector(".notice")`)
+	if eval[bool](p, `getComputedStyle($("log").lastChild).backgroundColor == getComputedStyle($("log").firstChild).backgroundColor`) {
+		t.Error("a notice looks like a message")
+	}
+}
+
+func TestTheLogStaysWhereTheReaderPutIt(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	talk(t, s, 300)
+	p.untilShown(300)
+	p.until(atEnd)
+
+	p.scroll("-1000")
+	want := eval[string](p, beingRead)
+	if !eval[bool](p, `$("jump").hidden`) {
+		t.Error("there is a button for new messages before there are any")
+	}
+	say(t, s.dial(t), "new")
+	p.until(lastLine + ` == "new"`)
+	p.until(`!$("jump").hidden`)
+	if got := eval[string](p, beingRead); got != want {
+		t.Errorf("what is read moved from %q to %q", want, got)
+	}
+
+	do(p, chromedp.Click(chromedp.ID("jump")))
+	p.until(atEnd + ` && $("jump").hidden`)
+	say(t, s.dial(t), "newer")
+	p.until(lastLine + ` == "newer" && ` + atEnd)
+
+	p.scroll("-1000")
+	say(t, s.dial(t), "newest")
+	p.until(`!$("jump").hidden`)
+	p.press(kb.End) // the log has had the focus since the click
+	p.until(atEnd + ` && $("jump").hidden`)
+}
+
+func TestTheLogDropsOldLinesNotWhatIsRead(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	talk(t, s, 1500)
+	p.untilShown(1500)
+	wantLines := func(want int) {
+		t.Helper()
+		if got := eval[int](p, `$("log").childElementCount`); got != want {
+			t.Errorf("the log has %d lines, want %d", got, want)
+		}
+	}
+	wantLines(1000)
+
+	p.scroll(`-$("log").scrollHeight`)
+	want := eval[string](p, beingRead)
+	talk(t, s, 1500)
+	p.untilShown(3000)
+	wantLines(2500)
+	if got := eval[string](p, beingRead); got != want {
+		t.Errorf("the oldest line, while it was read, moved from %s to %s", want, got)
+	}
+
+	do(p, chromedp.Click(chromedp.ID("jump")))
+	p.until(atEnd)
+	p.scroll("-1000")
+	want = eval[string](p, beingRead)
+	talk(t, s, 4000)
+	p.untilShown(7000)
+	wantLines(5000)
+	if got := eval[string](p, beingRead); got != want {
+		t.Errorf("as the oldest lines went, what was read moved from %s to %s", want, got)
+	}
+
+	do(p, chromedp.Click(chromedp.ID("jump")))
+	p.until(atEnd)
+	say(t, s.dial(t), "end")
+	p.until(lastLine + ` == "end" && ` + atEnd)
+	wantLines(1000)
+}
+
+func TestAHiddenTabLosesNothingAndKeepsItInBounds(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	show := p.hide()
+	talk(t, s, 7000)
+	p.until("arrived == 7000")
+	if got := eval[string](p, "document.title"); got != "● Chat" {
+		t.Errorf("title %q, want it to tell that there is something new", got)
+	}
+	if got := eval[int](p, `batch.childElementCount + $("log").childElementCount`); got != 5000 {
+		t.Errorf("the hidden tab keeps %d lines, want 5000", got)
+	}
+	last := eval[string](p, "batch.lastChild.textContent")
+	show()
+	p.untilShown(7000)
+	if got := eval[string](p, `$("log").childElementCount + $("log").lastChild.textContent`); got != "1000"+last {
+		t.Errorf("the log has %q, want the last 1000 lines", got)
+	}
+	if got := eval[string](p, "document.title"); got != "Chat" {
+		t.Errorf("title %q, want Chat", got)
+	}
+}
+
+func TestUnderLoadTheReaderCanLeaveTheEnd(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	done := flood(t, s, 3000, 1000)
+	p.until(`$("log").childElementCount > 500`)
+	p.scroll("-300")
+	want := eval[string](p, beingRead)
+	<-done
+	p.untilShown(3000)
+	if got := eval[string](p, beingRead); got != want {
+		t.Errorf("what is read moved from %s to %s", want, got)
+	}
+}
+
+func TestItKeepsUpWithAThousandLinesASecond(t *testing.T) {
+	const lines = 10_000
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	call(p, performance.Enable, performance.EnableParams{TimeDomain: "threadTicks"})
+	metrics := func() map[string]float64 {
+		m := make(map[string]float64)
+		for _, metric := range call(p, performance.GetMetrics, cdp.Empty{}).Metrics {
+			m[metric.Name] = metric.Value
+		}
+		return m
+	}
+	call(p, network.Disable, cdp.Empty{}) // or Chromium tells us of each message
+	before := metrics()
+	start := time.Now()
+	<-flood(t, s, lines, 1000)
+	sent := time.Now()
+	p.untilShown(lines)
+	late := time.Since(sent)
+	after := metrics()
+	busy := after["TaskDuration"] - before["TaskDuration"]
+	t.Logf("%d lines in %.1f s: main thread busy %.2f s (script %.2f, layout %.2f, style %.2f), %.0f layouts; done %v after the last was sent",
+		lines, sent.Sub(start).Seconds(), busy, after["ScriptDuration"]-before["ScriptDuration"],
+		after["LayoutDuration"]-before["LayoutDuration"], after["RecalcStyleDuration"]-before["RecalcStyleDuration"],
+		after["LayoutCount"]-before["LayoutCount"], late)
+	if busy > 3 {
+		t.Errorf("the main thread was busy for %.2f s, want below 3", busy)
+	}
+	if late > 2*time.Second {
+		t.Errorf("the page shows the last line %v after it was sent, want it to keep up", late)
+	}
+	if got := eval[int](p, `$("log").childElementCount`); got != 1000 {
+		t.Errorf("the log has %d lines, want 1000", got)
+	}
+}
+
+func TestAxeFindsNothing(t *testing.T) {
+	axe, err := os.ReadFile("node_modules/axe-core/axe.min.js")
+	if err != nil {
+		t.Fatalf("no axe-core: %v\nRun npm ci in this folder", err)
+	}
+	s := startServer(t, "localhost:0")
+	for _, scheme := range []string{"light", "dark"} {
+		p := newTab(t)
+		p.media("prefers-color-scheme", scheme)
+		p.open("http://" + s.addr + "/")
+		eval[bool](p, string(axe)+"; true")
+		check := func(state string) {
+			t.Helper()
+			for _, violation := range eval[[]string](p, `axe.run().then((result) => result.violations.map((v) =>
+				v.id + ": " + v.help + " " + v.nodes.map((n) => n.html + " " + n.failureSummary)))`, chromedp.EvalAwaitPromise) {
+				t.Errorf("%s, %s: %s", scheme, state, violation)
+			}
+		}
+		check("empty")
+		talk(t, s, 100)
+		p.untilShown(100)
+		p.scroll("-500")
+		p.insert(strings.Repeat("x", 500))
+		say(t, s.dial(t), "new")
+		p.until(`!$("jump").hidden`)
+		check("scrolled up, near the limit")
+		p.insert(strings.Repeat("x", 500))
+		p.press(kb.Enter)
+		p.setOffline(true)
+		p.until(`$("log").querySelector(".notice")`)
+		p.scroll(`$("log").scrollHeight`)
+		check("offline, above the limit")
+	}
+}
+
+func TestTheKeyboardAloneSuffices(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	wantFocus := func(want string) {
+		t.Helper()
+		got := eval[string](p, `document.activeElement.id || document.activeElement.textContent`)
+		outline := eval[string](p, `getComputedStyle(document.activeElement).outlineStyle`)
+		if got != want || outline != "solid" {
+			t.Errorf("focus on %q with outline %q, want %q with one", got, outline, want)
+		}
+	}
+	wantFocus("msg")
+	p.send("hello")
+	p.until(lastLine + ` == "hello"`)
+	p.press(kb.Tab)
+	wantFocus("Send")
+	talk(t, s, 100)
+	p.untilShown(101)
+	shiftTab := func() { do(p, chromedp.KeyEvent(kb.Tab, chromedp.KeyModifiers(chromedp.ModifierShift))) }
+	shiftTab()
+	shiftTab()
+	wantFocus("log")
+	p.press(kb.Home)
+	p.until(`$("log").scrollTop == 0`)
+	say(t, s.dial(t), "new")
+	p.until(`!$("jump").hidden`)
+	p.press(kb.Tab)
+	wantFocus("jump")
+	p.press(kb.Enter)
+	p.until(atEnd)
+	wantFocus("log")
+	p.press(kb.Tab)
+	wantFocus("msg")
+}
+
+func TestItFitsScreensOfAnyWidth(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	say(t, s.dial(t), strings.Repeat("w", 500))
+	talk(t, s, 100)
+	p.untilShown(101)
+	p.insert(strings.Repeat("w", 520))
+	for _, size := range [][2]int64{{320, 256}, {320, 568}, {360, 640}, {360, 300}, {1280, 800}, {2560, 1440}} {
+		do(p, chromedp.EmulateViewport(size[0], size[1]))
+		p.until(fmt.Sprintf("innerWidth == %d && innerHeight == %d", size[0], size[1]))
+		if got := eval[string](p, `[document.documentElement, ...document.querySelectorAll("*")]
+			.filter((e) => e.id != "msg" && e.scrollWidth > e.clientWidth && getComputedStyle(e).display != "inline" && e.clientWidth)
+			.map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
+			t.Errorf("%v: too wide: %s", size, got)
+		}
+		if got := eval[string](p, `[$("status"), $("log"), ...$("form").children].filter((e) => {
+			const r = e.getBoundingClientRect();
+			return r.left < 0 || r.top < 0 || r.right > innerWidth || r.bottom > innerHeight;
+		}).map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
+			t.Errorf("%v: not on the screen: %s", size, got)
+		}
+		p.until(atEnd) // also when a phone's keyboard takes half of the screen
+	}
+}
+
+func TestNothingMoves(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	p.media("prefers-reduced-motion", "reduce")
+	p.open("http://" + s.addr + "/")
+	say(t, s.dial(t), "hello")
+	p.until(`$("log").hasChildNodes()`)
+	if got := eval[string](p, `[...document.querySelectorAll("*")].filter((e) => {
+		const s = getComputedStyle(e);
+		return s.animationName != "none" || s.transitionDuration != "0s" || s.scrollBehavior != "auto";
+	}).map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
+		t.Errorf("with reduced motion these move: %s", got)
+	}
+}
+
+func TestItSaysWhatItCannotDoWithout(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	t.Run("WebSocket", func(t *testing.T) {
+		p := newTab(t)
+		p.beforePage("delete window.WebSocket")
+		do(p, chromedp.Navigate("http://"+s.addr+"/"))
+		p.until(`$("status").textContent.includes("no WebSocket")`)
+		p.send("kept")
+		p.wantDraft("kept")
+		p.wantQuietConsole()
+	})
+	t.Run("JavaScript", func(t *testing.T) {
+		p := newTab(t)
+		call(p, emulation.SetScriptExecutionDisabled, emulation.SetScriptExecutionDisabledParams{Value: true})
+		do(p, chromedp.Navigate("http://"+s.addr+"/"))
+		if got := do(p, chromedp.Text(chromedp.ID("status"))); !strings.Contains(got, "needs JavaScript") {
+			t.Errorf("status %q, want that it needs JavaScript", got)
+		}
+	})
+}
+
+func TestTheConsoleStaysQuiet(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	p.send("hello")
+	p.until(lastLine + ` == "hello"`)
+	do(p, chromedp.Navigate("http://"+s.addr+"/?a#b"))
+	p.until(`$("status").textContent == "Connected"`)
+	p.wantQuietConsole()
+}
+
+func TestItWorksOverTLSUnderAPath(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(&url.URL{Scheme: "http", Host: s.addr})
+		r.Out.Host = r.In.Host
+	}}
+	mux := http.NewServeMux()
+	mux.Handle("/team/chat/", http.StripPrefix("/team/chat", proxy))
+	front := httptest.NewTLSServer(mux)
+	t.Cleanup(front.Close)
+	p := newTab(t)
+	p.open(front.URL + "/team/chat/")
+	p.send("over TLS")
+	p.until(lastLine + ` == "over TLS"`)
+	p.wantQuietConsole()
+}
+
+func TestThePolicyAllowsThePageAndNothingElse(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s) // its own script runs
+	if got := eval[string](p, "getComputedStyle(document.body).display"); got != "grid" {
+		t.Errorf("body is displayed as %q, want the page's own style", got)
+	}
+	for name, js := range map[string]string{
+		"a script":          `const e = document.createElement("script"); e.textContent = "var ran = true"; document.body.append(e)`,
+		"a script's URL":    `const e = document.createElement("script"); e.src = "/x.js"; document.body.append(e)`,
+		"a style":           `const e = document.createElement("style"); e.textContent = "p { color: red }"; document.body.append(e)`,
+		"a style attribute": `document.body.setAttribute("style", "color: red")`,
+		"a handler":         `document.body.setAttribute("onclick", "1"); document.body.click()`,
+		"an image":          `const e = document.createElement("img"); e.src = "/x.png"; document.body.append(e)`,
+		"another server":    `fetch("http://127.0.0.1:1/").catch(() => {})`,
+		"a frame":           `const e = document.createElement("iframe"); e.src = "/"; document.body.append(e)`,
+		"another base":      `const e = document.createElement("base"); e.href = "/x/"; document.head.append(e)`,
+	} {
+		eval[bool](p, `var violated = false; document.addEventListener("securitypolicyviolation", () => violated = true); `+js+`; true`)
+		p.until("violated // by " + name + "\n")
+	}
+	if eval[bool](p, `"ran" in window`) {
+		t.Error("an injected script ran")
+	}
+}
+
+// The screenshots are those that README.md shows, and others to look at.
+func TestScreenshots(t *testing.T) {
+	dir := t.TempDir()
+	if *screenshots {
+		dir = "screenshots"
+	}
+	for scheme, sizes := range map[string][][2]int64{
+		"light": {{640, 400}, {320, 480}, {1920, 1000}},
+		"dark":  {{360, 540}, {640, 400}},
+	} {
+		if !*screenshots {
+			sizes = sizes[:1]
+		}
+		for _, size := range sizes {
+			s := startServer(t, "localhost:0")
+			p := newTab(t)
+			p.media("prefers-color-scheme", scheme)
+			do(p, chromedp.EmulateViewport(size[0], size[1]))
+			p.open("http://" + s.addr + "/")
+			shoot := func(state string) {
+				t.Helper()
+				picture := do(p, chromedp.CaptureScreenshot())
+				name := fmt.Sprintf("%s-%d-%s.png", scheme, size[0], state)
+				if err := os.WriteFile(filepath.Join(dir, name), picture, 0o644); err != nil {
+					t.Fatal(err)
+				}
+				decoded, _, err := image.Decode(bytes.NewReader(picture))
+				if err != nil {
+					t.Fatal(err)
+				}
+				red, _, _, _ := decoded.At(2, int(size[1])/2).RGBA()
+				if light := red > 0x8000; light != (scheme == "light") {
+					t.Errorf("%s: the background's red is %#x", name, red)
+				}
+			}
+			shoot("empty")
+			conn := s.dial(t)
+			for _, text := range conversation {
+				say(t, conn, text)
+			}
+			p.until(fmt.Sprintf(`$("log").childElementCount == %d`, len(conversation)))
+			s.stop(t)
+			p.until(`$("status").textContent.includes("restarting")`)
+			s = startServer(t, s.addr)
+			p.until(`$("status").textContent == "Connected"`)
+			p.send("And everybody is back.")
+			p.until(lastLine + ` == "And everybody is back."`)
+			p.insert("Shall we do the next one on ")
+			shoot("chat")
+
+			eval[bool](p, `$("msg").value = ""; true`)
+			p.setOffline(true)
+			p.until(`$("status").textContent.includes("offline")`)
+			p.insert(strings.Repeat("This is far too long to be sent in one go. ", 13))
+			p.press(kb.Enter)
+			shoot("offline-limit")
+
+			p.setOffline(false)
+			p.until(`$("status").textContent == "Connected"`)
+			eval[bool](p, `$("msg").value = ""; measure(); true`)
+			talk(t, s, 60)
+			p.until(lastLine + `.startsWith("One of many lines")`)
+			p.until("!batch.hasChildNodes()")
+			p.scroll("-400")
+			conn = s.dial(t)
+			say(t, conn, "news")
+			p.until(`!$("jump").hidden`)
+			shoot("jump")
+		}
+	}
+}
+
+var conversation = []string{
+	"Morning! The new server is up on the test machine.",
+	"Nice. How many clients did you try?",
+	"Three hundred, thirty of them talking without pause. Nobody was dropped.",
+	"<b>And does it take markup?</b>",
+	"Only as text, as you can see. Long words wrap, too: " + strings.Repeat("abcdefghij", 12),
+	"שלום! And accents that pile up: e" + strings.Repeat("\u0301", 12) + ".",
+	"I'll restart it now, mind the gap.",
+}

@@ -1,0 +1,262 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gorilla/websocket"
+)
+
+// readAll reads until the connection ends; it returns the lines and why it ended.
+func readAll(conn *websocket.Conn) (lines []string, err error) {
+	for {
+		_, message, err := conn.ReadMessage()
+		if err != nil {
+			return lines, err
+		}
+		lines = append(lines, strings.Split(string(message), "\n")...)
+	}
+}
+
+// wantGoingAway checks that err is the goodbye of a server that shuts down.
+func wantGoingAway(t *testing.T, err error) {
+	t.Helper()
+	var goodbye *websocket.CloseError
+	if !errors.As(err, &goodbye) || goodbye.Code != websocket.CloseGoingAway || goodbye.Text == "" {
+		t.Errorf("the client reads %v, want close 1001 with a reason", err)
+	}
+}
+
+// wantExit waits until the server has ended and checks how, and how long after
+// start.
+func (s *server) wantExit(t *testing.T, start time.Time, limit time.Duration) {
+	t.Helper()
+	state := s.wait(t)
+	took := time.Since(start)
+	t.Logf("ended after %v", took)
+	if state.ExitCode() != 0 {
+		t.Errorf("the server ended with %v, want exit status 0:\n%s", state, s.log)
+	}
+	if took > limit {
+		t.Errorf("the server ended after %v, want within %v", took, limit)
+	}
+}
+
+func TestSignalsSendEverybodyWhatIsQueuedAnd1001(t *testing.T) {
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
+		t.Run(sig.String(), func(t *testing.T) {
+			s := startServer(t, "localhost:0")
+			reader, talker := s.dial(t), s.dial(t)
+			for i := range 100 {
+				say(t, talker, fmt.Sprint(i))
+			}
+			for n := 0; n < 100; { // then all are queued for reader, too
+				_, message, err := talker.ReadMessage()
+				if err != nil {
+					t.Fatal(err)
+				}
+				n += 1 + strings.Count(string(message), "\n")
+			}
+			start := time.Now()
+			s.signal(t, sig)
+			_, err := readAll(talker)
+			wantGoingAway(t, err)
+			lines, err := readAll(reader)
+			wantGoingAway(t, err)
+			if len(lines) != 100 {
+				t.Errorf("the client reads %d lines before the goodbye, want 100", len(lines))
+			}
+			s.wantExit(t, start, time.Second)
+		})
+	}
+}
+
+func TestShutdownSaysGoodbyeToEverybody(t *testing.T) {
+	for _, tt := range []struct {
+		name             string
+		idle, loud, deaf int
+		limit            time.Duration
+	}{
+		{"all behave", 150, 0, 0, time.Second},
+		{"some do not", 150, 30, 5, 12 * time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := startServer(t, "localhost:0")
+			for range tt.deaf {
+				dialer := websocket.Dialer{NetDial: func(network, addr string) (net.Conn, error) {
+					conn, err := net.Dial(network, addr)
+					if err == nil {
+						conn.(*net.TCPConn).SetReadBuffer(4096) // and soon full
+					}
+					return conn, err
+				}}
+				dial(t, &dialer, "ws://"+s.addr+"/ws")
+			}
+			conns := make([]*websocket.Conn, tt.idle+tt.loud)
+			for i := range conns {
+				conns[i] = s.dial(t)
+			}
+			ends := make(chan error)
+			loud := make(chan struct{})
+			var once sync.Once
+			for _, conn := range conns {
+				go func() {
+					if tt.loud > 0 {
+						conn.NextReader()
+						once.Do(func() { close(loud) })
+					}
+					ends <- discard(conn)
+				}()
+			}
+			for _, conn := range conns[tt.idle:] {
+				go func() {
+					for conn.WriteMessage(websocket.TextMessage, []byte("blah")) == nil {
+					}
+				}()
+			}
+			if tt.loud > 0 {
+				<-loud
+			}
+			start := time.Now()
+			s.signal(t, syscall.SIGTERM)
+			s.wantExit(t, start, tt.limit)
+			for range conns {
+				wantGoingAway(t, <-ends)
+			}
+		})
+	}
+}
+
+func TestASecondSignalEndsItAtOnce(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	s.dial(t) // never reads the goodbye, which takes the server a second
+	s.signal(t, os.Interrupt)
+	s.waitForLog(t, "shutting down")
+	s.signal(t, os.Interrupt)
+	state := s.wait(t)
+	if status := state.Sys().(syscall.WaitStatus); !status.Signaled() || status.Signal() != syscall.SIGINT {
+		t.Errorf("the server ended with %v, want it ended by the signal", state)
+	}
+}
+
+func TestAnAddressItCannotHaveIsOneClearLine(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	for name, addr := range map[string]string{
+		"busy": s.addr,
+		"bad":  "localhost:nowhere",
+		"none": "",
+	} {
+		t.Run(name, func(t *testing.T) {
+			if addr == "" {
+				addr = "256.0.0.1:1"
+			}
+			out, err := exec.Command(binary, "-addr", addr).CombinedOutput()
+			var exit *exec.ExitError
+			if !errors.As(err, &exit) || exit.ExitCode() != 1 {
+				t.Errorf("the server ended with %v, want exit status 1", err)
+			}
+			if text := string(out); strings.Count(text, "\n") != 1 || !strings.Contains(text, addr[strings.Index(addr, ":")+1:]) {
+				t.Errorf("the server says %q, want one line with the address", text)
+			}
+		})
+	}
+}
+
+func TestOutOfDescriptorsThoseInsideKeepTalking(t *testing.T) {
+	const limit = 40
+	s := startCommand(t, exec.Command("sh", "-c", fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, limit), binary, "-addr", "localhost:0"))
+	talker := s.dial(t)
+	// The kernel takes connections that the server cannot: these wait.
+	crowd := make([]net.Conn, limit)
+	for i := range crowd {
+		conn, err := net.Dial("tcp", s.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		crowd[i] = conn
+	}
+	s.waitForLog(t, "too many open files")
+
+	say(t, talker, "still here")
+	talker.SetReadDeadline(time.Now().Add(patience))
+	if _, message, err := talker.ReadMessage(); err != nil || string(message) != "still here" {
+		t.Fatalf("one who is inside reads %q and %v", message, err)
+	}
+	for _, conn := range crowd {
+		conn.Close()
+	}
+	newcomer := s.dial(t)
+	say(t, newcomer, "finally")
+	if _, message, err := talker.ReadMessage(); err != nil || string(message) != "finally" {
+		t.Errorf("one who is inside reads %q and %v from a newcomer", message, err)
+	}
+}
+
+func TestAnEndlessHeaderIsCutOff(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	conn, err := net.Dial("tcp", s.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	start := time.Now()
+	fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: %s\r\nX-Endless: ", s.addr)
+	conn.SetReadDeadline(start.Add(patience))
+	if _, err := io.ReadAll(conn); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("the server has not closed the connection within %v", patience)
+	}
+	if got := time.Since(start); got < 2*time.Second || got > 6*time.Second {
+		t.Errorf("the server closed the connection after %v, want some 3 s", got)
+	}
+}
+
+func TestThePageAnswers(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	for _, tt := range []struct {
+		method, path string
+		status       int
+		header       map[string]string
+	}{
+		{"GET", "/", 200, map[string]string{
+			"Content-Type":            "text/html; charset=utf-8",
+			"X-Content-Type-Options":  "nosniff",
+			"Content-Security-Policy": "default-src 'none'; script-src 'sha256-",
+		}},
+		{"HEAD", "/", 200, map[string]string{"Content-Type": "text/html; charset=utf-8"}},
+		{"POST", "/", 405, map[string]string{"Allow": "GET, HEAD"}},
+		{"GET", "/favicon.ico", 404, nil},
+		{"GET", "/ws", 400, nil},
+	} {
+		request, err := http.NewRequestWithContext(t.Context(), tt.method, "http://"+s.addr+tt.path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response, err := http.DefaultClient.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		if response.StatusCode != tt.status {
+			t.Errorf("%s %s: %s, want %d", tt.method, tt.path, response.Status, tt.status)
+		}
+		for name, want := range tt.header {
+			if got := response.Header.Get(name); !strings.HasPrefix(got, want) {
+				t.Errorf("%s %s: %s %q, want %q", tt.method, tt.path, name, got, want)
+			}
+		}
+		if csp := response.Header.Get("Content-Security-Policy"); strings.Contains(csp, "unsafe") {
+			t.Errorf("the policy is %q", csp)
+		}
+	}
+}

@@ -1,0 +1,185 @@
+// Package e2e tests the chat server from the outside: the real binary, real
+// processes and signals, and the page in a real browser.
+//
+// It needs Chromium (apt-get install chromium) and, once, `npm ci` in this folder.
+// It is a module of its own so that the server keeps a single dependency.
+package e2e
+
+import (
+	"bytes"
+	"flag"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gorilla/websocket"
+)
+
+// Time allowed for what should happen soon, on a busy machine.
+const patience = 20 * time.Second
+
+// binary is the path of the server that TestMain builds.
+var binary string
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Exit(testMain(m))
+}
+
+func testMain(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "chat")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	binary = filepath.Join(dir, "chat")
+	build := exec.Command("go", "build", "-o", binary, ".")
+	build.Dir = ".."
+	if out, err := build.CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "go build: %v\n%s", err, out)
+		return 1
+	}
+	defer func() { closeBrowser() }() // whichever it is by then
+	return m.Run()
+}
+
+// A server is a running chat server.
+type server struct {
+	addr string // where it listens
+	cmd  *exec.Cmd
+	log  *output
+	done chan struct{} // closed when the process has ended
+}
+
+// startServer starts the server on addr and waits until it listens; the test's
+// end kills it. Port 0 picks a free port.
+func startServer(t testing.TB, addr string) *server {
+	t.Helper()
+	return startCommand(t, exec.Command(binary, "-addr", addr))
+}
+
+// startCommand starts cmd, which becomes a server, and waits until it listens.
+func startCommand(t testing.TB, cmd *exec.Cmd) *server {
+	t.Helper()
+	s := &server{cmd: cmd, log: &output{grown: make(chan struct{}, 1)}, done: make(chan struct{})}
+	cmd.Stderr = s.log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { cmd.Wait(); close(s.done) }()
+	t.Cleanup(func() { cmd.Process.Kill(); <-s.done })
+	s.addr = s.waitForLog(t, `listening on http://(\S+)/`)
+	return s
+}
+
+// waitForLog waits until the server logs what pattern matches, and returns the
+// pattern's group.
+func (s *server) waitForLog(t testing.TB, pattern string) string {
+	t.Helper()
+	re := regexp.MustCompile(pattern)
+	timeout := time.After(patience)
+	for {
+		if match := re.FindStringSubmatch(s.log.String()); match != nil {
+			return match[len(match)-1]
+		}
+		select {
+		case <-s.log.grown:
+		case <-s.done:
+			t.Fatalf("the server ended without logging %q:\n%s", pattern, s.log)
+		case <-timeout:
+			t.Fatalf("the server has not logged %q in %v:\n%s", pattern, patience, s.log)
+		}
+	}
+}
+
+// signal sends the server a signal.
+func (s *server) signal(t testing.TB, sig os.Signal) {
+	t.Helper()
+	if err := s.cmd.Process.Signal(sig); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wait waits until the process has ended and returns its exit status.
+func (s *server) wait(t testing.TB) *os.ProcessState {
+	t.Helper()
+	select {
+	case <-s.done:
+	case <-time.After(patience):
+		t.Fatalf("the server has not ended in %v:\n%s", patience, s.log)
+	}
+	return s.cmd.ProcessState
+}
+
+// stop asks the server to end and waits until it has.
+func (s *server) stop(t testing.TB) {
+	t.Helper()
+	s.signal(t, syscall.SIGTERM)
+	if state := s.wait(t); !state.Success() {
+		t.Fatalf("the server ended with %v:\n%s", state, s.log)
+	}
+}
+
+// dial connects a client to the server; the test's end closes it.
+func (s *server) dial(t testing.TB) *websocket.Conn {
+	t.Helper()
+	return dial(t, websocket.DefaultDialer, "ws://"+s.addr+"/ws")
+}
+
+func dial(t testing.TB, dialer *websocket.Dialer, url string) *websocket.Conn {
+	t.Helper()
+	conn, _, err := dialer.Dial(url, http.Header{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// say sends one message.
+func say(t testing.TB, conn *websocket.Conn, text string) {
+	t.Helper()
+	if err := conn.WriteMessage(websocket.TextMessage, []byte(text)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// discard reads until the connection ends, and returns why it did.
+func discard(conn *websocket.Conn) error {
+	for {
+		if _, _, err := conn.NextReader(); err != nil {
+			return err
+		}
+	}
+}
+
+// An output keeps what a process writes, and tells when there is more.
+type output struct {
+	mu    sync.Mutex
+	buf   bytes.Buffer
+	grown chan struct{}
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	select {
+	case o.grown <- struct{}{}:
+	default:
+	}
+	return o.buf.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.String()
+}
