@@ -1,0 +1,175 @@
+// Chat/cluster is the chat server for more than one machine: nodes that are
+// joined by NATS are one room, and what anybody says, everybody hears.
+//
+// Usage:
+//
+//	cluster [-addr host:port] [-nats url,...] [-creds file] [-subject name]
+//
+// Each node serves a page for browsers at / and the WebSocket endpoint at /ws.
+// Without -nats it starts a NATS server of its own, on a loopback port, and
+// logs how a second node joins; that is for trying it, as the room then lives
+// no longer than this node. SIGINT or SIGTERM sends the node's clients away,
+// hands what they have said to NATS, and ends the node with status 0; a second
+// one ends it at once.
+//
+// hub.go, client.go and home.html are those of the chat server for one machine,
+// to the byte; relay.go is what joins its hub to NATS.
+package main
+
+//go:generate cp ../hub.go ../client.go ../home.html .
+
+import (
+	"context"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/base64"
+	"flag"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+)
+
+const (
+	// Time allowed to send a request's header.
+	readHeaderTimeout = 3 * time.Second
+
+	// Time allowed to take a page, or to ask for the next one.
+	pageTimeout = 10 * time.Second
+
+	// Time allowed to everybody together to leave when the server shuts down.
+	shutdownWait = 5 * time.Second
+)
+
+var (
+	addr    = flag.String("addr", ":8080", "listen on `host:port`")
+	urls    = flag.String("nats", "", "join the room at the NATS servers `url,...` (default: an embedded server)")
+	creds   = flag.String("creds", "", "authenticate to NATS with the credentials `file`")
+	subject = flag.String("subject", "chat", "the room's `name`: the NATS subject it talks on")
+)
+
+//go:embed home.html
+var home string
+
+func main() {
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // so that a second signal ends the process at once
+	if err := run(ctx, *addr, *urls, *creds, *subject); err != nil {
+		log.Fatal(err)
+	}
+}
+
+// run serves chat on addr, in the room that is called subject, until ctx is
+// done. It returns an error if it cannot listen there, or no longer can, and if
+// it cannot join the room.
+func run(ctx context.Context, addr, urls, creds, subject string) error {
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+	address := listener.Addr().(*net.TCPAddr)
+	if urls == "" {
+		embedded, err := startNATS(0)
+		if err != nil {
+			return err
+		}
+		defer embedded.Shutdown()
+		urls = embedded.ClientURL()
+		log.Printf("started a NATS server; a second node joins with: go run . -addr :%d -nats %s -subject %s",
+			address.Port+1, urls, subject)
+	}
+	nc, err := connect(urls, creds)
+	if err != nil {
+		return err
+	}
+	relay, err := join(newHub(), nc, subject)
+	if err != nil {
+		nc.Close()
+		return err
+	}
+	host := address.String()
+	if address.IP.IsUnspecified() {
+		host = fmt.Sprintf("localhost:%d", address.Port)
+	}
+	log.Printf("listening on http://%s/", host)
+	return serve(ctx, listener, relay)
+}
+
+// serve serves chat to those who connect to listener, until ctx is done or
+// listener fails. Then it has the hub send everybody away, and when they have
+// gone, after shutdownWait at the latest, it has the relay leave.
+func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
+	hub := relay.hub
+	open, closed := context.WithCancel(context.Background())
+	go func() { hub.run(); closed() }()
+
+	mux := http.NewServeMux()
+	mux.HandleFunc("/", serveHome)
+	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(relay.front, w, r) })
+	server := &http.Server{
+		Handler:           mux,
+		ReadHeaderTimeout: readHeaderTimeout,
+		ReadTimeout:       pageTimeout,
+		WriteTimeout:      pageTimeout,
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(listener) }()
+	var err error
+	select {
+	case err = <-failed:
+	case <-ctx.Done():
+	}
+
+	log.Print("shutting down")
+	close(hub.stop)
+	grace, cancel := context.WithTimeout(open, shutdownWait)
+	defer cancel()
+	server.Shutdown(grace) // closes listener
+	<-grace.Done()
+	if open.Err() == nil {
+		log.Printf("leaving clients behind that do not close within %v", shutdownWait)
+	}
+	relay.leave()
+	return err
+}
+
+// contentSecurityPolicy allows the page its own script and style, by their
+// hashes, and its own server; nothing else. https://www.w3.org/TR/CSP3/
+var contentSecurityPolicy = "default-src 'none'; script-src " + hashSource("script") +
+	"; style-src " + hashSource("style") + "; img-src data:; connect-src 'self'" +
+	"; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+// hashSource returns the CSP hash source of what stands in home's one element
+// of that name.
+func hashSource(element string) string {
+	_, content, _ := strings.Cut(home, "<"+element+">")
+	content, _, _ = strings.Cut(content, "</"+element+">")
+	hash := sha256.Sum256([]byte(content))
+	return "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "'"
+}
+
+// serveHome answers with the page at /, and with an error elsewhere.
+func serveHome(w http.ResponseWriter, r *http.Request) {
+	log.Printf("%s: %s %s", r.RemoteAddr, r.Method, r.URL)
+	if r.URL.Path != "/" {
+		http.NotFound(w, r)
+		return
+	}
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		w.Header().Set("Allow", "GET, HEAD")
+		http.Error(w, "method not allowed", http.StatusMethodNotAllowed)
+		return
+	}
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Set("Content-Security-Policy", contentSecurityPolicy)
+	io.WriteString(w, home)
+}

@@ -1,0 +1,363 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"log"
+	"math"
+	"regexp"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+)
+
+const (
+	// Messages that wait here for NATS before their senders are slowed: 4 MB,
+	// and as much again that publish has in hand.
+	outboxSize = 8 << 10
+
+	// Messages published before NATS has to say that it has them: what can be
+	// lost when the connection breaks.
+	batchSize = 256
+
+	// Messages, and bytes, that wait here for the hub before more are lost: some
+	// seconds of more chat than anybody can read.
+	inboxSize  = 64 << 10
+	inboxBytes = 64 << 20
+
+	// Messages that wait here for the hub before publish gives it time to catch
+	// up, in breathers, and how many of these it gives at most for each batch: a
+	// flood from elsewhere must not silence this node.
+	inboxCrowded  = 1 << 10
+	mostBreathers = 1000
+
+	// Time between two attempts to reach NATS again; as much again is added at
+	// random, so that nodes do not come all at once.
+	reconnectWait = 250 * time.Millisecond
+
+	// Time for which a node that has NATS back keeps what it has to say, so that
+	// the others have NATS back too and hear it.
+	settleWait = 8 * reconnectWait
+
+	// Time allowed to NATS to answer. One that takes longer is as good as away.
+	answerWait = 10 * time.Second
+
+	// Time allowed to NATS to take what is left when the node ends.
+	drainWait = 5 * time.Second
+
+	// Time between two reports of what went wrong: whoever can make things go
+	// wrong must not be able to fill the log.
+	reportPeriod = time.Second
+)
+
+// A Relay makes the hubs of several nodes one room. What a node's clients say
+// goes to NATS, and what NATS says, this node's own messages among it, goes to
+// the node's clients: each message takes the same way once, wherever its sender
+// is.
+type Relay struct {
+	// The node's hub, which tells the clients.
+	hub *Hub
+
+	// What clients take for their hub: to join and leave it is to join and leave
+	// hub, but what they broadcast is collected here.
+	front *Hub
+
+	nc      *nats.Conn
+	sub     *nats.Subscription
+	subject string
+
+	// From collect to publish; closed by collect when it ends.
+	batches chan [][]byte
+
+	// Closed by leave, when no client will say anything any more.
+	left chan struct{}
+
+	goroutines sync.WaitGroup // collect and publish
+
+	mu       sync.Mutex
+	troubles map[string]int // since the last report
+	dropped  int            // by nats.go, up to the last report
+}
+
+// startNATS starts a NATS server on a loopback port, on any free one if port is 0.
+func startNATS(port int) (*server.Server, error) {
+	s, err := server.NewServer(&server.Options{
+		Host:   "127.0.0.1",
+		Port:   cmp.Or(port, server.RANDOM_PORT),
+		NoLog:  true,
+		NoSigs: true,
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.Start()
+	if !s.ReadyForConnections(answerWait) {
+		s.Shutdown()
+		return nil, fmt.Errorf("the embedded NATS server did not start within %v", answerWait)
+	}
+	return s, nil
+}
+
+// connect connects to NATS, for as long as the connection is not closed here.
+// It returns an error if none of the servers can be reached, or none accepts.
+func connect(urls, creds string) (*nats.Conn, error) {
+	options := []nats.Option{
+		nats.Name("chat"),
+		nats.NoCallbacksAfterClientClose(),
+
+		// A server that is gone without a word is found out in three answerWaits.
+		nats.PingInterval(answerWait),
+		nats.FlusherTimeout(answerWait),
+		nats.ReconnectOnFlusherError(),
+
+		// Without end, also while NATS does not know this node's credentials.
+		nats.MaxReconnects(-1),
+		nats.IgnoreAuthErrorAbort(),
+		nats.ReconnectWait(reconnectWait),
+		nats.ReconnectJitter(reconnectWait, reconnectWait),
+
+		// None: nats.go would send what it holds the moment it is connected,
+		// before other nodes are, and forget it if the connection broke again.
+		nats.ReconnectBufSize(-1),
+
+		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
+			if err == nil {
+				err = nats.ErrTimeout // it is publish that has given up
+			}
+			log.Printf("NATS is away: %v; what is said meanwhile waits", err)
+		}),
+		nats.ReconnectHandler(func(nc *nats.Conn) {
+			log.Printf("NATS is back: %s", nc.ConnectedAddr())
+		}),
+	}
+	if creds != "" {
+		options = append(options, nats.UserCredentials(creds))
+	}
+	nc, err := nats.Connect(urls, options...)
+	if err != nil {
+		secret := regexp.MustCompile(`[^/,]*@`) // of a URL, what must not be logged
+		return nil, fmt.Errorf("cannot join NATS at %s: %w", secret.ReplaceAllString(urls, ""), err)
+	}
+	return nc, nil
+}
+
+// join makes hub part of the room that is called subject. When it returns, hub
+// will be told what anybody says in the room from then on. It returns an error
+// if the subject is no name for a room, or NATS does not let this node use it.
+//
+// Whoever calls join runs hub, gives the relay's front to clients, and in the
+// end calls leave.
+func join(hub *Hub, nc *nats.Conn, subject string) (*Relay, error) {
+	if !server.IsValidLiteralSubject(subject) {
+		return nil, fmt.Errorf("%q is no NATS subject that names one room", subject)
+	}
+	if most := nc.MaxPayload(); most < maxMessageSize {
+		return nil, fmt.Errorf("NATS accepts messages of %d bytes, chat needs %d", most, maxMessageSize)
+	}
+	r := &Relay{
+		hub: hub,
+		front: &Hub{
+			register:   hub.register,
+			unregister: hub.unregister,
+			broadcast:  make(chan []byte),
+			stop:       hub.stop,
+		},
+		nc:       nc,
+		subject:  subject,
+		batches:  make(chan [][]byte),
+		left:     make(chan struct{}),
+		troubles: make(map[string]int),
+	}
+	nc.SetErrorHandler(r.trouble)
+	sub, err := nc.Subscribe(subject, r.deliver)
+	if err != nil {
+		return nil, err
+	}
+	r.sub = sub
+	sub.SetPendingLimits(inboxSize, inboxBytes)
+	if err := nc.FlushTimeout(answerWait); err != nil {
+		return nil, err
+	}
+	if err := nc.LastError(); err != nil {
+		return nil, err
+	}
+	r.goroutines.Go(r.collect)
+	r.goroutines.Go(r.publish)
+	go r.report()
+	return r, nil
+}
+
+// leave sees what clients have said taken to NATS, for drainWait at most, and
+// closes the connection. Call it once, when they have all left the hub: one
+// that has not is left behind, and what it says is lost.
+func (r *Relay) leave() {
+	close(r.left)
+	giveUp := time.AfterFunc(drainWait, r.nc.Close)
+	r.goroutines.Wait()
+	giveUp.Stop()
+	r.logTroubles()
+	r.nc.Close()
+}
+
+// collect takes what clients say, and hands it to publish when that has time. A
+// full outbox slows them: it takes no more until publish has taken it. It ends
+// when the clients have left and publish has taken everything.
+func (r *Relay) collect() {
+	defer close(r.batches)
+	var batch [][]byte
+	size, stop, left := outboxSize, r.front.stop, r.left
+	for left != nil || len(batch) > 0 {
+		in, out := r.front.broadcast, r.batches
+		if len(batch) >= size {
+			in = nil // a nil channel is never ready
+		}
+		if len(batch) == 0 {
+			out = nil
+		}
+		select {
+		case message := <-in:
+			batch = append(batch, message)
+		case out <- batch:
+			batch = nil
+		case <-stop:
+			// Each client has at most one more message to say before it can leave.
+			size, stop = math.MaxInt, nil
+		case <-left:
+			left = nil
+		}
+	}
+}
+
+// publish takes to NATS what clients say, in their order. While NATS is away it
+// waits. It ends when collect has ended and all is said; once the connection is
+// closed, what is not said yet is lost.
+func (r *Relay) publish() {
+	var connection uint64 // how many there were before the one that is used
+	for batch := range r.batches {
+		for len(batch) > 0 && !r.nc.IsClosed() {
+			for n := 0; n < mostBreathers && r.crowded(); n++ {
+				time.Sleep(breather)
+			}
+			for connection != r.nc.Stats().Reconnects {
+				connection = r.nc.Stats().Reconnects
+				time.Sleep(settleWait)
+			}
+			n, err := r.send(batch[:min(len(batch), batchSize)])
+			if err != nil || r.nc.Stats().Reconnects != connection {
+				// To send them again could deliver them twice.
+				r.note("may have lost a message: the connection broke while it was on its way", n)
+			}
+			batch = batch[n:]
+		}
+		r.note("lost a message: NATS was away, and this node has ended", len(batch))
+	}
+}
+
+// crowded reports whether the hub is behind with what NATS says. Other nodes'
+// hubs hear the same and may be as far behind, and as NATS slows nobody down,
+// the node that talks has to wait.
+func (r *Relay) crowded() bool {
+	pending, _, err := r.sub.Pending()
+	return err == nil && pending > inboxCrowded
+}
+
+// send sends messages, as far as it can, and returns how many when NATS has
+// answered that it has taken them, however long that takes. If the connection
+// broke meanwhile, NATS may have missed any of these, and has seen nothing of
+// the others. An error says that it broke, too, but not every break is an error.
+func (r *Relay) send(messages [][]byte) (n int, err error) {
+	for n < len(messages) && err == nil {
+		// An error means that the message, at the end of what was to be written,
+		// was not, or not completely.
+		if err = r.nc.Publish(r.subject, messages[n]); err == nil {
+			n++
+		}
+	}
+	for {
+		flushed := r.nc.FlushTimeout(answerWait)
+		if flushed == nil {
+			return n, err
+		}
+		if r.nc.IsClosed() {
+			return n, flushed
+		}
+		if errors.Is(flushed, nats.ErrTimeout) {
+			r.nc.ForceReconnect()
+		}
+	}
+}
+
+// deliver takes one message from NATS to the hub. Other software may talk on
+// the subject, so that what clients may not say is refused here again. It is
+// called by nats.go, for one message after the other.
+func (r *Relay) deliver(message *nats.Msg) {
+	if len(message.Data) > maxMessageSize {
+		r.note("refused from NATS: "+tooBig.reason, 1)
+		return
+	}
+	if !utf8.Valid(message.Data) {
+		r.note("refused from NATS: "+notUTF8.reason, 1)
+		return
+	}
+	line := clean(message.Data)
+	if !bytes.Equal(line, message.Data) {
+		r.note("cleaned a message from NATS: it was not one line of text", 1)
+	}
+	if len(line) == 0 {
+		return
+	}
+	select {
+	case r.hub.broadcast <- line:
+	case <-r.left: // and so have the clients
+	}
+}
+
+// trouble notes what nats.go finds wrong on the connection.
+func (r *Relay) trouble(_ *nats.Conn, _ *nats.Subscription, err error) {
+	if !errors.Is(err, nats.ErrSlowConsumer) { // the report counts what was lost
+		r.note(err.Error(), 1)
+	}
+}
+
+// note has the next report say that what happened n times. Any goroutine may
+// call it.
+func (r *Relay) note(what string, n int) {
+	if n > 0 {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.troubles[what] += n
+	}
+}
+
+// report logs what went wrong, each reportPeriod. It ends when clients have left.
+func (r *Relay) report() {
+	ticker := time.NewTicker(reportPeriod)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+			r.logTroubles()
+		case <-r.left:
+			return
+		}
+	}
+}
+
+// logTroubles logs what went wrong since it was last called.
+func (r *Relay) logTroubles() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if dropped, err := r.sub.Dropped(); err == nil && dropped > r.dropped {
+		log.Printf("NATS: %d × lost a message: this node did not keep up", dropped-r.dropped)
+		r.dropped = dropped
+	}
+	for what, n := range r.troubles {
+		log.Printf("NATS: %d × %s", n, what)
+	}
+	clear(r.troubles)
+}
