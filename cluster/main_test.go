@@ -1,0 +1,164 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"net/http"
+	"os"
+	"os/exec"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/gorilla/websocket"
+)
+
+// A process is the program, run as it would be from a shell.
+type process struct {
+	*exec.Cmd
+	log   *bufio.Reader
+	ended bool
+}
+
+// start runs the program with args, until the test ends.
+func start(t *testing.T, args ...string) *process {
+	t.Helper()
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &process{Cmd: exec.Command(program, args...)}
+	p.Env = append(os.Environ(), "RUN_MAIN=1")
+	stderr, err := p.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.log = bufio.NewReader(stderr)
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Process.Kill(); p.wait() })
+	return p
+}
+
+// logged reads the log up to a line that matches, and returns what its first
+// group matches.
+func (p *process) logged(t *testing.T, expression string) string {
+	t.Helper()
+	pattern := regexp.MustCompile(expression)
+	for {
+		line, err := p.log.ReadString('\n')
+		if match := pattern.FindStringSubmatch(line); match != nil {
+			return match[1]
+		}
+		if err != nil {
+			t.Fatalf("the log ends without %q: %v", expression, err)
+		}
+	}
+}
+
+// wait returns the exit status and the rest of the log when the program has ended.
+func (p *process) wait() (status int, log string) {
+	if !p.ended {
+		var rest bytes.Buffer
+		rest.ReadFrom(p.log)
+		log = rest.String()
+		p.Wait()
+		p.ended = true
+	}
+	return p.ProcessState.ExitCode(), log
+}
+
+func TestSecondNodeJoinsWithWhatTheFirstLogs(t *testing.T) {
+	first := start(t, "-addr", "127.0.0.1:0", "-subject", "chat.test")
+	command := first.logged(t, `a second node joins with: go run \. (.*)$`)
+	url := "ws" + first.logged(t, `http(://.*/)`) + "ws"
+	arguments := strings.Fields(command)
+	arguments[1] = "127.0.0.1:0" // the port that it names may be in use on this machine
+	second := start(t, arguments...)
+	alice, bob := dial(t, url), dial(t, "ws"+second.logged(t, `http(://.*/)`)+"ws")
+	alice.say(t, "hello")
+	alice.want(t, "hello")
+	bob.want(t, "hello")
+	bob.say(t, "hello yourself")
+	alice.want(t, "hello yourself")
+}
+
+func TestSIGTERMSendsClientsAwayAndEndsWithStatus0(t *testing.T) {
+	nats := natsServer(t, 0)
+	for name, url := range map[string]string{"joined": nats.ClientURL(), "embedded": ""} {
+		t.Run(name, func(t *testing.T) {
+			p := start(t, "-addr", "127.0.0.1:0", "-nats", url)
+			c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
+			c.say(t, "hello")
+			c.want(t, "hello")
+			p.Process.Signal(syscall.SIGTERM)
+			c.wantClose(t, websocket.CloseGoingAway)
+			c.Close()
+			if status, log := p.wait(); status != 0 {
+				t.Errorf("got status %d and log %q, want status 0", status, log)
+			}
+		})
+	}
+}
+
+func TestSIGTERMWhileNATSIsAwayEndsWithStatus0(t *testing.T) {
+	nats := natsServer(t, 0)
+	p := start(t, "-addr", "127.0.0.1:0", "-nats", nats.ClientURL())
+	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
+	stopNATS(t, nats)
+	p.logged(t, `NATS is away(:)`)
+	c.say(t, "nobody hears this")
+	p.Process.Signal(syscall.SIGTERM)
+	c.wantClose(t, websocket.CloseGoingAway)
+	c.Close()
+	if status, log := p.wait(); status != 0 {
+		t.Errorf("got status %d and log %q, want status 0", status, log)
+	}
+}
+
+func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
+	nats := natsServer(t, 0)
+	busy := natsServer(t, 0).Addr().String()
+	gone := natsServer(t, 0)
+	stopNATS(t, gone)
+	tests := []struct {
+		name string
+		args []string
+		want string
+	}{
+		{"nobody at the NATS URL", []string{"-nats", strings.Replace(gone.ClientURL(), "//", "//user:secret@", 1)}, "cannot join NATS at " + gone.ClientURL()},
+		{"nobody at any of the NATS URLs", []string{"-nats", gone.ClientURL() + "," + gone.ClientURL()}, "no servers available"},
+		{"no URL", []string{"-nats", "nonsense:port"}, "cannot join NATS"},
+		{"no such credentials", []string{"-nats", nats.ClientURL(), "-creds", "/nonexistent"}, "/nonexistent"},
+		{"no name for a room", []string{"-nats", nats.ClientURL(), "-subject", "chat.*"}, `"chat.*"`},
+		{"port in use", []string{"-addr", busy, "-nats", nats.ClientURL()}, "address already in use"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			p := start(t, append([]string{"-addr", "127.0.0.1:0"}, test.args...)...)
+			status, log := p.wait()
+			if status != 1 || strings.Count(log, "\n") != 1 || !strings.Contains(log, test.want) {
+				t.Errorf("got status %d and log %q, want status 1 and one line with %q", status, log, test.want)
+			}
+			if strings.Contains(log, "secret") {
+				t.Errorf("log is %q, want no password in it", log)
+			}
+		})
+	}
+}
+
+func TestNodeServesThePage(t *testing.T) {
+	_, nodes := startRoom(t, 1)
+	for path, want := range map[string]int{"/": http.StatusOK, "/favicon.ico": http.StatusNotFound, "/ws": http.StatusBadRequest} {
+		response, err := http.Get(strings.TrimSuffix(strings.Replace(nodes[0].url, "ws", "http", 1), "/ws") + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		if response.StatusCode != want {
+			t.Errorf("%s: got status %d, want %d", path, response.StatusCode, want)
+		}
+	}
+}

@@ -1,0 +1,869 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/gorilla/websocket"
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+)
+
+// patience is how long a test waits for what must come: it only bounds how long
+// a failing one takes.
+const patience = time.Minute
+
+// TestMain is the program itself, for tests that need it as a process.
+func TestMain(m *testing.M) {
+	if os.Getenv("RUN_MAIN") != "" {
+		main()
+		os.Exit(0)
+	}
+	log.SetOutput(io.Discard)
+	os.Exit(m.Run())
+}
+
+// natsServer starts a NATS server that stops when the test ends.
+func natsServer(t testing.TB, port int) *server.Server {
+	t.Helper()
+	s, err := startNATS(port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stopNATS(t, s) })
+	return s
+}
+
+// stopNATS stops s, and returns how to start it again where it was.
+func stopNATS(t testing.TB, s *server.Server) (restart func()) {
+	t.Helper()
+	address, _ := s.Addr().(*net.TCPAddr)
+	s.Shutdown()
+	s.WaitForShutdown()
+	return func() { natsServer(t, address.Port) }
+}
+
+// A node is a running node of the room, and how to reach it.
+type node struct {
+	*Relay
+	url  string
+	stop func() // ends it as SIGTERM does, and returns when it has ended
+}
+
+// startNode starts a node on a loopback port, which ends with the test.
+func startNode(t testing.TB, natsURL, subject string) *node {
+	t.Helper()
+	nc, err := connect(natsURL, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	relay, err := join(newHub(), nc, subject)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- serve(ctx, listener, relay) }()
+	stop := sync.OnceFunc(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("serve returned %v, want nil", err)
+		}
+	})
+	t.Cleanup(stop)
+	return &node{relay, "ws://" + listener.Addr().String() + "/ws", stop}
+}
+
+// startRoom starts a NATS server and n nodes.
+func startRoom(t testing.TB, n int) (*server.Server, []*node) {
+	t.Helper()
+	s := natsServer(t, 0)
+	var nodes []*node
+	for range n {
+		nodes = append(nodes, startNode(t, s.ClientURL(), "chat"))
+	}
+	return s, nodes
+}
+
+// A client is a WebSocket connection, and the lines that have come but that
+// nobody has asked for yet.
+type client struct {
+	*websocket.Conn
+	lines []string
+}
+
+func (n *node) dial(t testing.TB) *client {
+	t.Helper()
+	return dial(t, n.url)
+}
+
+func dial(t testing.TB, url string) *client {
+	t.Helper()
+	conn, _, err := websocket.DefaultDialer.Dial(url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	conn.SetReadDeadline(time.Now().Add(patience))
+	return &client{Conn: conn}
+}
+
+func (c *client) say(t testing.TB, message string) {
+	t.Helper()
+	if err := c.WriteMessage(websocket.TextMessage, []byte(message)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// hear returns the next line of chat.
+func (c *client) hear() (string, error) {
+	for len(c.lines) == 0 {
+		_, message, err := c.ReadMessage()
+		if err != nil {
+			return "", err
+		}
+		c.lines = strings.Split(string(message), "\n")
+	}
+	line := c.lines[0]
+	c.lines = c.lines[1:]
+	return line, nil
+}
+
+// want hears as many lines as are wanted, and checks them.
+func (c *client) want(t testing.TB, want ...string) {
+	t.Helper()
+	for n, line := range want {
+		if got, err := c.hear(); got != line || err != nil {
+			t.Fatalf("line %d of %d is %q (%v), want %q", n+1, len(want), got, err, line)
+		}
+	}
+}
+
+// hearUntil returns all lines up to the line end, which is not among them.
+func (c *client) hearUntil(t testing.TB, end string) (lines []string) {
+	t.Helper()
+	for {
+		line, err := c.hear()
+		if err != nil {
+			t.Errorf("after %d lines got %v, want %q", len(lines), err, end)
+			return lines
+		}
+		if line == end {
+			return lines
+		}
+		lines = append(lines, line)
+	}
+}
+
+// wantClose hears lines until the connection ends, which must be with this code.
+func (c *client) wantClose(t testing.TB, code int) (lines []string) {
+	t.Helper()
+	for {
+		line, err := c.hear()
+		if err == nil {
+			lines = append(lines, line)
+			continue
+		}
+		if !websocket.IsCloseError(err, code) {
+			t.Errorf("connection ended with %v, want close %d", err, code)
+		}
+		return lines
+	}
+}
+
+// numbered returns n messages that say who and count from 0.
+func numbered(who string, n int) (lines []string) {
+	for i := range n {
+		lines = append(lines, fmt.Sprintf("%s %d", who, i))
+	}
+	return lines
+}
+
+// from returns what who said, of lines from numbered.
+func from(who string, lines []string) (theirs []string) {
+	for _, line := range lines {
+		if strings.HasPrefix(line, who+" ") {
+			theirs = append(theirs, line)
+		}
+	}
+	return theirs
+}
+
+// eventually waits until done.
+func eventually(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !done(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %v: %s", patience, what)
+		}
+	}
+}
+
+// A logBook is what the program has logged.
+type logBook struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *logBook) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logBook) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+// wait waits until text has been logged n times.
+func (l *logBook) wait(t testing.TB, text string, n int) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%d × %q in the log", n, text), func() bool {
+		return strings.Count(l.String(), text) >= n
+	})
+}
+
+// captureLog collects what is logged until the test ends.
+func captureLog(t testing.TB) *logBook {
+	t.Helper()
+	book := new(logBook)
+	log.SetOutput(book)
+	t.Cleanup(func() { log.SetOutput(io.Discard) })
+	return book
+}
+
+func TestCopiesAreTheRootsToTheByte(t *testing.T) {
+	for _, name := range []string{"hub.go", "client.go", "home.html"} {
+		original, err := os.ReadFile("../" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if mine, err := os.ReadFile(name); err != nil || string(mine) != string(original) {
+			t.Errorf("%s is not what ../%[1]s is (%v): run go generate", name, err)
+		}
+	}
+}
+
+func TestEverybodyOnEveryNodeHearsWhatAnybodySaysOnce(t *testing.T) {
+	_, nodes := startRoom(t, 3)
+	var clients []*client
+	for range 2 {
+		for _, node := range nodes {
+			clients = append(clients, node.dial(t))
+		}
+	}
+	for n, speaker := range clients {
+		line := fmt.Sprint("from client ", n)
+		speaker.say(t, line)
+		for _, listener := range clients {
+			listener.want(t, line)
+		}
+	}
+}
+
+func TestClientHearsWhatIsSaidElsewhereOnceItIsConnected(t *testing.T) {
+	_, nodes := startRoom(t, 2)
+	for n := range 50 {
+		listener := nodes[0].dial(t)
+		line := fmt.Sprint("welcome ", n)
+		nodes[1].front.broadcast <- []byte(line)
+		listener.want(t, line)
+	}
+}
+
+func TestRoomsOfOtherNamesAreOtherRooms(t *testing.T) {
+	s := natsServer(t, 0)
+	here, there := startNode(t, s.ClientURL(), "chat"), startNode(t, s.ClientURL(), "chat.other")
+	alice, bob := here.dial(t), there.dial(t)
+	alice.say(t, "here")
+	alice.want(t, "here")
+	bob.say(t, "there")
+	bob.want(t, "there")
+	alice.say(t, "still here")
+	alice.want(t, "still here")
+}
+
+func TestOneOrderOnANodeAndEachSendersOrderEverywhere(t *testing.T) {
+	const each = 100
+	_, nodes := startRoom(t, 3)
+	var clients []*client
+	for range 2 {
+		for _, node := range nodes {
+			clients = append(clients, node.dial(t))
+		}
+	}
+	seen := make([][]string, len(clients))
+	var group sync.WaitGroup
+	for i, c := range clients {
+		group.Go(func() {
+			for _, line := range numbered(fmt.Sprint(i), each) {
+				c.WriteMessage(websocket.TextMessage, []byte(line))
+			}
+		})
+		group.Go(func() {
+			for range len(clients) * each {
+				line, err := c.hear()
+				if err != nil {
+					t.Errorf("client %d heard %d lines and then %v", i, len(seen[i]), err)
+					return
+				}
+				seen[i] = append(seen[i], line)
+			}
+		})
+	}
+	group.Wait()
+	for i := range clients {
+		if neighbour := i % len(nodes); !slices.Equal(seen[i], seen[neighbour]) {
+			t.Errorf("client %d heard %q, client %d of the same node heard %q", i, seen[i], neighbour, seen[neighbour])
+		}
+		for who := range clients {
+			who := fmt.Sprint(who)
+			if got, want := from(who, seen[i]), numbered(who, each); !slices.Equal(got, want) {
+				t.Errorf("client %d heard of client %s %q, want %q", i, who, got, want)
+			}
+		}
+	}
+}
+
+func TestWhatIsSaidWhileNATSIsAwayIsDeliveredOnReturn(t *testing.T) {
+	const each = 100
+	book := captureLog(t)
+	s, nodes := startRoom(t, 3)
+	var clients []*client
+	for _, node := range nodes {
+		clients = append(clients, node.dial(t))
+	}
+	restart := stopNATS(t, s)
+	book.wait(t, "NATS is away", len(nodes))
+	for i, c := range clients {
+		for _, line := range numbered(fmt.Sprint(i), each) {
+			c.say(t, line)
+		}
+	}
+	restart()
+	var group sync.WaitGroup
+	for i, c := range clients {
+		group.Go(func() {
+			var heard []string
+			for range len(clients) * each {
+				line, err := c.hear()
+				if err != nil {
+					t.Errorf("client %d heard %d lines and then %v", i, len(heard), err)
+					return
+				}
+				heard = append(heard, line)
+			}
+			for who := range clients {
+				who := fmt.Sprint(who)
+				if got, want := from(who, heard), numbered(who, each); !slices.Equal(got, want) {
+					t.Errorf("client %d heard of client %s %q, want %q", i, who, got, want)
+				}
+			}
+		})
+	}
+	group.Wait()
+	book.wait(t, "NATS is back", len(nodes))
+	if got := book.String(); strings.Contains(got, "lost a message") {
+		t.Errorf("log is %q, want nothing lost", got)
+	}
+	clients[0].say(t, "as before")
+	clients[1].want(t, "as before")
+}
+
+func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
+	const total = 3 * outboxSize
+	book := captureLog(t)
+	s, nodes := startRoom(t, 2)
+	near, far := nodes[0].dial(t), nodes[1].dial(t)
+	restart := stopNATS(t, s)
+	book.wait(t, "NATS is away", len(nodes))
+
+	// What clients say goes to the front, one message after the other.
+	var taken atomic.Int64
+	want := numbered("flood", total)
+	go func() {
+		for _, line := range want {
+			nodes[0].front.broadcast <- []byte(line)
+			taken.Add(1)
+		}
+	}()
+	waitUntilSlowed(t, &taken)
+	if got, most := taken.Load(), int64(2*outboxSize); got > most {
+		t.Errorf("%d messages wait, want at most %d", got, most)
+	}
+
+	// This one has to wait behind them, and is not cut.
+	near.say(t, "patient")
+	restart()
+	for _, c := range []*client{near, far} {
+		var heard []string
+		for range total + 1 {
+			line, err := c.hear()
+			if err != nil {
+				t.Fatalf("heard %d lines and then %v", len(heard), err)
+			}
+			heard = append(heard, line)
+		}
+		if got := from("flood", heard); !slices.Equal(got, want) {
+			t.Errorf("heard %d of %d messages in their order", len(got), total)
+		}
+		if !slices.Contains(heard, "patient") {
+			t.Error("did not hear the one that had to wait")
+		}
+	}
+	if got := book.String(); strings.Contains(got, "lost a message") {
+		t.Errorf("log is %q, want nothing lost", got)
+	}
+}
+
+func TestMessagesOnTheirWayWhenTheConnectionBreaksAreCountedAndNotRepeated(t *testing.T) {
+	book := captureLog(t)
+	s := natsServer(t, 0)
+	wire := newWire(t, s.Addr().String())
+	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
+	far := startNode(t, s.ClientURL(), "chat")
+	listener := far.dial(t)
+
+	// One that NATS never gets, and one that it gets without its answer getting back.
+	wire.cut(toNATS)
+	near.front.broadcast <- []byte("never arrives")
+	wire.wait(t, toNATS, "never arrives")
+	wire.mend()
+	book.wait(t, "1 × may have lost a message", 1)
+	wire.cut(fromNATS)
+	near.front.broadcast <- []byte("arrives")
+	listener.want(t, "arrives")
+	wire.mend()
+	book.wait(t, "1 × may have lost a message", 2)
+
+	near.front.broadcast <- []byte("end")
+	listener.want(t, "end")
+}
+
+// A wire leads to NATS. It can be cut without either end being told, in one
+// direction.
+type wire struct {
+	net.Listener
+	mu      sync.Mutex
+	conns   []net.Conn
+	lost    [2]strings.Builder // by direction
+	isCut   [2]bool
+	address string
+}
+
+const (
+	toNATS = iota
+	fromNATS
+)
+
+func newWire(t testing.TB, address string) *wire {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &wire{Listener: listener, address: address}
+	t.Cleanup(func() { listener.Close(); w.mend() })
+	go func() {
+		for {
+			near, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			far, err := net.Dial("tcp", address)
+			if err != nil {
+				near.Close()
+				continue
+			}
+			w.mu.Lock()
+			w.conns = append(w.conns, near, far)
+			w.mu.Unlock()
+			go w.lead(near, far, toNATS)
+			go w.lead(far, near, fromNATS)
+		}
+	}()
+	return w
+}
+
+// lead copies from one end to the other, until one of them closes.
+func (w *wire) lead(from, to net.Conn, direction int) {
+	defer from.Close()
+	defer to.Close()
+	buffer := make([]byte, 64<<10)
+	for {
+		n, err := from.Read(buffer)
+		if err != nil {
+			return
+		}
+		w.mu.Lock()
+		cut := w.isCut[direction]
+		if cut {
+			w.lost[direction].Write(buffer[:n])
+		}
+		w.mu.Unlock()
+		if !cut {
+			to.Write(buffer[:n])
+		}
+	}
+}
+
+// cut loses what is sent in that direction from now on.
+func (w *wire) cut(direction int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.isCut[direction] = true
+}
+
+// wait waits until text has been lost in that direction.
+func (w *wire) wait(t testing.TB, direction int, text string) {
+	t.Helper()
+	eventually(t, text+" is lost", func() bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return strings.Contains(w.lost[direction].String(), text)
+	})
+}
+
+// mend breaks the connections that there are, and has new ones work.
+func (w *wire) mend() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.isCut = [2]bool{}
+	for _, conn := range w.conns {
+		conn.Close()
+	}
+	w.conns = nil
+}
+
+func TestNATSThatDoesNotAnswerIsLeft(t *testing.T) {
+	book := captureLog(t)
+	s := natsServer(t, 0)
+	wire := newWire(t, s.Addr().String())
+	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
+	listener := startNode(t, s.ClientURL(), "chat").dial(t)
+	wire.cut(toNATS)
+	near.front.broadcast <- []byte("never arrives")
+	book.wait(t, "NATS is away: "+nats.ErrTimeout.Error(), 1) // answerWait later
+	wire.mend()
+	near.front.broadcast <- []byte("arrives")
+	listener.want(t, "arrives")
+	book.wait(t, "1 × may have lost a message", 1)
+}
+
+func TestNodesOnOneNATSClusterAreOneRoomThatOutlivesAServer(t *testing.T) {
+	book := captureLog(t)
+	first := natsClusterServer(t)
+	second := natsClusterServer(t, server.RoutesFromStr("nats://"+first.ClusterAddr().String())...)
+	eventually(t, "a cluster", func() bool { return first.NumRoutes() > 0 && second.NumRoutes() > 0 })
+	both := first.ClientURL() + "," + second.ClientURL()
+	one, two := startNode(t, both, "chat"), startNode(t, second.ClientURL(), "chat")
+	alice, bob := one.dial(t), two.dial(t)
+
+	// That a node has joined reaches the other servers of a cluster a moment later.
+	eventually(t, "interest", func() bool {
+		return first.NumSubscriptions() > 1 && second.NumSubscriptions() > 1
+	})
+	alice.say(t, "hello")
+	alice.want(t, "hello")
+	bob.want(t, "hello")
+
+	stopNATS(t, first)
+	if one.nc.ConnectedUrl() != second.ClientURL() {
+		book.wait(t, "NATS is back", 1)
+	}
+	alice.say(t, "still here")
+	alice.want(t, "still here")
+	bob.want(t, "still here")
+}
+
+// natsClusterServer starts a NATS server that is one of a cluster.
+func natsClusterServer(t testing.TB, routes ...*url.URL) *server.Server {
+	t.Helper()
+	s, err := server.NewServer(&server.Options{
+		Host:    "127.0.0.1",
+		Port:    server.RANDOM_PORT,
+		Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT},
+		Routes:  routes,
+		NoLog:   true,
+		NoSigs:  true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Start()
+	t.Cleanup(func() { stopNATS(t, s) })
+	if !s.ReadyForConnections(patience) {
+		t.Fatal("the NATS server does not start")
+	}
+	return s
+}
+
+func TestShutdownTakesWhatClientsSaidToNATSFirst(t *testing.T) {
+	const total = outboxSize
+	_, nodes := startRoom(t, 2)
+	leaver, listener := nodes[0].dial(t), nodes[1].dial(t)
+	want := numbered("last words", total)
+	for _, line := range want {
+		nodes[0].front.broadcast <- []byte(line)
+	}
+	nodes[0].stop()
+	leaver.wantClose(t, websocket.CloseGoingAway)
+	listener.want(t, want...)
+}
+
+func TestShutdownWaitsForNATSToComeBack(t *testing.T) {
+	book := captureLog(t)
+	s, nodes := startRoom(t, 2)
+	leaver, listener := nodes[0].dial(t), nodes[1].dial(t)
+	restart := stopNATS(t, s)
+	book.wait(t, "NATS is away", len(nodes))
+	nodes[0].front.broadcast <- []byte("last words")
+	go nodes[0].stop()
+	leaver.wantClose(t, websocket.CloseGoingAway)
+	restart()
+	listener.want(t, "last words")
+	nodes[0].stop()
+}
+
+func TestShutdownWithoutNATSLogsHowMuchIsLost(t *testing.T) {
+	book := captureLog(t)
+	s, nodes := startRoom(t, 1)
+	leaver := nodes[0].dial(t)
+	stopNATS(t, s)
+	book.wait(t, "NATS is away", 1)
+	for range outboxSize {
+		nodes[0].front.broadcast <- []byte("nobody hears this")
+	}
+	nodes[0].stop()
+	leaver.wantClose(t, websocket.CloseGoingAway)
+	want := fmt.Sprintf("%d × lost a message: NATS was away", outboxSize)
+	if got := book.String(); !strings.Contains(got, want) {
+		t.Errorf("log is %q, want %q in it", got, want)
+	}
+}
+
+func TestShutdownLetsSendersGoThatAFullOutboxSlows(t *testing.T) {
+	book := captureLog(t)
+	s, nodes := startRoom(t, 1)
+	leaver := nodes[0].dial(t)
+	stopNATS(t, s)
+	book.wait(t, "NATS is away", 1)
+	var taken atomic.Int64
+	var group sync.WaitGroup
+	group.Go(func() {
+		for range 2*outboxSize + 1 {
+			nodes[0].front.broadcast <- []byte("nobody hears this")
+			taken.Add(1)
+		}
+	})
+	waitUntilSlowed(t, &taken)
+	leaver.say(t, "nor this")
+	nodes[0].stop()
+	leaver.wantClose(t, websocket.CloseGoingAway)
+	group.Wait()
+	if got := book.String(); strings.Contains(got, "leaving clients behind") {
+		t.Errorf("log is %q, want nobody left behind", got)
+	}
+}
+
+// waitUntilSlowed waits until the front takes no more, as its outbox is full.
+func waitUntilSlowed(t testing.TB, taken *atomic.Int64) {
+	t.Helper()
+	before := int64(-1)
+	eventually(t, "a full outbox slows senders", func() bool {
+		time.Sleep(50 * time.Millisecond)
+		now := taken.Load()
+		slowed := now >= outboxSize && now == before
+		before = now
+		return slowed
+	})
+}
+
+func TestRollingRestartLosesNothingForAClientOfTheOtherNode(t *testing.T) {
+	s, nodes := startRoom(t, 2)
+	for round := range 2 {
+		leaving, staying := nodes[round%2], nodes[(round+1)%2]
+		who := fmt.Sprint("talker", round)
+		listener := staying.dial(t)
+
+		// One talks on the node that is about to leave, until it is sent away.
+		talker := leaving.dial(t)
+		var group sync.WaitGroup
+		group.Go(func() {
+			for n := 0; talker.WriteMessage(websocket.TextMessage, fmt.Appendf(nil, "%s %d", who, n)) == nil; n++ {
+			}
+		})
+		var echoed []string
+		for range 200 {
+			line, err := talker.hear()
+			if err != nil {
+				t.Fatal(err)
+			}
+			echoed = append(echoed, line)
+		}
+		group.Go(leaving.stop)
+		echoed = append(echoed, talker.wantClose(t, websocket.CloseGoingAway)...)
+		group.Wait()
+		nodes[round%2] = startNode(t, s.ClientURL(), "chat")
+		again := nodes[round%2].dial(t)
+		again.say(t, "back")
+		again.want(t, "back")
+
+		heard := from(who, listener.hearUntil(t, "back"))
+		if want := numbered(who, len(heard)); !slices.Equal(heard, want) {
+			t.Errorf("heard %q, want no gap", heard)
+		}
+		if len(heard) < len(echoed) {
+			t.Errorf("the other node heard %d messages, the one that left %d", len(heard), len(echoed))
+		}
+	}
+}
+
+func TestFloodOnOneNodeDropsNobodyOnAnother(t *testing.T) {
+	const total = 30_000
+	book := captureLog(t)
+	_, nodes := startRoom(t, 2)
+	want := numbered("flood", total)
+	var group sync.WaitGroup
+	group.Go(func() {
+		for _, line := range want {
+			nodes[0].front.broadcast <- []byte(line)
+		}
+	})
+	for _, node := range nodes {
+		for range 5 {
+			c := node.dial(t)
+			group.Go(func() {
+				heard := 0
+				for last := ""; last != want[total-1]; heard++ {
+					var err error
+					if last, err = c.hear(); err != nil {
+						t.Errorf("after %d lines got %v", heard, err)
+						return
+					}
+				}
+			})
+		}
+	}
+	group.Wait()
+	if got := book.String(); strings.Contains(got, "lost a message") {
+		t.Errorf("log is %q, want nothing lost", got)
+	}
+}
+
+func TestWhatANodeIsTooSlowForIsCountedInTheLog(t *testing.T) {
+	const total, kept = 1000, 10
+	book := captureLog(t)
+	s := natsServer(t, 0)
+	nc, err := connect(s.ClientURL(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	relay, err := join(newHub(), nc, "chat") // nobody runs the hub
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer relay.leave()
+	relay.sub.SetPendingLimits(kept, -1)
+	for n := range total {
+		nc.Publish("chat", fmt.Append(nil, n))
+	}
+	nc.Flush()
+	book.wait(t, fmt.Sprintf("NATS: %d × lost a message: this node did not keep up", total-kept), 1)
+
+	// Once more: what was logged is not counted again.
+	nc.Publish("chat", []byte("too many"))
+	nc.Flush()
+	book.wait(t, "NATS: 1 × lost a message: this node did not keep up", 1)
+	if got := strings.Count(book.String(), "\n"); got != 2 {
+		t.Errorf("log is %q, want two lines", book)
+	}
+}
+
+func TestMessageFromOtherSoftwareIsCleanedOrRefused(t *testing.T) {
+	tests := []struct{ name, sent, want, logged string }{
+		{"several lines", "one\ntwo\r\nthree", "one two  three", "cleaned a message from NATS"},
+		{"escape sequences", "\x1b[2J\x07bell\x00", "[2J bell", "cleaned a message from NATS"},
+		{"white space around", " \u2003around\t", "around", "cleaned a message from NATS"},
+		{"nothing but white space", " \r\n", "", "cleaned a message from NATS"},
+		{"binary", "\x00\xff\xfe\x80", "", "refused from NATS: " + notUTF8.reason},
+		{"a surrogate", "\xed\xa0\x80", "", "refused from NATS: " + notUTF8.reason},
+		{"one byte too long", strings.Repeat("x", maxMessageSize+1), "", "refused from NATS: " + tooBig.reason},
+		{"200 kB", strings.Repeat("x", 200<<10), "", "refused from NATS: " + tooBig.reason},
+	}
+	s, nodes := startRoom(t, 1)
+	listener := nodes[0].dial(t)
+	nc, err := nats.Connect(s.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			book := captureLog(t)
+			nc.Publish("chat", []byte(test.sent))
+			nc.Publish("chat", []byte("end"))
+			if test.want != "" {
+				listener.want(t, test.want)
+			}
+			listener.want(t, "end")
+			nodes[0].logTroubles()
+			if got := book.String(); !strings.Contains(got, "NATS: 1 × "+test.logged) || strings.Count(got, "\n") != 1 {
+				t.Errorf("log is %q, want one line with %q", got, test.logged)
+			}
+		})
+	}
+}
+
+func TestOtherSoftwareCannotFillTheLog(t *testing.T) {
+	book := captureLog(t)
+	s, nodes := startRoom(t, 1)
+	listener := nodes[0].dial(t)
+	nc, err := nats.Connect(s.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	start := time.Now()
+	for range 1000 {
+		nc.Publish("chat", []byte("\xff"))
+	}
+	nc.Publish("chat", []byte("end"))
+	listener.want(t, "end")
+	nodes[0].stop()
+	most := 2 + int(time.Since(start)/reportPeriod)
+	if got := strings.Count(book.String(), notUTF8.reason); got == 0 || got > most {
+		t.Errorf("%d lines in the log, want 1 to %d", got, most)
+	}
+}
+
+func TestJoinReturnsWhyItCannot(t *testing.T) {
+	s := natsServer(t, 0)
+	for _, subject := range []string{"", "chat.*", "chat.>", "two words", "chat..", "a\tb"} {
+		nc, err := connect(s.ClientURL(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := join(newHub(), nc, subject); err == nil {
+			t.Errorf("joined the room %q", subject)
+		}
+		nc.Close()
+	}
+}
