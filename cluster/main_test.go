@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"net/http"
 	"os"
 	"os/exec"
@@ -28,7 +29,8 @@ func start(t *testing.T, args ...string) *process {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &process{Cmd: exec.Command(program, args...)}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	p := &process{Cmd: exec.CommandContext(ctx, program, args...)}
 	p.Env = append(os.Environ(), "RUN_MAIN=1")
 	stderr, err := p.StderrPipe()
 	if err != nil {
@@ -38,7 +40,7 @@ func start(t *testing.T, args ...string) *process {
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { p.Process.Kill(); p.wait() })
+	t.Cleanup(func() { cancel(); p.wait() })
 	return p
 }
 
@@ -72,7 +74,7 @@ func (p *process) wait() (status int, log string) {
 
 func TestSecondNodeJoinsWithWhatTheFirstLogs(t *testing.T) {
 	first := start(t, "-addr", "127.0.0.1:0", "-subject", "chat.test")
-	command := first.logged(t, `a second node joins with: go run \. (.*)$`)
+	command := first.logged(t, `a second node joins with: go run \. (.*)`)
 	url := "ws" + first.logged(t, `http(://.*/)`) + "ws"
 	arguments := strings.Fields(command)
 	arguments[1] = "127.0.0.1:0" // the port that it names may be in use on this machine

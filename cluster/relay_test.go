@@ -768,29 +768,54 @@ func TestFloodOnOneNodeDropsNobodyOnAnother(t *testing.T) {
 	}
 }
 
+func TestSendersAreSlowedWhenTheirNodeIsBehind(t *testing.T) {
+	relay := joinWithoutHub(t)
+	var taken atomic.Int64
+	var group sync.WaitGroup
+	group.Go(func() {
+		for range 2 * outboxSize {
+			relay.front.broadcast <- []byte("the hub does not take this")
+			taken.Add(1)
+		}
+	})
+	waitUntilSlowed(t, &taken)
+	if pending, _, err := relay.sub.Pending(); err != nil || pending > 4*inboxCrowded {
+		t.Errorf("%d messages (%v) wait for the hub, want about %d", pending, err, inboxCrowded)
+	}
+	close(relay.hub.stop) // so that the outbox takes the rest
+	group.Wait()
+}
+
+// joinWithoutHub returns a relay whose hub does not run, so that it takes
+// nothing, until the test ends.
+func joinWithoutHub(t *testing.T) *Relay {
+	t.Helper()
+	nc, err := connect(natsServer(t, 0).ClientURL(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	relay, err := join(newHub(), nc, "chat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(relay.leave)
+	return relay
+}
+
 func TestWhatANodeIsTooSlowForIsCountedInTheLog(t *testing.T) {
 	const total, kept = 1000, 10
 	book := captureLog(t)
-	s := natsServer(t, 0)
-	nc, err := connect(s.ClientURL(), "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	relay, err := join(newHub(), nc, "chat") // nobody runs the hub
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer relay.leave()
+	relay := joinWithoutHub(t)
 	relay.sub.SetPendingLimits(kept, -1)
 	for n := range total {
-		nc.Publish("chat", fmt.Append(nil, n))
+		relay.nc.Publish("chat", fmt.Append(nil, n))
 	}
-	nc.Flush()
+	relay.nc.Flush()
 	book.wait(t, fmt.Sprintf("NATS: %d × lost a message: this node did not keep up", total-kept), 1)
 
 	// Once more: what was logged is not counted again.
-	nc.Publish("chat", []byte("too many"))
-	nc.Flush()
+	relay.nc.Publish("chat", []byte("too many"))
+	relay.nc.Flush()
 	book.wait(t, "NATS: 1 × lost a message: this node did not keep up", 1)
 	if got := strings.Count(book.String(), "\n"); got != 2 {
 		t.Errorf("log is %q, want two lines", book)
