@@ -623,8 +623,10 @@ func TestShutdownTakesWhatClientsSaidToNATSFirst(t *testing.T) {
 	for _, line := range want {
 		nodes[0].front.broadcast <- []byte(line)
 	}
+	var group sync.WaitGroup
+	group.Go(func() { leaver.wantClose(t, websocket.CloseGoingAway) }) // at once, with publish still at it
 	nodes[0].stop()
-	leaver.wantClose(t, websocket.CloseGoingAway)
+	group.Wait()
 	listener.want(t, want...)
 }
 
