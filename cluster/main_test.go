@@ -4,15 +4,19 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/pem"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
 	"testing"
 
 	"github.com/gorilla/websocket"
+	"github.com/nats-io/nats-server/v2/server"
 )
 
 // A process is the program, run as it would be from a shell.
@@ -85,6 +89,27 @@ func TestSecondNodeJoinsWithWhatTheFirstLogs(t *testing.T) {
 	bob.want(t, "hello")
 	bob.say(t, "hello yourself")
 	alice.want(t, "hello yourself")
+}
+
+func TestNodesJoinOverTLS(t *testing.T) {
+	authority := httptest.NewTLSServer(nil) // for its certificate
+	defer authority.Close()
+	nats := natsWith(t, &server.Options{TLSConfig: authority.TLS, TLSTimeout: patience.Seconds()})
+	url := strings.Replace(nats.ClientURL(), "nats:", "tls:", 1)
+	stranger := start(t, "-addr", "127.0.0.1:0", "-nats", url)
+	if status, log := stranger.wait(); status != 1 || !strings.Contains(log, "certificate") {
+		t.Errorf("got status %d and log %q, want status 1 as nobody knows the certificate", status, log)
+	}
+	file := filepath.Join(t.TempDir(), "ca.pem")
+	certificate := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: authority.Certificate().Raw})
+	if err := os.WriteFile(file, certificate, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("SSL_CERT_FILE", file)
+	p := start(t, "-addr", "127.0.0.1:0", "-nats", url)
+	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
+	c.say(t, "hello")
+	c.want(t, "hello")
 }
 
 func TestSIGTERMSendsClientsAwayAndEndsWithStatus0(t *testing.T) {

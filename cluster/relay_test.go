@@ -2,12 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log"
 	"net"
 	"net/url"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -16,8 +18,10 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
+	"github.com/nats-io/jwt/v2"
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nkeys"
 )
 
 // patience is how long a test waits for what must come: it only bounds how long
@@ -593,17 +597,13 @@ func TestNodesOnOneNATSClusterAreOneRoomThatOutlivesAServer(t *testing.T) {
 	bob.want(t, "still here")
 }
 
-// natsClusterServer starts a NATS server that is one of a cluster.
-func natsClusterServer(t testing.TB, routes ...*url.URL) *server.Server {
+// natsWith starts a NATS server on a loopback port with these options, until the
+// test ends.
+func natsWith(t testing.TB, options *server.Options) *server.Server {
 	t.Helper()
-	s, err := server.NewServer(&server.Options{
-		Host:    "127.0.0.1",
-		Port:    server.RANDOM_PORT,
-		Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT},
-		Routes:  routes,
-		NoLog:   true,
-		NoSigs:  true,
-	})
+	options.Host, options.Port = "127.0.0.1", server.RANDOM_PORT
+	options.NoLog, options.NoSigs = true, true
+	s, err := server.NewServer(options)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -613,6 +613,15 @@ func natsClusterServer(t testing.TB, routes ...*url.URL) *server.Server {
 		t.Fatal("the NATS server does not start")
 	}
 	return s
+}
+
+// natsClusterServer starts a NATS server that is one of a cluster.
+func natsClusterServer(t testing.TB, routes ...*url.URL) *server.Server {
+	t.Helper()
+	return natsWith(t, &server.Options{
+		Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT},
+		Routes:  routes,
+	})
 }
 
 func TestShutdownTakesWhatClientsSaidToNATSFirst(t *testing.T) {
@@ -879,6 +888,62 @@ func TestOtherSoftwareCannotFillTheLog(t *testing.T) {
 	if got := strings.Count(book.String(), notUTF8.reason); got == 0 || got > most {
 		t.Errorf("%d lines in the log, want 1 to %d", got, most)
 	}
+}
+
+func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
+	key := func(pair nkeys.KeyPair, err error) (nkeys.KeyPair, string) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		public, _ := pair.PublicKey()
+		return pair, public
+	}
+	operator, operatorKey := key(nkeys.CreateOperator())
+	account, accountKey := key(nkeys.CreateAccount())
+	user, userKey := key(nkeys.CreateUser())
+	accountToken, err := jwt.NewAccountClaims(accountKey).Encode(operator)
+	if err != nil {
+		t.Fatal(err)
+	}
+	claims := jwt.NewUserClaims(userKey)
+	claims.Sub.Allow.Add("chat")
+	userToken, err := claims.Encode(account)
+	if err != nil {
+		t.Fatal(err)
+	}
+	seed, _ := user.Seed()
+	credentials, err := jwt.FormatUserConfig(userToken, seed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "user.creds")
+	if err := os.WriteFile(file, credentials, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	accounts := new(server.MemAccResolver)
+	accounts.Store(accountKey, accountToken)
+	s := natsWith(t, &server.Options{TrustedKeys: []string{operatorKey}, AccountResolver: accounts})
+
+	if _, err := connect(s.ClientURL(), ""); !errors.Is(err, nats.ErrAuthorization) {
+		t.Errorf("without credentials: got %v, want %v", err, nats.ErrAuthorization)
+	}
+	nc, err := connect(s.ClientURL(), file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := join(newHub(), nc, "secrets"); !errors.Is(err, nats.ErrPermissionViolation) {
+		t.Errorf("a room that the credentials are not for: got %v, want %v", err, nats.ErrPermissionViolation)
+	}
+	nc.Close()
+	nc, err = connect(s.ClientURL(), file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	relay, err := join(newHub(), nc, "chat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	relay.leave()
 }
 
 func TestJoinReturnsWhyItCannot(t *testing.T) {
