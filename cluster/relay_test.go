@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -391,6 +392,22 @@ func TestWhatIsSaidWhileNATSIsAwayIsDeliveredOnReturn(t *testing.T) {
 	clients[1].want(t, "as before")
 }
 
+func TestNATSIsSoughtWithoutEndAlsoWhileItRefusesTheNode(t *testing.T) {
+	book := captureLog(t)
+	s, nodes := startRoom(t, 1)
+	listener := nodes[0].dial(t)
+	port := s.Addr().(*net.TCPAddr).Port
+	stopNATS(t, s)
+	refusing := natsWith(t, &server.Options{Port: port, Authorization: "a token"})
+	book.wait(t, "× "+nats.ErrAuthorization.Error(), 2) // a second apart: several attempts
+	stopNATS(t, refusing)()
+	listener.say(t, "back again")
+	listener.want(t, "back again")
+	if got := nodes[0].nc.Opts.MaxReconnect; got >= 0 {
+		t.Errorf("nats.go makes %d attempts, want no end", got)
+	}
+}
+
 func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
 	const total = 3 * outboxSize
 	book := captureLog(t)
@@ -576,32 +593,31 @@ func TestNodesOnOneNATSClusterAreOneRoomThatOutlivesAServer(t *testing.T) {
 	first := natsClusterServer(t)
 	second := natsClusterServer(t, server.RoutesFromStr("nats://"+first.ClusterAddr().String())...)
 	eventually(t, "a cluster", func() bool { return first.NumRoutes() > 0 && second.NumRoutes() > 0 })
-	both := first.ClientURL() + "," + second.ClientURL()
-	one, two := startNode(t, both, "chat"), startNode(t, second.ClientURL(), "chat")
+	one, two := startNode(t, first.ClientURL(), "chat"), startNode(t, second.ClientURL(), "chat")
 	alice, bob := one.dial(t), two.dial(t)
 
-	// That a node has joined reaches the other servers of a cluster a moment later.
-	eventually(t, "interest", func() bool {
-		return first.NumSubscriptions() > 1 && second.NumSubscriptions() > 1
+	// Servers of a cluster tell each other who has joined which room, and nodes
+	// which servers there are, a moment later.
+	eventually(t, "everybody knows of everybody", func() bool {
+		return first.GlobalAccount().Interest("chat") == 2 && second.GlobalAccount().Interest("chat") == 2 &&
+			len(one.nc.Servers()) == 2
 	})
 	alice.say(t, "hello")
 	alice.want(t, "hello")
 	bob.want(t, "hello")
 
 	stopNATS(t, first)
-	if one.nc.ConnectedUrl() != second.ClientURL() {
-		book.wait(t, "NATS is back", 1)
-	}
+	book.wait(t, "NATS is back: "+second.Addr().String(), 1)
 	alice.say(t, "still here")
 	alice.want(t, "still here")
 	bob.want(t, "still here")
 }
 
-// natsWith starts a NATS server on a loopback port with these options, until the
+// natsWith starts a NATS server with these options, on a loopback port, until the
 // test ends.
 func natsWith(t testing.TB, options *server.Options) *server.Server {
 	t.Helper()
-	options.Host, options.Port = "127.0.0.1", server.RANDOM_PORT
+	options.Host, options.Port = "127.0.0.1", cmp.Or(options.Port, server.RANDOM_PORT)
 	options.NoLog, options.NoSigs = true, true
 	s, err := server.NewServer(options)
 	if err != nil {
@@ -645,11 +661,14 @@ func TestShutdownWaitsForNATSToComeBack(t *testing.T) {
 	leaver, listener := nodes[0].dial(t), nodes[1].dial(t)
 	restart := stopNATS(t, s)
 	book.wait(t, "NATS is away", len(nodes))
-	nodes[0].front.broadcast <- []byte("last words")
+	want := numbered("last words", 100)
+	for _, line := range want {
+		nodes[0].front.broadcast <- []byte(line)
+	}
 	go nodes[0].stop()
 	leaver.wantClose(t, websocket.CloseGoingAway)
 	restart()
-	listener.want(t, "last words")
+	listener.want(t, want...)
 	nodes[0].stop()
 }
 
