@@ -39,12 +39,13 @@ func BenchmarkLatency(b *testing.B) {
 }
 
 // BenchmarkDeliveries measures how many messages a second clients of two nodes
-// get, with both nodes talking. The clients are in the same process, and take
-// their part of the machine.
+// get, with both nodes talking: one message at a time, as in a quiet room, and
+// in bursts, as in a flood. The clients are in the same process, and take their
+// part of the machine.
 func BenchmarkDeliveries(b *testing.B) {
-	const burst = 64
-	for _, n := range []int{10, 100, 500} {
-		b.Run(fmt.Sprintf("nodes=2/clients=%d", 2*n), func(b *testing.B) {
+	for _, room := range []struct{ n, burst int }{{10, 1}, {100, 1}, {500, 1}, {10, 64}, {100, 64}, {500, 64}} {
+		n, burst := room.n, room.burst
+		b.Run(fmt.Sprintf("nodes=2/burst=%d/clients=%d", burst, 2*n), func(b *testing.B) {
 			_, nodes := startRoom(b, 2)
 			var missing sync.WaitGroup
 			for _, node := range nodes {

@@ -186,6 +186,7 @@ func (c *Client) leave(err error) {
 	if fault == nil { // or writePump has yet to say it
 		c.conn.Close()
 	}
+	c.hub.left <- c
 }
 
 // writePump takes what the hub says to the peer, and pings it. It does all
@@ -257,6 +258,7 @@ func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		log.Printf("%s: %v", r.RemoteAddr, err)
 		hub.unregister <- client
+		hub.left <- client
 		return
 	}
 	client.conn = conn

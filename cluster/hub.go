@@ -8,47 +8,46 @@ import "time"
 const breather = time.Millisecond
 
 // A Hub passes on to every client in the room what any of them says.
-//
-// Its methods and fields are for run's goroutine, its channels for anybody.
-// Whoever registers a client owes one last unregister for it, also after the
-// hub has closed its send: run ends when all are accounted for, and until then
-// a client can talk to the hub without asking whether it is still there.
 type Hub struct {
 	// Owned by run:
-	clients map[*Client]bool // in the room
-	leaving map[*Client]bool // send closed by the hub, yet to unregister
+	clients map[*Client]bool
 
-	// From clients to run:
+	// From clients to run. Who has registered can count on run to listen until
+	// it has sent left, its last word.
 	broadcast  chan []byte
 	register   chan *Client
 	unregister chan *Client
+	left       chan *Client
 
-	// Closed to end the hub, by whoever started it; from then on nobody registers.
+	// Closed by whoever runs the hub, to end it: nobody registers any more.
 	stop chan struct{}
 }
 
 func newHub() *Hub {
 	return &Hub{
 		clients:    make(map[*Client]bool),
-		leaving:    make(map[*Client]bool),
 		broadcast:  make(chan []byte),
 		register:   make(chan *Client),
 		unregister: make(chan *Client),
+		left:       make(chan *Client),
 		stop:       make(chan struct{}),
 	}
 }
 
-// run is the hub's one goroutine. After stop is closed it sends everybody
-// away, and it returns when the last of them has unregistered.
+// run is the hub's one goroutine. When stop is closed it sends everybody away,
+// and it returns when the last of them has left.
 func (h *Hub) run() {
+	present := 0 // who has registered and not left, in clients or no longer
 	register, stop := h.register, h.stop
-	for stop != nil || len(h.leaving) > 0 {
+	for stop != nil || present > 0 {
 		select {
 		case client := <-register:
 			h.clients[client] = true
+			present++
 		case client := <-h.unregister:
 			h.drop(client, nil)
-			delete(h.leaving, client)
+		case <-h.left:
+			present--
 		case message := <-h.broadcast:
 			h.deliver(message)
 		case <-stop:
@@ -82,7 +81,6 @@ func (h *Hub) deliver(message []byte) {
 func (h *Hub) drop(client *Client, why *goodbye) {
 	if h.clients[client] {
 		delete(h.clients, client)
-		h.leaving[client] = true
 		client.goodbye.CompareAndSwap(nil, why)
 		close(client.send)
 	}

@@ -159,14 +159,12 @@ func join(hub *Hub, nc *nats.Conn, subject string) (*Relay, error) {
 	if most := nc.MaxPayload(); most < maxMessageSize {
 		return nil, fmt.Errorf("NATS accepts messages of %d bytes, chat needs %d", most, maxMessageSize)
 	}
+	front := *hub
+	front.clients = nil
+	front.broadcast = make(chan []byte)
 	r := &Relay{
-		hub: hub,
-		front: &Hub{
-			register:   hub.register,
-			unregister: hub.unregister,
-			broadcast:  make(chan []byte),
-			stop:       hub.stop,
-		},
+		hub:      hub,
+		front:    &front,
 		nc:       nc,
 		subject:  subject,
 		batches:  make(chan [][]byte),
