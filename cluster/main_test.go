@@ -157,7 +157,7 @@ func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
 	}{
 		{"nobody at the NATS URL", []string{"-nats", strings.Replace(gone.ClientURL(), "//", "//user:secret@", 1)}, "cannot join NATS at " + gone.ClientURL()},
 		{"nobody at any of the NATS URLs", []string{"-nats", gone.ClientURL() + "," + gone.ClientURL()}, "no servers available"},
-		{"no URL", []string{"-nats", "nonsense:port"}, "cannot join NATS"},
+		{"no URL", []string{"-nats", "nats://user:secret@nonsense:port"}, "cannot join NATS at nats://nonsense:port"},
 		{"no such credentials", []string{"-nats", nats.ClientURL(), "-creds", "/nonexistent"}, "/nonexistent"},
 		{"no name for a room", []string{"-nats", nats.ClientURL(), "-subject", "chat.*"}, `"chat.*"`},
 		{"port in use", []string{"-addr", busy, "-nats", nats.ClientURL()}, "address already in use"},

@@ -74,8 +74,8 @@ type Relay struct {
 	// From collect to publish; closed by collect when it ends.
 	batches chan [][]byte
 
-	// Closed by leave, when no client will say anything any more.
-	left chan struct{}
+	// Closed by leave: the clients have left, and nobody says anything any more.
+	over chan struct{}
 
 	goroutines sync.WaitGroup // collect and publish
 
@@ -140,8 +140,9 @@ func connect(urls, creds string) (*nats.Conn, error) {
 	}
 	nc, err := nats.Connect(urls, options...)
 	if err != nil {
-		secret := regexp.MustCompile(`[^/,]*@`) // of a URL, what must not be logged
-		return nil, fmt.Errorf("cannot join NATS at %s: %w", secret.ReplaceAllString(urls, ""), err)
+		// What a URL says before @ must not be logged.
+		return nil, errors.New(regexp.MustCompile(`[^/, "]*@`).ReplaceAllString(
+			fmt.Sprintf("cannot join NATS at %s: %v", urls, err), ""))
 	}
 	return nc, nil
 }
@@ -168,7 +169,7 @@ func join(hub *Hub, nc *nats.Conn, subject string) (*Relay, error) {
 		nc:       nc,
 		subject:  subject,
 		batches:  make(chan [][]byte),
-		left:     make(chan struct{}),
+		over:     make(chan struct{}),
 		troubles: make(map[string]int),
 	}
 	nc.SetErrorHandler(r.trouble)
@@ -194,7 +195,7 @@ func join(hub *Hub, nc *nats.Conn, subject string) (*Relay, error) {
 // closes the connection. Call it once, when they have all left the hub: one
 // that has not is left behind, and what it says is lost.
 func (r *Relay) leave() {
-	close(r.left)
+	close(r.over)
 	giveUp := time.AfterFunc(drainWait, r.nc.Close)
 	r.goroutines.Wait()
 	giveUp.Stop()
@@ -208,8 +209,8 @@ func (r *Relay) leave() {
 func (r *Relay) collect() {
 	defer close(r.batches)
 	var batch [][]byte
-	size, stop, left := outboxSize, r.front.stop, r.left
-	for left != nil || len(batch) > 0 {
+	size, stop, over := outboxSize, r.front.stop, r.over
+	for over != nil || len(batch) > 0 {
 		in, out := r.front.broadcast, r.batches
 		if len(batch) >= size {
 			in = nil // a nil channel is never ready
@@ -225,8 +226,8 @@ func (r *Relay) collect() {
 		case <-stop:
 			// Each client has at most one more message to say before it can leave.
 			size, stop = math.MaxInt, nil
-		case <-left:
-			left = nil
+		case <-over:
+			over = nil
 		}
 	}
 }
@@ -311,7 +312,7 @@ func (r *Relay) deliver(message *nats.Msg) {
 	}
 	select {
 	case r.hub.broadcast <- line:
-	case <-r.left: // and so have the clients
+	case <-r.over: // nobody is left to hear it
 	}
 }
 
@@ -340,7 +341,7 @@ func (r *Relay) report() {
 		select {
 		case <-ticker.C:
 			r.logTroubles()
-		case <-r.left:
+		case <-r.over:
 			return
 		}
 	}

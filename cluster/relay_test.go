@@ -943,8 +943,8 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 	accounts.Store(accountKey, accountToken)
 	s := natsWith(t, &server.Options{TrustedKeys: []string{operatorKey}, AccountResolver: accounts})
 
-	if _, err := connect(s.ClientURL(), ""); !errors.Is(err, nats.ErrAuthorization) {
-		t.Errorf("without credentials: got %v, want %v", err, nats.ErrAuthorization)
+	if _, err := connect(s.ClientURL(), ""); err == nil || !strings.Contains(err.Error(), "Authorization") {
+		t.Errorf("without credentials: got %v, want no authorization", err)
 	}
 	nc, err := connect(s.ClientURL(), file)
 	if err != nil {
