@@ -89,11 +89,11 @@ type Client struct {
 // and otherwise with conn, which is closed at most closeWait after writePump.
 func (c *Client) readPump() {
 	c.conn.SetReadLimit(maxMessageSize)
-	c.conn.SetReadDeadline(time.Now().Add(pongWait))
 	pong := c.conn.PingHandler()
 	c.conn.SetPingHandler(func(data string) error { c.heard(); return pong(data) })
 	c.conn.SetPongHandler(func(string) error { c.heard(); return nil })
 	for {
+		c.conn.SetReadDeadline(time.Now().Add(pongWait)) // the room's time is not the peer's
 		messageType, r, err := c.conn.NextReader()
 		if err == nil && c.heard() {
 			err = c.hear(messageType, r)
