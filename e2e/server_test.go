@@ -48,6 +48,7 @@ func testMain(m *testing.M) int {
 		return 1
 	}
 	defer func() { closeBrowser() }() // whichever it is by then
+	defer reportLoads()
 	return m.Run()
 }
 

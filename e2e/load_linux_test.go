@@ -1,0 +1,404 @@
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// A load is what BenchmarkLoad puts on a server, where everybody hears
+// everything.
+type load struct {
+	name    string
+	clients int           // connections that read
+	floods  int           // how many of them send all that TCP takes
+	talkers int           // how many more of them send at a rate, or a burst
+	rate    int           // messages a second from each talker
+	burst   int           // messages at once from each talker
+	size    int           // bytes of a message
+	stuck   int           // further connections, which never read
+	during  time.Duration // how long they send
+}
+
+var loads = []load{
+	{name: "4 of 100 flood, a fifth says 20/s", clients: 100, floods: 4, talkers: 1, rate: 20, size: 64, during: 4 * time.Second},
+	{name: "1 of 100 says 300 at once", clients: 100, talkers: 1, burst: 300, size: 64},
+	{name: "12 of 100 say 100 each at once", clients: 100, talkers: 12, burst: 100, size: 64},
+	{name: "100 say 10,000/s together", clients: 100, talkers: 100, rate: 100, size: 64, during: 5 * time.Second},
+	{name: "10 of 100 say 500/s together, 20 more are stuck", clients: 100, talkers: 10, rate: 50, size: 500, stuck: 20, during: 5 * time.Second},
+	{name: "50 of 1,000 say 50/s together", clients: 1000, talkers: 50, rate: 1, size: 64, during: 8 * time.Second},
+	{name: "200 flood", clients: 200, floods: 200, size: 64, during: 4 * time.Second},
+}
+
+// idleClients is how many connections BenchmarkIdle opens.
+const idleClients = 8000
+
+// A peer is one connection of the load driver. It is a bare socket, which
+// neither a goroutine nor the runtime's poller waits for: the driver looks at
+// all of them once a tick, and so costs little beside the server.
+type peer struct {
+	fd       int
+	in       []byte // what has arrived of the next frame
+	out      []byte // what is left of the last one to send
+	received int    // messages
+	gone     bool
+}
+
+// connect shakes hands with the server at addr.
+func connect(t testing.TB, addr string) *peer {
+	t.Helper()
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "GET /ws HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", addr)
+	answer := make([]byte, 1024) // nobody talks yet: there is nothing but the header
+	n, err := conn.Read(answer)
+	if err != nil || !bytes.HasPrefix(answer, []byte("HTTP/1.1 101 ")) || !bytes.HasSuffix(answer[:n], []byte("\r\n\r\n")) {
+		t.Fatalf("handshake answered with %q, %v", answer[:n], err)
+	}
+	raw, err := conn.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := new(peer)
+	if raw.Control(func(fd uintptr) { p.fd, err = syscall.Dup(int(fd)) }); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Close(p.fd) })
+	return p
+}
+
+// message returns a frame with a message of size bytes that starts with the
+// time now, in nanoseconds.
+func message(size int, now int64) []byte {
+	frame := []byte{0x81, 0x80 | byte(size), 0, 0, 0, 0} // the mask is zero
+	if size > 125 {
+		frame = []byte{0x81, 0x80 | 126, byte(size >> 8), byte(size), 0, 0, 0, 0}
+	}
+	frame = fmt.Appendf(frame, "%019d ", now)
+	return append(frame, bytes.Repeat([]byte("x"), size-20)...)
+}
+
+// send sends frame, and reports whether it could: a socket that is full still
+// takes one.
+func (p *peer) send(frame []byte) bool {
+	if p.flush(); p.gone || len(p.out) > 0 {
+		return false
+	}
+	p.out = frame
+	p.flush()
+	return !p.gone
+}
+
+// flush writes what the socket takes of p.out.
+func (p *peer) flush() {
+	if len(p.out) == 0 {
+		return
+	}
+	n, err := syscall.Write(p.fd, p.out)
+	p.out = p.out[max(0, n):]
+	p.gone = p.gone || err != nil && err != syscall.EAGAIN
+}
+
+// receive takes what has arrived and calls hear for each message.
+func (p *peer) receive(buf []byte, hear func(message []byte)) {
+	for !p.gone {
+		n, err := syscall.Read(p.fd, buf)
+		if err == syscall.EAGAIN {
+			return
+		}
+		if n <= 0 {
+			p.gone = true
+			return
+		}
+		p.in = append(p.in, buf[:n]...)
+		p.frames(hear)
+		if n < len(buf) {
+			return
+		}
+	}
+}
+
+// frames takes the whole frames from p.in.
+func (p *peer) frames(hear func(message []byte)) {
+	rest := p.in
+	for len(rest) >= 2 {
+		header, size := 2, int(rest[1])
+		if size == 126 {
+			if header = 4; len(rest) < header {
+				break
+			}
+			size = int(rest[2])<<8 | int(rest[3])
+		}
+		if len(rest) < header+size {
+			break
+		}
+		switch payload := rest[header : header+size]; rest[0] & 0x0f {
+		case 1:
+			for line := range bytes.SplitSeq(payload, []byte("\n")) {
+				p.received++
+				hear(line)
+			}
+		case 8:
+			p.gone = true
+		}
+		rest = rest[header+size:]
+	}
+	p.in = append(p.in[:0], rest...)
+}
+
+// A result is what a load did to a server.
+type result struct {
+	load, server string
+	deliveries   int           // messages that arrived, over all clients
+	dropped      int           // clients that were cut off although they read
+	lost         int           // messages that did not arrive at them
+	elapsed      time.Duration // until the last one arrived
+	p50, p99     time.Duration // from a message's write to its arrival; a tick is a millisecond
+	cpu          time.Duration // of the server's process
+	kib          float64       // resident, for each connection
+}
+
+// results are what reportLoads prints when all benchmarks have run.
+var results []*result
+
+func BenchmarkLoad(b *testing.B) {
+	servers := contenders(b)
+	for _, load := range loads {
+		for _, which := range servers {
+			b.Run(load.name+"/"+which.name, func(b *testing.B) {
+				for b.Loop() {
+					r := load.run(b, which.start(b))
+					r.load, r.server = load.name, which.name
+					results = append(results, r)
+					b.ReportMetric(float64(r.deliveries)/r.elapsed.Seconds(), "deliveries/s")
+					b.ReportMetric(float64(r.dropped), "dropped")
+					b.ReportMetric(float64(r.lost), "lost")
+					b.ReportMetric(r.p50.Seconds()*1000, "p50-ms")
+					b.ReportMetric(r.p99.Seconds()*1000, "p99-ms")
+					b.ReportMetric(float64(r.cpu)/float64(r.deliveries), "cpu-ns/delivery")
+				}
+			})
+		}
+	}
+}
+
+// run puts the load on server.
+func (l *load) run(t testing.TB, server *contender) *result {
+	var peers []*peer
+	for range l.clients {
+		peers = append(peers, connect(t, server.addr))
+	}
+	for range l.stuck {
+		connect(t, server.addr)
+	}
+	var (
+		r         result
+		latencies []time.Duration
+		sent      = make([]int, l.talkers)
+		flood     = message(l.size, 0)
+		heard     = func() int { // the most that anybody has
+			return slices.MaxFunc(peers, func(a, b *peer) int { return a.received - b.received }).received
+		}
+		buf   = make([]byte, 1<<20)
+		cpu   = server.cpu(t)
+		start = time.Now()
+		last  = start
+		total int // messages that everybody should hear
+	)
+	for now := start; ; now = time.Now() {
+		sending := now.Sub(start) < l.during || now == start
+		if sending {
+			for _, p := range peers[:l.floods] {
+				for range 20 {
+					if !p.send(flood) {
+						break
+					}
+				}
+			}
+			for i, p := range peers[l.floods : l.floods+l.talkers] {
+				due := l.burst
+				if l.rate > 0 { // in turn, so that the load is even
+					due = int((now.Sub(start)*time.Duration(l.rate) + time.Second*time.Duration(i)/time.Duration(l.talkers)) / time.Second)
+				}
+				for sent[i] < due && p.send(message(l.size, time.Now().UnixNano())) {
+					sent[i]++
+					total++
+				}
+			}
+		}
+		complete := true
+		for i, p := range peers {
+			p.flush()
+			before := p.received
+			p.receive(buf, func(message []byte) {
+				if i%10 != 0 { // one client in ten is timed
+					return
+				}
+				if written, _ := strconv.ParseInt(string(message[:19]), 10, 64); written > 0 {
+					latencies = append(latencies, time.Since(time.Unix(0, written)))
+				}
+			})
+			if p.received > before {
+				last = time.Now()
+			}
+			complete = complete && (p.gone || p.received >= total)
+		}
+		if l.floods > 0 && sending {
+			total = heard() // of a flood, the server decides how much it takes
+		}
+		if !sending && (complete || now.Sub(last) > time.Second || now.Sub(start) > l.during+3*time.Second) {
+			break
+		}
+		time.Sleep(time.Until(now.Add(time.Millisecond)))
+	}
+	r.cpu, r.elapsed = server.cpu(t)-cpu, last.Sub(start)
+	for _, p := range peers {
+		r.deliveries += p.received
+		r.lost += max(0, total-p.received)
+		if p.gone {
+			r.dropped++
+		}
+	}
+	if slices.Sort(latencies); len(latencies) > 0 {
+		r.p50, r.p99 = latencies[len(latencies)/2], latencies[len(latencies)*99/100]
+	}
+	return &r
+}
+
+func BenchmarkIdle(b *testing.B) {
+	for _, which := range contenders(b) {
+		b.Run(which.name, func(b *testing.B) {
+			for b.Loop() {
+				r := &result{load: fmt.Sprint(idleClients, " wait"), server: which.name}
+				server := which.start(b)
+				cpu := server.cpu(b)
+				for range idleClients {
+					connect(b, server.addr)
+				}
+				r.cpu = server.cpu(b) - cpu
+
+				// Memory is measured without the garbage that a process keeps
+				// because it may, and which varies from run to run.
+				server = which.start(b, "GOGC=5")
+				kib := server.resident(b)
+				for range idleClients {
+					connect(b, server.addr)
+				}
+				r.kib = (server.resident(b) - kib) / idleClients
+				results = append(results, r)
+				b.ReportMetric(r.kib, "KiB/connection")
+				b.ReportMetric(float64(r.cpu)/idleClients, "cpu-ns/handshake")
+			}
+		})
+	}
+}
+
+// A contender is a server process under load.
+type contender struct {
+	name, path string
+	addr       string
+	pid        int
+}
+
+// contenders are upstream's example, built from the same gorilla/websocket, and
+// this server.
+func contenders(b *testing.B) []contender {
+	b.Helper()
+	upstream := filepath.Join(filepath.Dir(binary), "upstream")
+	build := exec.Command("go", "build", "-o", upstream, "github.com/gorilla/websocket/examples/chat")
+	if out, err := build.CombinedOutput(); err != nil {
+		b.Fatalf("go build: %v\n%s", err, out)
+	}
+	return []contender{{name: "upstream", path: upstream}, {name: "ours", path: binary}}
+}
+
+// start starts the server with additional environment on a free port and waits
+// until it listens. The benchmark's end kills it.
+func (c contender) start(b *testing.B, environment ...string) *contender {
+	b.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	c.addr = listener.Addr().String()
+	listener.Close()
+	cmd := exec.Command(c.path, "-addr", c.addr)
+	cmd.Env = append(os.Environ(), environment...)
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
+	c.pid = cmd.Process.Pid
+	for deadline := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		if conn, err := net.Dial("tcp", c.addr); err == nil {
+			conn.Close()
+			return &c
+		}
+		if time.Now().After(deadline) {
+			b.Fatalf("%s does not listen", c.name)
+		}
+	}
+}
+
+// cpu returns the processor time that the server has used, user and system, in
+// the kernel's ticks of 10 ms.
+func (c *contender) cpu(t testing.TB) time.Duration {
+	t.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(stat), ") ") // the name may contain spaces
+	fields := strings.Fields(after)
+	user, _ := strconv.Atoi(fields[11])
+	system, _ := strconv.Atoi(fields[12])
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
+
+// resident returns the server's resident memory in KiB.
+func (c *contender) resident(t testing.TB) float64 {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(status), "VmRSS:")
+	kib, _ := strconv.ParseFloat(strings.Fields(after)[0], 64)
+	return kib
+}
+
+// reportLoads prints one table of what the benchmarks found, if any has run.
+func reportLoads() {
+	if len(results) == 0 {
+		return
+	}
+	cpu, _ := os.ReadFile("/proc/cpuinfo")
+	_, model, _ := strings.Cut(string(cpu), "model name\t: ")
+	model, _, _ = strings.Cut(model, "\n")
+	fmt.Printf("\n%d cores of %s, %s, load driver and server together\n\n", runtime.NumCPU(), model, runtime.Version())
+	fmt.Println("| load | server | deliveries/s | dropped | lost | p50 ms | p99 ms | CPU µs/delivery |")
+	fmt.Println("| --- | --- | --: | --: | --: | --: | --: | --: |")
+	for _, r := range results {
+		if r.kib > 0 {
+			fmt.Printf("| %s | %s | %.1f KiB a connection, %.0f µs CPU a handshake ||||||\n", r.load, r.server, r.kib, float64(r.cpu.Microseconds())/idleClients)
+			continue
+		}
+		fmt.Printf("| %s | %s | %.0f | %d | %d | %.1f | %.1f | %.2f |\n", r.load, r.server,
+			float64(r.deliveries)/r.elapsed.Seconds(), r.dropped, r.lost,
+			r.p50.Seconds()*1000, r.p99.Seconds()*1000, float64(r.cpu.Microseconds())/float64(max(1, r.deliveries)))
+	}
+}
