@@ -112,7 +112,7 @@ func TestItReconnectsWhenTheServerRestarts(t *testing.T) {
 	p.until(`$("status").textContent.includes("The server is restarting")`)
 	s = startServer(t, s.addr)
 	p.until(`$("status").textContent == "Connected"`)
-	p.until(lastLine + `.includes("may have been missed")`)
+	p.until(`$("log").lastChild.className == "notice" && ` + lastLine + `.includes("may have been missed")`)
 	say(t, s.dial(t), "hello again")
 	p.until(lastLine + ` == "hello again"`)
 }
@@ -408,8 +408,8 @@ func TestMessagesAreTextAndKeepToThemselves(t *testing.T) {
 			t.Errorf("%.20q is %v high, a line of plain text %v", hostile[i], height, heights[0])
 		}
 	}
-	if got := eval[string](p, `[...$("log").children].map((line) => getComputedStyle(line).contain).filter((c) => c != "content").join()`); got != "" {
-		t.Errorf("a line contains only its %q, want all it shows", got)
+	if got := eval[string](p, `getComputedStyle($("log").children[5]).contain`); got != "content" {
+		t.Errorf("piled up accents are contained by %q, want their line", got)
 	}
 	if got := eval[int](p, `$("log").scrollWidth - $("log").clientWidth`); got != 0 {
 		t.Errorf("long words make the log %d pixels too wide", got)
@@ -479,8 +479,8 @@ func TestTheLogDropsOldLinesNotWhatIsRead(t *testing.T) {
 	p.until(atEnd)
 	p.scroll("-1000")
 	want = eval[string](p, beingRead)
-	talk(t, s, 4000)
-	p.untilShown(7000)
+	talk(t, s, 4100)
+	p.untilShown(7100)
 	wantLines(5000)
 	if got := eval[string](p, beingRead); got != want {
 		t.Errorf("as the oldest lines went, what was read moved from %s to %s", want, got)
@@ -534,7 +534,8 @@ func TestItKeepsUpWithAThousandLinesASecond(t *testing.T) {
 	const lines = 10_000
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
-	call(p, performance.Enable, performance.EnableParams{TimeDomain: "threadTicks"})
+	// Processor time: what others do on this machine is not the page's fault.
+	call(p, performance.Enable, performance.EnableParams{TimeDomain: performance.EnableTimeDomainThreadTicks})
 	metrics := func() map[string]float64 {
 		m := make(map[string]float64)
 		for _, metric := range call(p, performance.GetMetrics, cdp.Empty{}).Metrics {
@@ -705,6 +706,10 @@ func TestTheConsoleStaysQuiet(t *testing.T) {
 	do(p, chromedp.Navigate("http://"+s.addr+"/?a#b"))
 	p.until(`$("status").textContent == "Connected"`)
 	p.wantQuietConsole()
+	// A headless browser asks for no icon, others would ask the server.
+	if got := eval[string](p, `document.querySelector("link[rel=icon]").href`); !strings.HasPrefix(got, "data:") {
+		t.Errorf("the icon is at %q, want it in the page", got)
+	}
 }
 
 func TestItWorksOverTLSUnderAPath(t *testing.T) {
