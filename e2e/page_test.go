@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/chromedp/cdproto/cdp"
+	"github.com/chromedp/cdproto/css"
+	"github.com/chromedp/cdproto/dom"
 	"github.com/chromedp/cdproto/emulation"
 	"github.com/chromedp/cdproto/network"
 	"github.com/chromedp/cdproto/performance"
@@ -544,6 +546,8 @@ func TestItKeepsUpWithAThousandLinesASecond(t *testing.T) {
 		return m
 	}
 	call(p, network.Disable, cdp.Empty{}) // or Chromium tells us of each message
+	call(p, css.Disable, cdp.Empty{})     // and of each element
+	call(p, dom.Disable, cdp.Empty{})
 	before := metrics()
 	start := time.Now()
 	<-flood(t, s, lines, 1000)
