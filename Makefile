@@ -1,4 +1,4 @@
-.PHONY: help run build test race cover fuzz bench check clean
+.PHONY: help run build test race cover fuzz bench check e2e cluster clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -23,14 +23,20 @@ fuzz: ## Throw messages and bytes at the server, half a minute each
 	go test -run='^$$' -fuzz=FuzzMessage -fuzztime=30s .
 	go test -run='^$$' -fuzz=FuzzBytes -fuzztime=30s .
 
-bench: ## Measure the hub and the pumps
+bench: ## Measure the hub and the pumps, and the server beside upstream's
 	go test -run='^$$' -bench=. ./...
+	cd e2e && go test -run='^$$' -bench=. -benchtime=1x .
 
-check: ## Check the form: gofmt, go vet, go fix, staticcheck
+check: ## Check the form of all modules: gofmt, go vet, go fix, staticcheck
 	test -z "$$(gofmt -l . | tee /dev/stderr)"
-	go vet ./...
-	go fix -diff ./...
-	go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
+	for module in . e2e cluster; do (cd $$module && go vet ./... && go fix -diff ./... && \
+		go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...) || exit 1; done
+
+e2e: ## Test the page in Chromium, and the server as a process
+	cd e2e && npm ci && go test -count=1 ./...
+
+cluster: ## Copy hub, client and page to cluster, and test it
+	cd cluster && go generate && go test ./...
 
 clean: ## Remove what the other targets have made
 	rm -f chat cover.out
