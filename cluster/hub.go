@@ -12,8 +12,8 @@ type Hub struct {
 	// Owned by run:
 	clients map[*Client]bool
 
-	// From clients to run. Who has registered can count on run to listen until
-	// it has sent left, its last word.
+	// From clients to run. Once a client has registered, run listens until it has
+	// sent left, its last word: no send to the hub needs a way out.
 	broadcast  chan []byte
 	register   chan *Client
 	unregister chan *Client
@@ -37,7 +37,7 @@ func newHub() *Hub {
 // run is the hub's one goroutine. When stop is closed it sends everybody away,
 // and it returns when the last of them has left.
 func (h *Hub) run() {
-	present := 0 // who has registered and not left, in clients or no longer
+	present := 0 // those who have registered and not left, dropped ones among them
 	register, stop := h.register, h.stop
 	for stop != nil || present > 0 {
 		select {
