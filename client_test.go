@@ -158,9 +158,9 @@ func wantLines(t testing.TB, conn *websocket.Conn, want ...string) {
 	}
 }
 
-// wantClose reads from conn until it ends, which must be with this code and
-// with a reason, and returns the lines that came before.
-func wantClose(t testing.TB, conn *websocket.Conn, code int) (lines []string) {
+// wantClose reads from conn until it ends, which must be with this code. It
+// returns the lines that came before, and the reason.
+func wantClose(t testing.TB, conn *websocket.Conn, code int) (lines []string, reason string) {
 	t.Helper()
 	for {
 		_, message, err := conn.ReadMessage()
@@ -172,7 +172,7 @@ func wantClose(t testing.TB, conn *websocket.Conn, code int) (lines []string) {
 		if !errors.As(err, &closed) || closed.Code != code {
 			t.Fatalf("connection ended with %v, want close %d", err, code)
 		}
-		return lines
+		return lines, closed.Text
 	}
 }
 
@@ -275,7 +275,9 @@ func TestBadMessageEndsItsSenderAlone(t *testing.T) {
 			r := tcpRoom(t)
 			sender, other := r.dial(t), r.dial(t)
 			send(t, sender, test.messageType, test.message)
-			wantClose(t, sender, test.code)
+			if _, reason := wantClose(t, sender, test.code); reason == "" {
+				t.Errorf("close %d came without a reason", test.code)
+			}
 			r.hub.broadcast <- []byte("still here")
 			wantLines(t, other, "still here")
 		})
@@ -465,7 +467,7 @@ func TestClientThatDoesNotReadIsToldToTryAgainLater(t *testing.T) {
 			synctest.Wait()
 		}
 		r.hub.broadcast <- []byte("one too many")
-		if got := wantClose(t, stuck, websocket.CloseTryAgainLater); !slices.Equal(got, want) {
+		if got, _ := wantClose(t, stuck, websocket.CloseTryAgainLater); !slices.Equal(got, want) {
 			t.Errorf("got %q, want %q", got, want)
 		}
 		synctest.Wait()
@@ -864,7 +866,7 @@ func TestShutdownDeliversWhatIsQueuedAndThenSaysGoingAway(t *testing.T) {
 			synctest.Wait()
 		}
 		close(r.hub.stop)
-		if got := wantClose(t, conn, websocket.CloseGoingAway); !slices.Equal(got, want) {
+		if got, _ := wantClose(t, conn, websocket.CloseGoingAway); !slices.Equal(got, want) {
 			t.Errorf("got %q, want %q", got, want)
 		}
 		synctest.Wait()

@@ -32,6 +32,10 @@ const (
 	// Maximum size in bytes of a message from the peer.
 	maxMessageSize = 512
 
+	// Size in bytes that nobody means: gorilla/websocket refuses it by the frame's
+	// header, but without a reason, so that it must not be the one for the limit.
+	absurdSize = 1 << 30
+
 	// Maximum size in bytes of a WebSocket message to the peer: what common
 	// client libraries read by default.
 	maxBatchSize = 32<<10 - 1
@@ -96,7 +100,7 @@ type Client struct {
 // An idle client waits in NextReader, for which a stack of 2 KiB just suffices:
 // what else there is to do is done in methods, to keep this frame small.
 func (c *Client) readPump() {
-	c.conn.SetReadLimit(maxMessageSize)
+	c.conn.SetReadLimit(absurdSize)
 	pong := c.conn.PingHandler()
 	c.conn.SetPingHandler(func(data string) error { c.heard(); return pong(data) })
 	c.conn.SetPongHandler(func(string) error { c.heard(); return nil })
@@ -134,8 +138,8 @@ func (c *Client) heard() bool {
 // left of it. It returns the goodbye that the message deserves, or what broke
 // conn.
 func (c *Client) hear(messageType int, r io.Reader) error {
-	message := make([]byte, 0, maxMessageSize+1) // one more, for Read to find the end
-	for {
+	message := make([]byte, 0, maxMessageSize+1) // one more, to find the end or what is too big
+	for len(message) <= maxMessageSize {
 		n, err := r.Read(message[len(message):cap(message)])
 		message = message[:len(message)+n]
 		if err == io.EOF {
@@ -145,6 +149,9 @@ func (c *Client) hear(messageType int, r io.Reader) error {
 			return err
 		}
 		c.conn.SetReadDeadline(time.Now().Add(pongWait)) // each fragment is a frame
+	}
+	if len(message) > maxMessageSize {
+		return tooBig
 	}
 	if messageType != websocket.TextMessage {
 		return notText
