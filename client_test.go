@@ -544,6 +544,36 @@ func TestPeerIsPingedEachPingPeriod(t *testing.T) {
 	})
 }
 
+func TestWhoAsksForHeartbeatsGetsAnEmptyMessageWithEachPing(t *testing.T) {
+	for subprotocol, want := range map[string][]string{
+		"":          {`10s "hello"`},
+		"other":     {`10s "hello"`},
+		"heartbeat": {`10s "hello"`, `54s ""`, `1m48s ""`},
+	} {
+		t.Run(subprotocol, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := pipeRoom(t)
+				r.dialer.Subprotocols = []string{subprotocol}
+				conn := r.dial(t)
+				start := time.Now()
+				conn.SetReadDeadline(start.Add(3*pingPeriod - 1))
+				time.AfterFunc(10*time.Second, func() { r.hub.broadcast <- []byte("hello") })
+				var got []string
+				for {
+					_, message, err := conn.ReadMessage()
+					if err != nil {
+						break
+					}
+					got = append(got, fmt.Sprintf("%v %q", time.Since(start), message))
+				}
+				if !slices.Equal(got, want) {
+					t.Errorf("got %q, want %q", got, want)
+				}
+			})
+		})
+	}
+}
+
 func TestSilentPeerIsDroppedAfterPongWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		book := captureLog(t)

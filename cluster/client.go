@@ -51,6 +51,11 @@ const (
 	rateInterval = 10 * time.Millisecond
 )
 
+// The subprotocol with which a client asks for an empty text message beside each
+// ping. A browser's script cannot see pings: this is how it can tell a quiet room
+// from a dead line.
+const heartbeat = "heartbeat"
+
 var newline = []byte{'\n'}
 
 // A goodbye is the close code and reason with which the server ends a
@@ -76,6 +81,7 @@ func (g *goodbye) Error() string { return fmt.Sprintf("close %d: %s", g.code, g.
 var upgrader = websocket.Upgrader{
 	ReadBufferSize:  512,
 	WriteBufferSize: 512,
+	Subprotocols:    []string{heartbeat},
 }
 
 // A Client stands between one WebSocket connection and the hub.
@@ -234,6 +240,9 @@ func (c *Client) writePump() {
 		case <-ticker.C:
 			c.conn.SetWriteDeadline(time.Now().Add(writeWait))
 			err = c.conn.WriteMessage(websocket.PingMessage, nil)
+			if err == nil && c.conn.Subprotocol() == heartbeat {
+				err = c.conn.WriteMessage(websocket.TextMessage, nil)
+			}
 		}
 	}
 }
