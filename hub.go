@@ -45,7 +45,7 @@ func (h *Hub) run() {
 			h.clients[client] = true
 			present++
 		case client := <-h.unregister:
-			h.drop(client, nil)
+			h.drop(client, unregistered)
 		case <-h.left:
 			present--
 		case message := <-h.broadcast:

@@ -73,8 +73,8 @@ func run(ctx context.Context, addr string) error {
 // have gone, after shutdownWait at the latest.
 func serve(ctx context.Context, listener net.Listener) error {
 	hub := newHub()
-	open, closed := context.WithCancel(context.Background())
-	go func() { hub.run(); closed() }()
+	empty := make(chan struct{})
+	go func() { hub.run(); close(empty) }()
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", serveHome)
@@ -85,21 +85,18 @@ func serve(ctx context.Context, listener net.Listener) error {
 		ReadTimeout:       pageTimeout,
 		WriteTimeout:      pageTimeout,
 	}
-	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(listener) }()
-	var err error
-	select {
-	case err = <-failed:
-	case <-ctx.Done():
+	defer server.Close()
+	context.AfterFunc(ctx, func() { server.Shutdown(ctx) }) // It waits for nobody, as ctx is done.
+	err := server.Serve(listener)
+	if err == http.ErrServerClosed {
+		err = nil
 	}
 
 	log.Print("shutting down")
 	close(hub.stop)
-	grace, cancel := context.WithTimeout(open, shutdownWait)
-	defer cancel()
-	server.Shutdown(grace) // closes listener
-	<-grace.Done()
-	if open.Err() == nil {
+	select {
+	case <-empty:
+	case <-time.After(shutdownWait):
 		log.Printf("leaving clients behind that do not close within %v", shutdownWait)
 	}
 	return err
@@ -122,7 +119,7 @@ func hashSource(element string) string {
 
 // serveHome answers with the page at /, and with an error elsewhere.
 func serveHome(w http.ResponseWriter, r *http.Request) {
-	log.Printf("%s: %s %s", r.RemoteAddr, r.Method, r.URL)
+	log.Printf("%s: %s %q", r.RemoteAddr, r.Method, r.URL)
 	if r.URL.Path != "/" {
 		http.NotFound(w, r)
 		return

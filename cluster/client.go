@@ -2,10 +2,11 @@ package main
 
 import (
 	"bytes"
-	"fmt"
 	"io"
 	"log"
+	"net"
 	"net/http"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,25 +17,22 @@ import (
 )
 
 const (
-	// Time allowed to write one batch to the peer.
+	// Time allowed to write one frame to the peer.
 	writeWait = 10 * time.Second
 
-	// Time allowed between two frames from the peer, of whatever kind.
+	// Time allowed between two messages or control frames from the peer, and for
+	// a message to be complete once it has begun.
 	pongWait = 60 * time.Second
 
-	// Time between pings to the peer; below pongWait, so that a live peer
+	// Time between two pings to the peer; below pongWait, so that a live peer
 	// always has something to answer in time.
 	pingPeriod = pongWait * 9 / 10
 
-	// Time allowed, after our close frame, for the peer to read it and close.
+	// Time allowed to the peer to answer our close frame with its own.
 	closeWait = time.Second
 
 	// Maximum size in bytes of a message from the peer.
 	maxMessageSize = 512
-
-	// Size in bytes that nobody means: gorilla/websocket refuses it by the frame's
-	// header, but without a reason, so that it must not be the one for the limit.
-	absurdSize = 1 << 30
 
 	// Maximum size in bytes of a WebSocket message to the peer: what common
 	// client libraries read by default.
@@ -44,44 +42,42 @@ const (
 	// while a peer's network stalls for a moment.
 	sendQueueSize = 256
 
-	// Frames taken from a peer at once, and the time for each one after that. A
-	// burst leaves the queues of the others half empty, and the rate is more than
-	// people type or read.
+	// Messages and control frames taken from a peer at once, and the time for
+	// each one after that. A burst leaves the queues of the others half empty,
+	// and the rate is more than people type or read.
 	rateBurst    = sendQueueSize / 2
 	rateInterval = 10 * time.Millisecond
-)
 
-// The subprotocol with which a client asks for an empty text message beside each
-// ping. A browser's script cannot see pings: this is how it can tell a quiet room
-// from a dead line.
-const heartbeat = "heartbeat"
+	// The subprotocol with which a client asks for an empty text message with
+	// each ping. A browser's script cannot see pings: this is how it can tell a
+	// quiet room from a dead line.
+	heartbeat = "heartbeat"
+)
 
 var newline = []byte{'\n'}
 
-// A goodbye is the close code and reason with which the server ends a
-// connection. RFC 6455 section 7.4.
-type goodbye struct {
-	code   int
-	reason string
-}
+// A goodbye is the code and the reason with which a connection ends. RFC 6455
+// section 7.4.
+type goodbye = websocket.CloseError
 
 var (
-	shuttingDown = &goodbye{websocket.CloseGoingAway, "the server is shutting down"}
-	notText      = &goodbye{websocket.CloseUnsupportedData, "only text messages are accepted"}
-	notUTF8      = &goodbye{websocket.CloseInvalidFramePayloadData, "the message is not valid UTF-8"}
-	tooBig       = &goodbye{websocket.CloseMessageTooBig, fmt.Sprintf("the message is longer than %d bytes", maxMessageSize)}
-	unregistered = &goodbye{websocket.CloseNormalClosure, ""}
-	fellBehind   = &goodbye{websocket.CloseTryAgainLater, "you do not read as fast as the others write"}
+	shuttingDown = &goodbye{Code: websocket.CloseGoingAway, Text: "the server is shutting down"}
+	unregistered = &goodbye{Code: websocket.CloseNormalClosure, Text: "the server has ended this connection"}
+	notText      = &goodbye{Code: websocket.CloseUnsupportedData, Text: "send text messages, not binary ones"}
+	notUTF8      = &goodbye{Code: websocket.CloseInvalidFramePayloadData, Text: "send text as valid UTF-8"}
+	tooBig       = &goodbye{Code: websocket.CloseMessageTooBig, Text: "send at most " + strconv.Itoa(maxMessageSize) + " bytes in a message"}
+	tooSlow      = &goodbye{Code: websocket.ClosePolicyViolation, Text: "answer pings, and complete each message, within " + pongWait.String()}
+	fellBehind   = &goodbye{Code: websocket.CloseTryAgainLater, Text: "read as fast as the others write"}
 )
 
-func (g *goodbye) Error() string { return fmt.Sprintf("close %d: %s", g.code, g.reason) }
-
-// A message fits into the write buffer, so that a lone one is written at once
-// and without allocating, which a WriteBufferPool would have to.
+// Connections share write buffers, as only those need one that are being written
+// to. A buffer holds a whole batch, which thus is one frame.
 var upgrader = websocket.Upgrader{
-	ReadBufferSize:  512,
-	WriteBufferSize: 512,
-	Subprotocols:    []string{heartbeat},
+	HandshakeTimeout: writeWait,
+	ReadBufferSize:   maxMessageSize,
+	WriteBufferSize:  maxBatchSize,
+	WriteBufferPool:  new(sync.Pool),
+	Subprotocols:     []string{heartbeat},
 }
 
 // A Client stands between one WebSocket connection and the hub.
@@ -92,83 +88,84 @@ type Client struct {
 	// From the hub to writePump. Closed by the hub when the client is to go.
 	send chan []byte
 
-	// Why the client is to go: the word of whoever finds out first.
+	// Why the client is to go. Whoever finds a reason sets it; the first counts.
 	goodbye atomic.Pointer[goodbye]
 
-	// Owned by readPump: when the next frame is due at the allowed rate.
-	due time.Time
+	// Runs writePump, for readPump to wait for its end.
+	writing sync.WaitGroup
+
+	// Owned by readPump:
+	due       time.Time // when the next message or control frame is due
+	receiving bool      // a message has begun and is not complete
 }
 
-// readPump takes what the peer says to the hub. It does all reads on conn. It
-// ends when the peer closes conn, falls silent for pongWait or breaks a rule,
-// and otherwise with conn, which is closed at most closeWait after writePump.
+// readPump takes what the peer says to the hub. It does all reads on conn. When
+// there is a goodbye it reads on until the peer has answered it, but takes no
+// more to the hub. It ends when reading does: with the peer's close frame as a
+// rule, and closeWait after writePump's end at the latest.
 //
 // An idle client waits in NextReader, for which a stack of 2 KiB just suffices:
 // what else there is to do is done in methods, to keep this frame small.
 func (c *Client) readPump() {
-	c.conn.SetReadLimit(absurdSize)
-	pong := c.conn.PingHandler()
-	c.conn.SetPingHandler(func(data string) error { c.heard(); return pong(data) })
-	c.conn.SetPongHandler(func(string) error { c.heard(); return nil })
+	c.conn.SetPingHandler(func(data string) error {
+		c.pace()
+		// A pong may have to wait for a batch. If it fails, so will writePump.
+		c.conn.WriteControl(websocket.PongMessage, []byte(data), time.Now().Add(writeWait))
+		return nil
+	})
+	c.conn.SetPongHandler(func(string) error { c.pace(); return nil })
 	for {
-		c.conn.SetReadDeadline(time.Now().Add(pongWait)) // the room's time is not the peer's
+		// Here, as the hub may have been slow to take the last message.
+		c.conn.SetReadDeadline(time.Now().Add(pongWait))
 		messageType, r, err := c.conn.NextReader()
-		if err == nil && c.heard() {
-			err = c.hear(messageType, r)
-		}
 		if err != nil {
 			c.leave(err)
 			return
 		}
+		if c.goodbye.Load() == nil {
+			c.receive(messageType, r)
+		}
 	}
 }
 
-// heard notes that the peer lives, and keeps it to the allowed rate: it sleeps
-// until the frame just read is due, so that TCP slows the peer down. It reports
-// false when the client is to go: nothing counts then, and nothing is slowed.
-func (c *Client) heard() bool {
+// pace takes note of a message that begins, or of a control frame. It gives the
+// peer pongWait for what comes next, and sleeps until this one is due at the
+// allowed rate, so that TCP slows the peer down.
+func (c *Client) pace() {
 	if c.goodbye.Load() != nil {
-		return false
+		return // The peer's answer is behind what it still sends: let it pass.
 	}
 	now := time.Now()
-	c.conn.SetReadDeadline(now.Add(pongWait))
+	if !c.receiving { // A ping within a message does not give the message more time.
+		c.conn.SetReadDeadline(now.Add(pongWait))
+	}
 	if earliest := now.Add(-rateBurst * rateInterval); c.due.Before(earliest) {
 		c.due = earliest
 	}
 	c.due = c.due.Add(rateInterval)
 	time.Sleep(c.due.Sub(now))
-	return true
 }
 
-// hear hands the message in r to the hub as one clean line, unless nothing is
-// left of it. It returns the goodbye that the message deserves, or what broke
-// conn.
-func (c *Client) hear(messageType int, r io.Reader) error {
-	message := make([]byte, 0, maxMessageSize+1) // one more, to find the end or what is too big
-	for len(message) <= maxMessageSize {
-		n, err := r.Read(message[len(message):cap(message)])
-		message = message[:len(message)+n]
-		if err == io.EOF {
-			break
+// receive takes the message in r to the hub as one clean line, unless it is
+// blank. A message that breaks a rule dismisses the client.
+func (c *Client) receive(messageType int, r io.Reader) {
+	c.pace()
+	c.receiving = true
+	message, err := io.ReadAll(io.LimitReader(r, maxMessageSize+1))
+	c.receiving = false
+	switch {
+	case err != nil: // NextReader will return it, too.
+	case len(message) > maxMessageSize:
+		c.dismiss(tooBig)
+	case messageType != websocket.TextMessage:
+		c.dismiss(notText)
+	case !utf8.Valid(message):
+		c.dismiss(notUTF8)
+	default:
+		if line := clean(message); len(line) > 0 {
+			c.hub.broadcast <- line
 		}
-		if err != nil {
-			return err
-		}
-		c.conn.SetReadDeadline(time.Now().Add(pongWait)) // each fragment is a frame
 	}
-	if len(message) > maxMessageSize {
-		return tooBig
-	}
-	if messageType != websocket.TextMessage {
-		return notText
-	}
-	if !utf8.Valid(message) {
-		return notUTF8
-	}
-	if message = clean(message); len(message) > 0 {
-		c.hub.broadcast <- message
-	}
-	return nil
 }
 
 // clean makes one line of message: control characters, which end lines and
@@ -182,62 +179,65 @@ func clean(message []byte) []byte {
 	}, message))
 }
 
-// leave takes the client out of the hub because of err, and sees conn closed.
-func (c *Client) leave(err error) {
-	_, closed := err.(*websocket.CloseError)
-	if err == websocket.ErrReadLimit {
-		err = tooBig
-	}
-	fault, _ := err.(*goodbye)
-	c.goodbye.CompareAndSwap(nil, fault)
-	if why := c.goodbye.Load(); why != nil {
-		err = why
-	}
-	if err != shuttingDown && !websocket.IsCloseError(err, websocket.CloseNormalClosure,
-		websocket.CloseGoingAway, websocket.CloseNoStatusReceived) {
-		log.Printf("%v: %v", c.conn.RemoteAddr(), err)
-	}
+// dismiss takes the client out of the hub, which closes send, so that writePump
+// says goodbye. Only readPump may call it, once or more often.
+func (c *Client) dismiss(why *goodbye) {
+	c.goodbye.CompareAndSwap(nil, why)
 	c.hub.unregister <- c
+}
 
-	// To close conn with input unread is to reset it, and the reset can destroy
-	// the close frame: the peer may go on, unheard, until it or writePump closes.
+// leave ends the client, as reading has ended with err. It closes conn when
+// writePump has said goodbye.
+func (c *Client) leave(err error) {
+	why, closed := err.(*websocket.CloseError) // the peer's own goodbye, or 1006 if it is gone without
+	if timeout, ok := err.(net.Error); ok && timeout.Timeout() {
+		why = tooSlow
+	} else if !closed {
+		why = &goodbye{Code: websocket.CloseProtocolError, Text: err.Error()}
+	}
+	c.dismiss(why)
+	why = c.goodbye.Load()
+	if websocket.IsUnexpectedCloseError(why, websocket.CloseNormalClosure,
+		websocket.CloseGoingAway, websocket.CloseNoStatusReceived) {
+		log.Printf("%v: %q", c.conn.RemoteAddr(), why) // quoted, as the peer may have worded it
+	}
+	c.writing.Wait()
 	if !closed {
+		// The peer may still be sending. To close a TCP connection with input
+		// unread is to reset it, and the reset can destroy the close frame.
+		if half, ok := c.conn.NetConn().(interface{ CloseWrite() error }); ok {
+			half.CloseWrite()
+		}
+		c.conn.SetReadDeadline(time.Time{})
 		io.Copy(io.Discard, c.conn.NetConn())
 	}
-	if fault == nil { // or writePump has yet to tell the peer, and closes conn
-		c.conn.Close()
-	}
+	c.conn.Close()
 	c.hub.left <- c
 }
 
 // writePump takes what the hub says to the peer, and pings it. It does all
-// writes of messages on conn. It ends when the hub closes send, after what is
-// queued and the goodbye, or when a write fails; readPump then has closeWait to
-// read what the peer still has to say, before conn is closed under it.
+// writes of messages on conn. It ends when the hub has closed send, after what is
+// queued and the goodbye, or when a write fails. Then readPump has closeWait to
+// find the peer's answer and to close conn, before conn is closed under it.
 func (c *Client) writePump() {
-	ticker := time.NewTicker(pingPeriod)
 	defer func() {
-		ticker.Stop()
-		time.AfterFunc(closeWait, func() {
-			// If there was no goodbye, and readPump has found nothing wrong with
-			// conn either, then a write took too long: the peer is stuck.
-			c.goodbye.CompareAndSwap(nil, fellBehind)
-			c.conn.Close()
-		})
+		time.AfterFunc(closeWait, func() { c.conn.Close() })
 	}()
+	pings := time.Tick(pingPeriod)
 	var err error
 	for err == nil {
 		select {
 		case message, ok := <-c.send:
 			c.conn.SetWriteDeadline(time.Now().Add(writeWait))
 			if !ok {
-				c.goodbye.CompareAndSwap(nil, unregistered)
-				why := c.goodbye.Load()
-				c.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(why.code, why.reason))
+				// 1006 is no code to send. RFC 6455 section 7.4.1.
+				if why := c.goodbye.Load(); why.Code != websocket.CloseAbnormalClosure {
+					c.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(why.Code, why.Text))
+				}
 				return
 			}
-			err = c.write(message)
-		case <-ticker.C:
+			err = c.writeBatch(message)
+		case <-pings:
 			c.conn.SetWriteDeadline(time.Now().Add(writeWait))
 			err = c.conn.WriteMessage(websocket.PingMessage, nil)
 			if err == nil && c.conn.Subprotocol() == heartbeat {
@@ -245,24 +245,25 @@ func (c *Client) writePump() {
 			}
 		}
 	}
+	if timeout, ok := err.(net.Error); ok && timeout.Timeout() {
+		c.goodbye.CompareAndSwap(nil, fellBehind)
+	} // else readPump finds out what is wrong with conn
 }
 
-// batches holds the memory in which write joins messages.
-var batches = sync.Pool{New: func() any { return new([maxBatchSize]byte) }}
-
-// write sends message, and what has queued up behind it, in one frame.
-func (c *Client) write(message []byte) error {
-	if len(c.send) == 0 {
-		return c.conn.WriteMessage(websocket.TextMessage, message)
+// writeBatch sends message, and what has queued up behind it, in one frame.
+func (c *Client) writeBatch(message []byte) error {
+	w, err := c.conn.NextWriter(websocket.TextMessage)
+	if err != nil {
+		return err
 	}
-	memory := batches.Get().(*[maxBatchSize]byte)
-	defer batches.Put(memory)
-	batch := append(memory[:0], message...)
-	for len(c.send) > 0 && len(batch)+len(newline)+maxMessageSize <= maxBatchSize {
-		batch = append(batch, newline...)
-		batch = append(batch, <-c.send...)
+	w.Write(message)
+	for size := len(message); len(c.send) > 0 && size+len(newline)+maxMessageSize <= maxBatchSize; {
+		message = <-c.send
+		w.Write(newline)
+		w.Write(message)
+		size += len(newline) + len(message)
 	}
-	return c.conn.WriteMessage(websocket.TextMessage, batch)
+	return w.Close()
 }
 
 // serveWs makes the request a WebSocket connection and its peer a client of
@@ -275,17 +276,19 @@ func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
 	select {
 	case hub.register <- client:
 	case <-hub.stop:
-		http.Error(w, shuttingDown.reason, http.StatusServiceUnavailable)
+		http.Error(w, shuttingDown.Text, http.StatusServiceUnavailable)
 		return
 	}
 	conn, err := upgrader.Upgrade(w, r, nil)
 	if err != nil {
-		log.Printf("%s: %v", r.RemoteAddr, err)
+		log.Printf("%s: %q", r.RemoteAddr, err)
 		hub.unregister <- client
 		hub.left <- client
 		return
 	}
+	// The answer to a close frame is writePump's, behind what is queued.
+	conn.SetCloseHandler(func(int, string) error { return nil })
 	client.conn = conn
-	go client.writePump()
+	client.writing.Go(client.writePump)
 	go client.readPump()
 }
