@@ -347,7 +347,7 @@ func TestOffenderThatNeverAnswersIsCutOffAfterCloseWait(t *testing.T) {
 				p.wantGoodbye(offence.want)
 				start := time.Now()
 				_, err := io.Copy(io.Discard, p.NetConn())
-				for err == nil { // The server may have closed its half before.
+				for err == nil && time.Since(start) < 2*closeWait { // The server may have closed its half before.
 					time.Sleep(time.Millisecond)
 					_, err = p.NetConn().Write(encode(0x8a, ""))
 				}
@@ -418,7 +418,7 @@ func TestClientThatNeverReadsIsCutOff(t *testing.T) {
 		r.say("nobody takes this")
 		start := time.Now()
 		var err error
-		for err == nil { // It lives, but does not read.
+		for err == nil && time.Since(start) < 2*writeWait { // It lives, but does not read.
 			time.Sleep(100 * time.Millisecond)
 			_, err = p.NetConn().Write(encode(0x8a, ""))
 		}
@@ -437,8 +437,10 @@ func TestSilentPeerIsToldSoAfterPongWait(t *testing.T) {
 		r := pipeRoom(t)
 		p := r.join(t)
 		p.SetPingHandler(func(string) error { return nil })
+		p.SetCloseHandler(func(int, string) error { return nil })
 		start := time.Now()
 		p.wantGoodbyeWithin(2*pongWait, tooSlow)
+		p.write(encode(0x88, "\x03\xf0")) // It finds somebody who reads it.
 		p.wantEnd()
 		if got := time.Since(start); got != pongWait {
 			t.Errorf("it was dropped after %v, want %v", got, pongWait)
@@ -1053,6 +1055,9 @@ func TestServeReturnsAtOnceIfEverybodyLeaves(t *testing.T) {
 		cancel()
 		if err := wait(t, result, "serve"); err != nil {
 			t.Errorf("serve returned %v, want nil", err)
+		}
+		if _, err := idle.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("reading from the server gives %v, want %v", err, io.EOF)
 		}
 		if got := time.Since(start); got != 0 {
 			t.Errorf("serve returned after %v, want at once", got)
