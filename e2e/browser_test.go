@@ -104,7 +104,7 @@ func (p *tab) open(url string) {
 	p.t.Helper()
 	do(p, chromedp.Navigate(url))
 	p.until(`$("status").textContent == "Connected"`)
-	eval[bool](p, `var arrived = 0, pageAdd = add; add = (kind, text) => { arrived += kind == "message"; pageAdd(kind, text); }; true`)
+	eval[bool](p, `var arrived = 0, pageAdd = add; add = (kind, text) => { arrived += kind.startsWith("message"); return pageAdd(kind, text); }; true`)
 }
 
 // openTab opens the server's page in a new tab and waits until it is connected.

@@ -52,7 +52,8 @@ func fakeServer(t testing.TB, s *server, talk func(n int, upgrade func() *websoc
 	mux.Handle("/", httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr}))
 	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) {
 		talk(int(n.Add(1)), func() *websocket.Conn {
-			conn, err := new(websocket.Upgrader).Upgrade(w, r, nil)
+			upgrader := websocket.Upgrader{Subprotocols: []string{"heartbeat"}}
+			conn, err := upgrader.Upgrade(w, r, nil)
 			if err != nil {
 				t.Error(err)
 				return nil
@@ -161,14 +162,16 @@ func TestItTriesSoonThenLessOften(t *testing.T) {
 	var firsts []float64
 	for range 2 {
 		p := newTab(t)
-		// Timers run 20 times as fast; those that lead to a try are noted.
+		// Timers run 20 times as fast; those that lead to a try are noted, also if it
+		// begins by asking whether the server is there.
 		p.beforePage(`
-			const realTimeout = setTimeout;
-			var waits = [];
+			const realTimeout = setTimeout, realFetch = fetch;
+			var waits = [], asked = 0;
+			fetch = (...args) => { asked++; return realFetch(...args); };
 			setTimeout = (f, ms, ...args) => realTimeout(() => {
-				const before = sockets.length;
+				const before = sockets.length + asked;
 				f(...args);
-				if (sockets.length > before) waits.push(ms);
+				if (sockets.length + asked > before) waits.push(ms);
 			}, ms / 20);`)
 		url := fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
 			if n == 1 {
@@ -310,7 +313,7 @@ func TestItShowsWhatMayNotHaveArrived(t *testing.T) {
 	}
 	p.until(`$("log").textContent.includes("may have been missed")`)
 	if got, want := eval[string](p, `[...document.querySelectorAll(".notice span")].map((e) => e.textContent).filter((e) => e.includes("arrived")).join()`),
-		"This may not have arrived: lost"; got != want {
+		"This may not have arrived: second,This may not have arrived: lost"; got != want {
 		t.Errorf("the log says %q, want %q", got, want)
 	}
 }
@@ -401,7 +404,7 @@ func TestMessagesAreTextAndKeepToThemselves(t *testing.T) {
 	if got := eval[int](p, `$("log").querySelectorAll("*:not(p, time, span)").length`); got != 0 {
 		t.Errorf("the log has %d elements that messages brought", got)
 	}
-	if got := eval[[]float64](p, `[...new Set([...$("log").children].map((line) => line.firstChild.getBoundingClientRect().x))]`); len(got) != 1 {
+	if got := eval[[]float64](p, `[...new Set([...$("log").querySelectorAll("time:not(.again)")].map((time) => time.getBoundingClientRect().right))]`); len(got) != 1 {
 		t.Errorf("times stand at %v, want them in one column", got)
 	}
 	heights := eval[[]float64](p, `[...$("log").children].map((line) => line.getBoundingClientRect().height)`)
@@ -667,7 +670,7 @@ func TestItFitsScreensOfAnyWidth(t *testing.T) {
 		do(p, chromedp.EmulateViewport(size[0], size[1]))
 		p.until(fmt.Sprintf("innerWidth == %d && innerHeight == %d", size[0], size[1]))
 		if got := eval[string](p, `[document.documentElement, ...document.querySelectorAll("*")]
-			.filter((e) => e.id != "msg" && e.scrollWidth > e.clientWidth && getComputedStyle(e).display != "inline" && e.clientWidth)
+			.filter((e) => !e.matches("input, .again") && e.scrollWidth > e.clientWidth && getComputedStyle(e).display != "inline" && e.clientWidth)
 			.map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
 			t.Errorf("%v: too wide: %s", size, got)
 		}
@@ -791,6 +794,7 @@ func TestScreenshots(t *testing.T) {
 			p := newTab(t)
 			p.media("prefers-color-scheme", scheme)
 			do(p, chromedp.EmulateViewport(size[0], size[1]))
+			p.beforePage(fakeClock)
 			p.open("http://" + s.addr + "/")
 			shoot := func(state string) {
 				t.Helper()
@@ -809,17 +813,29 @@ func TestScreenshots(t *testing.T) {
 				}
 			}
 			shoot("empty")
-			conn := s.dial(t)
-			for _, text := range conversation {
-				say(t, conn, text)
+			do(p, chromedp.Focus(chromedp.ID("name")))
+			p.insert("Grete")
+			p.press(kb.Enter)
+			hold := func(lines []string) {
+				t.Helper()
+				conn := s.dial(t)
+				for _, text := range lines {
+					if mine, ok := strings.CutPrefix(text, "Grete: "); ok {
+						p.send(mine)
+					} else {
+						say(t, conn, text)
+					}
+					p.until(fmt.Sprintf(lastLine+` == %q && !$("log").querySelector(".pending")`, text))
+					eval[bool](p, "later += 25_000; true")
+				}
 			}
-			p.until(fmt.Sprintf(`$("log").childElementCount == %d`, len(conversation)))
+			hold(conversation)
 			s.stop(t)
 			p.until(`$("status").textContent.includes("restarting")`)
 			s = startServer(t, s.addr)
 			p.until(`$("status").textContent == "Connected"`)
-			p.send("And everybody is back.")
-			p.until(lastLine + ` == "And everybody is back."`)
+			eval[bool](p, "later += 20_000; true")
+			hold(afterwards)
 			p.insert("Shall we do the next one on ")
 			shoot("chat")
 
@@ -837,20 +853,33 @@ func TestScreenshots(t *testing.T) {
 			p.until(lastLine + `.startsWith("One of many lines")`)
 			p.until("!batch.hasChildNodes()")
 			p.scroll("-400")
-			conn = s.dial(t)
-			say(t, conn, "news")
+			say(t, s.dial(t), "news")
 			p.until(`!$("jump").hidden`)
 			shoot("jump")
 		}
 	}
 }
 
+// What is said in the screenshots; the reader is Grete.
 var conversation = []string{
-	"Morning! The new server is up on the test machine.",
-	"Nice. How many clients did you try?",
-	"Three hundred, thirty of them talking without pause. Nobody was dropped.",
+	"Ilse: Morning! The new server is up on the test machine.",
+	"Grete: Nice. How many clients did you try?",
+	"Ilse: Three hundred, thirty of them talking without pause. Nobody was dropped.",
 	"<b>And does it take markup?</b>",
-	"Only as text, as you can see. Long words wrap, too: " + strings.Repeat("abcdefghij", 12),
-	"שלום! And accents that pile up: e" + strings.Repeat("\u0301", 12) + ".",
-	"I'll restart it now, mind the gap.",
+	"Ilse: Only as text, as you can see. Long words wrap, too: " + strings.Repeat("abcdefghij", 6),
+	"שרה: שלום לכולם!",
+	"Grete: Ready when you are.",
+	"Ilse: I'll restart it now, mind the gap.",
 }
+
+var afterwards = []string{
+	"Tom O'Malley: Back already?",
+	"Grete: Two seconds, and I typed through it.",
+}
+
+// fakeClock begins in the morning and goes on when a test changes later.
+const fakeClock = `
+	var later = 0;
+	Date = class extends Date {
+		constructor(...args) { super(...args.length ? args : [Date.UTC(2026, 10, 23, 9, 40) + later]); }
+	};`
