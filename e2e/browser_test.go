@@ -60,6 +60,11 @@ const spy = `
 		}
 	};`
 
+// fast runs before the page's script and makes timers run 20 times as fast.
+const fast = `
+	const realTimeout = setTimeout;
+	setTimeout = (f, ms, ...args) => realTimeout(f, ms / 20, ...args);`
+
 // A tab is a tab of the browser, with a window and a profile of its own.
 type tab struct {
 	t   testing.TB

@@ -43,6 +43,18 @@ const (
 	})()`
 )
 
+// countWaits makes timers run 20 times as fast, and notes the waits for those that
+// lead to a try, also if it begins by asking whether the server is there.
+const countWaits = `
+	const realTimeout = setTimeout, realFetch = fetch;
+	var waits = [], asked = 0;
+	fetch = (...args) => { asked++; return realFetch(...args); };
+	setTimeout = (f, ms, ...args) => realTimeout(() => {
+		const before = sockets.length + asked;
+		f(...args);
+		if (sockets.length + asked > before) waits.push(ms);
+	}, ms / 20);`
+
 // fakeServer serves the page of s, but hands its WebSockets to talk, which gets
 // to know how many there have been. It returns the page's URL.
 func fakeServer(t testing.TB, s *server, talk func(n int, upgrade func() *websocket.Conn)) string {
@@ -162,17 +174,7 @@ func TestItTriesSoonThenLessOften(t *testing.T) {
 	var firsts []float64
 	for range 2 {
 		p := newTab(t)
-		// Timers run 20 times as fast; those that lead to a try are noted, also if it
-		// begins by asking whether the server is there.
-		p.beforePage(`
-			const realTimeout = setTimeout, realFetch = fetch;
-			var waits = [], asked = 0;
-			fetch = (...args) => { asked++; return realFetch(...args); };
-			setTimeout = (f, ms, ...args) => realTimeout(() => {
-				const before = sockets.length + asked;
-				f(...args);
-				if (sockets.length + asked > before) waits.push(ms);
-			}, ms / 20);`)
+		p.beforePage(countWaits)
 		url := fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
 			if n == 1 {
 				upgrade().Close()
@@ -200,9 +202,7 @@ func TestItTriesSoonThenLessOften(t *testing.T) {
 func TestItGivesUpATryThatHangs(t *testing.T) {
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
-	p.beforePage(`
-		const realTimeout = setTimeout;
-		setTimeout = (f, ms, ...args) => realTimeout(f, ms / 20, ...args);`)
+	p.beforePage(fast)
 	end := make(chan struct{})
 	defer close(end)
 	p.open(fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
@@ -665,22 +665,34 @@ func TestItFitsScreensOfAnyWidth(t *testing.T) {
 	say(t, s.dial(t), strings.Repeat("w", 500))
 	talk(t, s, 100)
 	p.untilShown(101)
-	p.insert(strings.Repeat("w", 520))
-	for _, size := range [][2]int64{{320, 256}, {320, 568}, {360, 640}, {360, 300}, {1280, 800}, {2560, 1440}} {
-		do(p, chromedp.EmulateViewport(size[0], size[1]))
-		p.until(fmt.Sprintf("innerWidth == %d && innerHeight == %d", size[0], size[1]))
-		if got := eval[string](p, `[document.documentElement, ...document.querySelectorAll("*")]
-			.filter((e) => !e.matches("input, .again") && e.scrollWidth > e.clientWidth && getComputedStyle(e).display != "inline" && e.clientWidth)
-			.map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
-			t.Errorf("%v: too wide: %s", size, got)
+	p.fill("name", strings.Repeat("W", 32))
+	p.fill("msg", strings.Repeat("w", 520))
+	for _, status := range []string{"Connected", "The server is restarting. Reconnecting…"} {
+		if status != "Connected" {
+			s.stop(t)
 		}
-		if got := eval[string](p, `[$("status"), $("log"), ...$("form").children].filter((e) => {
-			const r = e.getBoundingClientRect();
-			return r.left < 0 || r.top < 0 || r.right > innerWidth || r.bottom > innerHeight;
-		}).map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
-			t.Errorf("%v: not on the screen: %s", size, got)
+		p.until(fmt.Sprintf(`$("status").textContent == %q`, status))
+		for _, size := range [][2]int64{{320, 256}, {320, 568}, {360, 640}, {360, 300}, {1280, 800}, {2560, 1440}} {
+			do(p, chromedp.EmulateViewport(size[0], size[1]))
+			p.until(fmt.Sprintf("innerWidth == %d && innerHeight == %d", size[0], size[1]))
+			if got := eval[string](p, `[document.documentElement, ...document.querySelectorAll("*")]
+				.filter((e) => !e.matches("input, .again") && e.scrollWidth > e.clientWidth && getComputedStyle(e).display != "inline" && e.clientWidth)
+				.map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
+				t.Errorf("%v: too wide: %s", size, got)
+			}
+			if got := eval[string](p, `[$("status"), $("name"), $("log"), ...$("form").children].filter((e) => {
+				const r = e.getBoundingClientRect();
+				return r.left < 0 || r.top < 0 || r.right > innerWidth || r.bottom > innerHeight;
+			}).map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
+				t.Errorf("%v: not on the screen: %s", size, got)
+			}
+			if got := eval[string](p, `[
+				[$("log"), "clientHeight", 80], [$("msg"), "clientWidth", 180], [$("name"), "clientWidth", 80],
+			].filter(([e, side, least]) => e[side] < least).map(([e, side]) => e.id + "'s " + side + " " + e[side]).join()`); got != "" {
+				t.Errorf("%v: too small: %s", size, got)
+			}
+			p.until(atEnd) // also when a phone's keyboard takes half of the screen
 		}
-		p.until(atEnd) // also when a phone's keyboard takes half of the screen
 	}
 }
 
