@@ -608,8 +608,11 @@ func TestAxeFindsNothing(t *testing.T) {
 			}
 		}
 		check("empty")
+		eval[bool](p, `add("message", "Ilse: hello"); add("message mine", "Grete: hello"); utter("Grete: on its way"); true`)
+		p.untilShown(2)
+		check("names, and a line under way")
 		talk(t, s, 100)
-		p.untilShown(100)
+		p.untilShown(102)
 		p.scroll("-500")
 		p.insert(strings.Repeat("x", 500))
 		say(t, s.dial(t), "new")
