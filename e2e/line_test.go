@@ -103,9 +103,10 @@ func TestADeadLineIsNoticedInAboutAMinute(t *testing.T) {
 				want = slices.Insert(want, 1, "notice: This may not have arrived: into the void")
 			}
 			p.until(`$("status").textContent != "Connected"`)
-			// The connection opened just before the line was cut.
-			if got := 20 * time.Since(start); got < 50*time.Second || got > 110*time.Second {
-				t.Errorf("noticed after %v, want some 64 s; a busy machine adds 20 s for each of its own", got)
+			// The connection opened just before the line was cut; a second that a busy
+			// machine takes is 20 to the page.
+			if got := 20 * time.Since(start); got < 50*time.Second || got > 150*time.Second {
+				t.Errorf("noticed after %v, want some 64 s", got)
 			}
 			p.until(`$("status").textContent == "Connected"`)
 			p.wantLog(want...)
@@ -319,10 +320,14 @@ func TestOfflineALineToThisMachineIsKept(t *testing.T) {
 // Browsers close the connection of a page that they keep for the way back, and
 // do not all say so.
 func TestBackOnThePageItNoticesThatTheConnectionIsGone(t *testing.T) {
-	p := openTab(t, startServer(t, "localhost:0"))
-	eval[bool](p, `
-		sockets[0].addEventListener("close", (event) => event.stopImmediatePropagation(), { capture: true });
-		sockets[0].close(); true`)
+	p := newTab(t)
+	p.beforePage(`
+		const realAdd = EventTarget.prototype.addEventListener;
+		WebSocket.prototype.addEventListener = function (type, f) {
+			if (type != "close") realAdd.call(this, type, f);
+		};`)
+	p.open("http://" + startServer(t, "localhost:0").addr + "/")
+	eval[bool](p, "sockets[0].close(); true")
 	p.until("sockets[0].readyState == WebSocket.CLOSED")
 	p.send("kept") // while it seems to be connected
 	p.wantDraft("kept")

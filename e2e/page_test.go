@@ -798,8 +798,8 @@ func TestScreenshots(t *testing.T) {
 		dir = "screenshots"
 	}
 	for scheme, sizes := range map[string][][2]int64{
-		"light": {{640, 400}, {320, 480}, {1920, 1000}},
-		"dark":  {{360, 540}, {640, 400}},
+		"light": {{640, 520}, {320, 480}, {1920, 1000}},
+		"dark":  {{360, 664}, {640, 400}},
 	} {
 		if !*screenshots {
 			sizes = sizes[:1]
@@ -822,7 +822,7 @@ func TestScreenshots(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				red, _, _, _ := decoded.At(2, int(size[1])/2).RGBA()
+				red, _, _, _ := decoded.At(int(size[0])-2, int(size[1])/2).RGBA()
 				if light := red > 0x8000; light != (scheme == "light") {
 					t.Errorf("%s: the background's red is %#x", name, red)
 				}
@@ -877,11 +877,11 @@ func TestScreenshots(t *testing.T) {
 
 // What is said in the screenshots; the reader is Grete.
 var conversation = []string{
-	"Ilse: Morning! The new server is up on the test machine.",
+	"Ilse: Morning! The new server is up.",
 	"Grete: Nice. How many clients did you try?",
-	"Ilse: Three hundred, thirty of them talking without pause. Nobody was dropped.",
-	"<b>And does it take markup?</b>",
-	"Ilse: Only as text, as you can see. Long words wrap, too: " + strings.Repeat("abcdefghij", 6),
+	"Ilse: Three hundred, and nobody was dropped.",
+	"And does it take <b>markup</b>?",
+	"Ilse: Only as text, as you can see.",
 	"שרה: שלום לכולם!",
 	"Grete: Ready when you are.",
 	"Ilse: I'll restart it now, mind the gap.",
@@ -889,7 +889,7 @@ var conversation = []string{
 
 var afterwards = []string{
 	"Tom O'Malley: Back already?",
-	"Grete: Two seconds, and I typed through it.",
+	"Grete: Two seconds, and my draft is still here.",
 }
 
 // fakeClock begins in the morning and goes on when a test changes later.
