@@ -218,9 +218,9 @@ func TestADraftSurvivesAReloadAndTheWayBack(t *testing.T) {
 	do(p, chromedp.Navigate(url+"nowhere"))
 	eval[bool](p, "history.back(); true")
 	p.until(`$("msg")?.value == "not yet" && socket?.readyState == WebSocket.OPEN`)
-	// WebKit empties the input of a page that it has kept.
-	eval[bool](p, `$("msg").value = ""; dispatchEvent(new Event("pageshow"))`)
-	p.wantDraft("not yet")
+	// WebKit empties the input of a page that it has kept, after pageshow.
+	eval[bool](p, `dispatchEvent(new Event("pageshow")); $("msg").value = ""; true`)
+	p.until(`$("msg").value == "not yet"`)
 	p.press(kb.Enter)
 	p.until(lastLine + ` == "not yet"`)
 	p.open(url)
@@ -322,8 +322,8 @@ func TestPrintShowsAllLinesAndNoForm(t *testing.T) {
 	talk(t, s, 150)
 	p.untilShown(150)
 	call(p, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Media: "print"})
-	if got := eval[int](p, `$("log").scrollHeight - $("log").clientHeight`); got != 0 {
-		t.Errorf("printed, %d pixels of the log are out of sight", got)
+	if got := eval[float64](p, `$("log").scrollHeight - document.body.getBoundingClientRect().height`); got > 0 {
+		t.Errorf("printed, %v pixels of the log are beyond the page's end", got)
 	}
 	if got := eval[string](p, `getComputedStyle($("log")).overflow`); got != "visible" {
 		t.Errorf("printed, the log's overflow is %s: browsers do not break what scrolls into pages", got)
