@@ -109,6 +109,7 @@ func (p *tab) open(url string) {
 	p.t.Helper()
 	do(p, chromedp.Navigate(url))
 	p.until(`$("status").textContent == "Connected"`)
+	p.until(focused)
 	eval[bool](p, `var arrived = 0, pageAdd = add; add = (kind, text) => { arrived += kind.startsWith("message"); return pageAdd(kind, text); }; true`)
 }
 
@@ -168,9 +169,14 @@ func (p *tab) beforePage(js string) {
 	call(p, page.AddScriptToEvaluateOnNewDocument, page.AddScriptToEvaluateOnNewDocumentParams{Source: js})
 }
 
-// insert puts text into the input, as a paste would.
+// focused is true when the browser has given the focus to the input, which comes
+// with the first frame.
+const focused = "document.activeElement != document.body"
+
+// insert puts text into the field that has the focus, as a paste would.
 func (p *tab) insert(text string) {
 	p.t.Helper()
+	p.until(focused)
 	call(p, input.InsertText, input.InsertTextParams{Text: text})
 }
 

@@ -39,8 +39,7 @@ func TestANameStandsBeforeWhatIsSaid(t *testing.T) {
 	p.send("hello") // the focus is on the input now
 	p.wantLog("message mine: Gre te: hello")
 
-	eval[bool](p, "location.reload(); true")
-	p.until(`$("status")?.textContent == "Connected" && !$("log").hasChildNodes()`)
+	p.open("http://" + s.addr + "/")
 	p.send("hello again")
 	p.wantLog("message mine: Gre te: hello again")
 	p.fill("name", "")
@@ -217,7 +216,7 @@ func TestADraftSurvivesAReloadAndTheWayBack(t *testing.T) {
 	p.wantDraft("not yet")
 	do(p, chromedp.Navigate(url+"nowhere"))
 	eval[bool](p, "history.back(); true")
-	p.until(`$("msg")?.value == "not yet" && socket?.readyState == WebSocket.OPEN`)
+	p.until(`$("msg")?.value == "not yet" && socket?.readyState == WebSocket.OPEN && ` + focused)
 	// WebKit empties the input of a page that it has kept, after pageshow.
 	eval[bool](p, `dispatchEvent(new Event("pageshow")); $("msg").value = ""; true`)
 	p.until(`$("msg").value == "not yet"`)
