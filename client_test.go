@@ -1201,6 +1201,13 @@ func TestContentSecurityPolicyAllowsThePageItsOwnScriptAndStyleAlone(t *testing.
 	}
 }
 
+func TestThePageKnowsThePingPeriod(t *testing.T) {
+	ms := pingPeriod.Milliseconds()
+	if want := fmt.Sprintf("const pingPeriod = %d_%03d;", ms/1000, ms%1000); !strings.Contains(home, want) {
+		t.Errorf("home.html does not say %q", want)
+	}
+}
+
 func TestThePageHasTheLimitOnce(t *testing.T) {
 	want := fmt.Sprintf("const maxMessageSize = %d;", maxMessageSize)
 	if !strings.Contains(home, want) {

@@ -43,6 +43,18 @@ const (
 	})()`
 )
 
+// countWaits makes timers run 20 times as fast, and notes the waits for those that
+// lead to a try, also if it begins by asking whether the server is there.
+const countWaits = `
+	const realTimeout = setTimeout, realFetch = fetch;
+	var waits = [], asked = 0;
+	fetch = (...args) => { asked++; return realFetch(...args); };
+	setTimeout = (f, ms, ...args) => realTimeout(() => {
+		const before = sockets.length + asked;
+		f(...args);
+		if (sockets.length + asked > before) waits.push(ms);
+	}, ms / 20);`
+
 // fakeServer serves the page of s, but hands its WebSockets to talk, which gets
 // to know how many there have been. It returns the page's URL.
 func fakeServer(t testing.TB, s *server, talk func(n int, upgrade func() *websocket.Conn)) string {
@@ -52,7 +64,8 @@ func fakeServer(t testing.TB, s *server, talk func(n int, upgrade func() *websoc
 	mux.Handle("/", httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr}))
 	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) {
 		talk(int(n.Add(1)), func() *websocket.Conn {
-			conn, err := new(websocket.Upgrader).Upgrade(w, r, nil)
+			upgrader := websocket.Upgrader{Subprotocols: []string{"heartbeat"}}
+			conn, err := upgrader.Upgrade(w, r, nil)
 			if err != nil {
 				t.Error(err)
 				return nil
@@ -161,15 +174,7 @@ func TestItTriesSoonThenLessOften(t *testing.T) {
 	var firsts []float64
 	for range 2 {
 		p := newTab(t)
-		// Timers run 20 times as fast; those that lead to a try are noted.
-		p.beforePage(`
-			const realTimeout = setTimeout;
-			var waits = [];
-			setTimeout = (f, ms, ...args) => realTimeout(() => {
-				const before = sockets.length;
-				f(...args);
-				if (sockets.length > before) waits.push(ms);
-			}, ms / 20);`)
+		p.beforePage(countWaits)
 		url := fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
 			if n == 1 {
 				upgrade().Close()
@@ -197,9 +202,7 @@ func TestItTriesSoonThenLessOften(t *testing.T) {
 func TestItGivesUpATryThatHangs(t *testing.T) {
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
-	p.beforePage(`
-		const realTimeout = setTimeout;
-		setTimeout = (f, ms, ...args) => realTimeout(f, ms / 20, ...args);`)
+	p.beforePage(fast)
 	end := make(chan struct{})
 	defer close(end)
 	p.open(fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
@@ -310,7 +313,7 @@ func TestItShowsWhatMayNotHaveArrived(t *testing.T) {
 	}
 	p.until(`$("log").textContent.includes("may have been missed")`)
 	if got, want := eval[string](p, `[...document.querySelectorAll(".notice span")].map((e) => e.textContent).filter((e) => e.includes("arrived")).join()`),
-		"This may not have arrived: lost"; got != want {
+		"This may not have arrived: second,This may not have arrived: lost"; got != want {
 		t.Errorf("the log says %q, want %q", got, want)
 	}
 }
@@ -401,7 +404,7 @@ func TestMessagesAreTextAndKeepToThemselves(t *testing.T) {
 	if got := eval[int](p, `$("log").querySelectorAll("*:not(p, time, span)").length`); got != 0 {
 		t.Errorf("the log has %d elements that messages brought", got)
 	}
-	if got := eval[[]float64](p, `[...new Set([...$("log").children].map((line) => line.firstChild.getBoundingClientRect().x))]`); len(got) != 1 {
+	if got := eval[[]float64](p, `[...new Set([...$("log").querySelectorAll("time:not(.again)")].map((time) => time.getBoundingClientRect().right))]`); len(got) != 1 {
 		t.Errorf("times stand at %v, want them in one column", got)
 	}
 	heights := eval[[]float64](p, `[...$("log").children].map((line) => line.getBoundingClientRect().height)`)
@@ -605,8 +608,11 @@ func TestAxeFindsNothing(t *testing.T) {
 			}
 		}
 		check("empty")
+		eval[bool](p, `add("message", "Ilse: hello"); add("message mine", "Grete: hello"); utter("Grete: on its way"); true`)
+		p.untilShown(2)
+		check("names, and a line under way")
 		talk(t, s, 100)
-		p.untilShown(100)
+		p.untilShown(102)
 		p.scroll("-500")
 		p.insert(strings.Repeat("x", 500))
 		say(t, s.dial(t), "new")
@@ -662,22 +668,34 @@ func TestItFitsScreensOfAnyWidth(t *testing.T) {
 	say(t, s.dial(t), strings.Repeat("w", 500))
 	talk(t, s, 100)
 	p.untilShown(101)
-	p.insert(strings.Repeat("w", 520))
-	for _, size := range [][2]int64{{320, 256}, {320, 568}, {360, 640}, {360, 300}, {1280, 800}, {2560, 1440}} {
-		do(p, chromedp.EmulateViewport(size[0], size[1]))
-		p.until(fmt.Sprintf("innerWidth == %d && innerHeight == %d", size[0], size[1]))
-		if got := eval[string](p, `[document.documentElement, ...document.querySelectorAll("*")]
-			.filter((e) => e.id != "msg" && e.scrollWidth > e.clientWidth && getComputedStyle(e).display != "inline" && e.clientWidth)
-			.map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
-			t.Errorf("%v: too wide: %s", size, got)
+	p.fill("name", strings.Repeat("W", 32))
+	p.fill("msg", strings.Repeat("w", 520))
+	for _, status := range []string{"Connected", "The server is restarting. Reconnecting…"} {
+		if status != "Connected" {
+			s.stop(t)
 		}
-		if got := eval[string](p, `[$("status"), $("log"), ...$("form").children].filter((e) => {
-			const r = e.getBoundingClientRect();
-			return r.left < 0 || r.top < 0 || r.right > innerWidth || r.bottom > innerHeight;
-		}).map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
-			t.Errorf("%v: not on the screen: %s", size, got)
+		p.until(fmt.Sprintf(`$("status").textContent == %q`, status))
+		for _, size := range [][2]int64{{320, 256}, {320, 568}, {360, 640}, {360, 300}, {1280, 800}, {2560, 1440}} {
+			do(p, chromedp.EmulateViewport(size[0], size[1]))
+			p.until(fmt.Sprintf("innerWidth == %d && innerHeight == %d", size[0], size[1]))
+			if got := eval[string](p, `[document.documentElement, ...document.querySelectorAll("*")]
+				.filter((e) => !e.matches("input, .again") && e.scrollWidth > e.clientWidth && getComputedStyle(e).display != "inline" && e.clientWidth)
+				.map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
+				t.Errorf("%v: too wide: %s", size, got)
+			}
+			if got := eval[string](p, `[$("status"), $("name"), $("log"), ...$("form").children].filter((e) => {
+				const r = e.getBoundingClientRect();
+				return r.left < 0 || r.top < 0 || r.right > innerWidth || r.bottom > innerHeight;
+			}).map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
+				t.Errorf("%v: not on the screen: %s", size, got)
+			}
+			if got := eval[string](p, `[
+				[$("log"), "clientHeight", 80], [$("msg"), "clientWidth", 180], [$("name"), "clientWidth", 80],
+			].filter(([e, side, least]) => e[side] < least).map(([e, side]) => e.id + "'s " + side + " " + e[side]).join()`); got != "" {
+				t.Errorf("%v: too small: %s", size, got)
+			}
+			p.until(atEnd) // also when a phone's keyboard takes half of the screen
 		}
-		p.until(atEnd) // also when a phone's keyboard takes half of the screen
 	}
 }
 
@@ -780,8 +798,8 @@ func TestScreenshots(t *testing.T) {
 		dir = "screenshots"
 	}
 	for scheme, sizes := range map[string][][2]int64{
-		"light": {{640, 400}, {320, 480}, {1920, 1000}},
-		"dark":  {{360, 540}, {640, 400}},
+		"light": {{640, 520}, {320, 480}, {1920, 1000}},
+		"dark":  {{360, 664}, {640, 400}},
 	} {
 		if !*screenshots {
 			sizes = sizes[:1]
@@ -791,6 +809,7 @@ func TestScreenshots(t *testing.T) {
 			p := newTab(t)
 			p.media("prefers-color-scheme", scheme)
 			do(p, chromedp.EmulateViewport(size[0], size[1]))
+			p.beforePage(fakeClock)
 			p.open("http://" + s.addr + "/")
 			shoot := func(state string) {
 				t.Helper()
@@ -803,23 +822,35 @@ func TestScreenshots(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				red, _, _, _ := decoded.At(2, int(size[1])/2).RGBA()
+				red, _, _, _ := decoded.At(int(size[0])-2, int(size[1])/2).RGBA()
 				if light := red > 0x8000; light != (scheme == "light") {
 					t.Errorf("%s: the background's red is %#x", name, red)
 				}
 			}
 			shoot("empty")
-			conn := s.dial(t)
-			for _, text := range conversation {
-				say(t, conn, text)
+			do(p, chromedp.Focus(chromedp.ID("name")))
+			p.insert("Grete")
+			p.press(kb.Enter)
+			hold := func(lines []string) {
+				t.Helper()
+				conn := s.dial(t)
+				for _, text := range lines {
+					if mine, ok := strings.CutPrefix(text, "Grete: "); ok {
+						p.send(mine)
+					} else {
+						say(t, conn, text)
+					}
+					p.until(fmt.Sprintf(lastLine+` == %q && !$("log").querySelector(".pending")`, text))
+					eval[bool](p, "later += 25_000; true")
+				}
 			}
-			p.until(fmt.Sprintf(`$("log").childElementCount == %d`, len(conversation)))
+			hold(conversation)
 			s.stop(t)
 			p.until(`$("status").textContent.includes("restarting")`)
 			s = startServer(t, s.addr)
 			p.until(`$("status").textContent == "Connected"`)
-			p.send("And everybody is back.")
-			p.until(lastLine + ` == "And everybody is back."`)
+			eval[bool](p, "later += 20_000; true")
+			hold(afterwards)
 			p.insert("Shall we do the next one on ")
 			shoot("chat")
 
@@ -837,20 +868,33 @@ func TestScreenshots(t *testing.T) {
 			p.until(lastLine + `.startsWith("One of many lines")`)
 			p.until("!batch.hasChildNodes()")
 			p.scroll("-400")
-			conn = s.dial(t)
-			say(t, conn, "news")
+			say(t, s.dial(t), "news")
 			p.until(`!$("jump").hidden`)
 			shoot("jump")
 		}
 	}
 }
 
+// What is said in the screenshots; the reader is Grete.
 var conversation = []string{
-	"Morning! The new server is up on the test machine.",
-	"Nice. How many clients did you try?",
-	"Three hundred, thirty of them talking without pause. Nobody was dropped.",
-	"<b>And does it take markup?</b>",
-	"Only as text, as you can see. Long words wrap, too: " + strings.Repeat("abcdefghij", 12),
-	"שלום! And accents that pile up: e" + strings.Repeat("\u0301", 12) + ".",
-	"I'll restart it now, mind the gap.",
+	"Ilse: Morning! The new server is up.",
+	"Grete: Nice. How many clients did you try?",
+	"Ilse: Three hundred, and nobody was dropped.",
+	"And does it take <b>markup</b>?",
+	"Ilse: Only as text, as you can see.",
+	"שרה: שלום לכולם!",
+	"Grete: Ready when you are.",
+	"Ilse: I'll restart it now, mind the gap.",
 }
+
+var afterwards = []string{
+	"Tom O'Malley: Back already?",
+	"Grete: Two seconds, and my draft is still here.",
+}
+
+// fakeClock begins in the morning and goes on when a test changes later.
+const fakeClock = `
+	var later = 0;
+	Date = class extends Date {
+		constructor(...args) { super(...args.length ? args : [Date.UTC(2026, 10, 23, 9, 40) + later]); }
+	};`

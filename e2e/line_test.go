@@ -1,0 +1,337 @@
+package e2e
+
+import (
+	"net"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/chromedp/cdproto/network"
+	"github.com/chromedp/chromedp"
+	"github.com/gorilla/websocket"
+)
+
+// logged is the class and the text of each line of the log, as JavaScript.
+const logged = `[...$("log").children].map((line) => line.className + ": " + line.lastChild.textContent)`
+
+// wire passes TCP connections on to the server at to. After cut those that are
+// open are dead: nothing passes any more, and neither end gets to know.
+func wire(t *testing.T, to string) (addr string, cut func()) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "localhost:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	var cuts atomic.Int32
+	pass := func(dst, src net.Conn, born int32) {
+		buf := make([]byte, 4096)
+		for {
+			n, err := src.Read(buf)
+			if cuts.Load() != born {
+				return
+			}
+			if err != nil {
+				dst.Close()
+				return
+			}
+			dst.Write(buf[:n])
+		}
+	}
+	go func() {
+		for {
+			near, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			far, err := net.Dial("tcp", to)
+			if err != nil {
+				near.Close()
+				continue
+			}
+			t.Cleanup(func() { near.Close(); far.Close() })
+			go pass(near, far, cuts.Load())
+			go pass(far, near, cuts.Load())
+		}
+	}()
+	return listener.Addr().String(), func() { cuts.Add(1) }
+}
+
+// mute serves the page of s from a server that hears everything and says only
+// what the test does, on the connections that the channel brings.
+func mute(t *testing.T, s *server) (url string, conns chan *websocket.Conn) {
+	t.Helper()
+	conns = make(chan *websocket.Conn, 100)
+	return fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
+		if conn := upgrade(); conn != nil {
+			conns <- conn
+			discard(conn)
+		}
+	}), conns
+}
+
+// wantLog waits until the log has these lines, each with its class.
+func (p *tab) wantLog(want ...string) {
+	p.t.Helper()
+	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		got := eval[[]string](p, logged)
+		if slices.Equal(got, want) {
+			return
+		}
+		if time.Since(start) > patience {
+			p.t.Fatalf("the log has\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+		}
+	}
+}
+
+func TestADeadLineIsNoticedInAboutAMinute(t *testing.T) {
+	for _, name := range []string{"by who listens", "by who talks"} {
+		t.Run(name, func(t *testing.T) {
+			s := startServer(t, "localhost:0")
+			addr, cut := wire(t, s.addr)
+			p := newTab(t)
+			p.beforePage(fast)
+			p.open("http://" + addr + "/")
+			cut()
+			start := time.Now()
+			want := []string{"notice: No connection to the server.", "notice: Connected again. Messages may have been missed in between."}
+			if name == "by who talks" {
+				p.send("into the void")
+				p.wantLog("message mine pending: into the void")
+				want = slices.Insert(want, 1, "notice: This may not have arrived: into the void")
+			}
+			p.until(`$("status").textContent != "Connected"`)
+			// The connection opened just before the line was cut; a second that a busy
+			// machine takes is 20 to the page.
+			if got := 20 * time.Since(start); got < 50*time.Second || got > 150*time.Second {
+				t.Errorf("noticed after %v, want some 64 s", got)
+			}
+			p.until(`$("status").textContent == "Connected"`)
+			p.wantLog(want...)
+			p.send("hello again")
+			p.wantLog(append(want, "message mine: hello again")...)
+		})
+	}
+}
+
+func TestAQuietLineIsNotADeadOne(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	url, conns := mute(t, s)
+	p := newTab(t)
+	p.beforePage(fast)
+	p.open(url)
+	eval[bool](p, `var beats = 0; sockets[0].addEventListener("message", () => beats++);
+		Object.defineProperty(document, "hidden", { value: true }); true`)
+	p.send("anybody there?") // no echo: in a cluster without NATS they wait, too
+	conn := <-conns
+	go func() {
+		for conn.WriteMessage(websocket.TextMessage, nil) == nil {
+			time.Sleep(time.Second) // 20 s to the page
+		}
+	}()
+	p.until("beats >= 8")
+	if got := eval[int](p, "sockets.length"); got != 1 {
+		t.Errorf("the page has opened %d connections, want it to stay with the first", got)
+	}
+	p.wantLog("message mine pending: anybody there?")
+	if got := eval[string](p, "document.title"); got != "Chat" {
+		t.Errorf("title %q, want none of it: a heartbeat is no message", got)
+	}
+}
+
+func TestAMachineThatHasSleptListensBeforeItJudges(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	url, conns := mute(t, s)
+	p := newTab(t)
+	// The wait for a heartbeat ends when the test says so, as after a sleep.
+	p.beforePage(`
+		const realTimeout = setTimeout;
+		var wake;
+		setTimeout = (f, ms, ...args) => ms == 54_000 ? wake = f : realTimeout(f, ms / 20, ...args);`)
+	p.open(url)
+	eval[bool](p, "var woken = performance.now(); wake(); true")
+	(<-conns).WriteMessage(websocket.TextMessage, nil)
+	p.until("performance.now() - woken > 1000") // 20 s to the page
+	if got := eval[int](p, "sockets.length"); got != 1 {
+		t.Errorf("the page has opened %d connections, want it to stay with the first", got)
+	}
+	eval[bool](p, "wake(); true") // this time there is nothing to hear
+	p.until(`sockets.length == 2 && $("status").textContent == "Connected"`)
+}
+
+func TestTheServerBeatsForThePage(t *testing.T) {
+	p := openTab(t, startServer(t, "localhost:0"))
+	if got := eval[string](p, "sockets[0].protocol"); got != "heartbeat" {
+		t.Errorf("the server has chosen the subprotocol %q, want heartbeat", got)
+	}
+}
+
+func TestWhatIsUnderWayIsShownUntilItArrives(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	url, conns := mute(t, s)
+	p := newTab(t)
+	p.open(url)
+	conn := <-conns
+	p.send("important")
+	p.send("ok")
+	p.wantLog("message mine pending: important", "message mine pending: ok")
+	say(t, conn, "ok")
+	p.wantLog("message mine: ok", "message mine pending: important")
+	say(t, conn, "Ilse: ok\nok")
+	p.wantLog("message mine: ok", "message: Ilse: ok", "message: ok", "message mine pending: important")
+	say(t, conn, "important")
+	p.wantLog("message mine: ok", "message: Ilse: ok", "message: ok", "message mine: important")
+
+	p.send("twice")
+	p.send("twice")
+	say(t, conn, "twice")
+	p.until(`$("log").querySelectorAll(".pending").length == 1`)
+	conn.Close()
+	p.until(`$("log").textContent.includes("may not have arrived")`)
+	p.until(`$("log").innerText.includes("Connected again")`)
+	p.wantLog("message mine: ok", "message: Ilse: ok", "message: ok", "message mine: important", "message mine: twice",
+		"notice: No connection to the server.", "notice: This may not have arrived: twice",
+		"notice: Connected again. Messages may have been missed in between.")
+}
+
+func TestWhatIsUnderWayStaysInSight(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	url, conns := mute(t, s)
+	p := newTab(t)
+	p.open(url)
+	conn := <-conns
+	say(t, conn, strings.Repeat("One of many lines\n", 299)+"the last")
+	p.untilShown(300)
+	p.scroll("-1000")
+	p.send("wait for me")
+	p.until(lastLine + ` == "wait for me" && ` + atEnd)
+	for range 5 {
+		say(t, conn, strings.Repeat("One of many more lines\n", 299)+"the last")
+	}
+	p.untilShown(1800)
+	p.until(lastLine + ` == "wait for me" && ` + atEnd)
+	if got := eval[int](p, `$("log").childElementCount`); got != 1001 {
+		t.Errorf("the log has %d lines, want 1000 and the one under way", got)
+	}
+	say(t, conn, "wait for me")
+	p.until(`!$("log").querySelector(".pending") && $("log").lastChild.className == "message mine"`)
+}
+
+func TestAReloadTellsWhatWasUnderWay(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	url, conns := mute(t, s)
+	p := newTab(t)
+	p.open(url)
+	p.send("arrives")
+	p.send("does not")
+	say(t, <-conns, "arrives")
+	p.until(`$("log").querySelectorAll(".pending").length == 1`)
+	p.open(url)
+	p.wantLog("notice: This may not have arrived: does not")
+	p.open(url)
+	p.wantLog()
+}
+
+func TestOnlyAConnectionThatLastsIsASuccess(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	url, conns := mute(t, s)
+	p := newTab(t)
+	p.beforePage(countWaits + `
+		const realNow = performance.now.bind(performance);
+		performance.now = () => 20 * realNow();`)
+	do(p, chromedp.Navigate(url))
+	for range 6 {
+		(<-conns).Close()
+	}
+	conn := <-conns
+	p.until(`$("status").textContent == "Connected"`)
+	if got := eval[float64](p, "waits.at(-1)"); got < 5000 {
+		t.Errorf("the sixth connection that was closed at once was tried %v ms later again, want tries to become rare", got)
+	}
+	p.wantLog("notice: No connection to the server.", "notice: Connected again. Messages may have been missed in between.")
+	eval[bool](p, "var opened = realNow(); true")
+	p.until("realNow() - opened > 600") // 12 s to the page
+	conn.Close()
+	<-conns
+	p.until(`$("status").textContent == "Connected"`)
+	if got := eval[float64](p, "waits.at(-1)"); got > 1000 {
+		t.Errorf("a connection that had lasted is tried again after %v ms, want within 1000", got)
+	}
+}
+
+func TestAfterARestartNotEverybodyComesAtOnce(t *testing.T) {
+	p := openTab(t, startServer(t, "localhost:0"))
+	waits := eval[[]float64](p, `
+		const waits = [], realTimeout = setTimeout;
+		setTimeout = (f, ms) => waits.push(ms);
+		for (let i = 0; i < 1000; i++) {
+			tries = 0;
+			lose(1001);
+		}
+		setTimeout = realTimeout;
+		waits.filter((ms) => ms > 400)`) // without those for a frame
+	in := make(map[int]int) // how many come back in which second
+	for _, ms := range waits {
+		in[int(ms/1000)]++
+	}
+	for second, n := range in {
+		if n > 400 {
+			t.Errorf("%d of %d pages come back in second %d: %v, want them spread", n, len(waits), second, in)
+		}
+	}
+	if got := slices.Max(waits); got > 6000 {
+		t.Errorf("a page waits for %v ms, want none to wait for more than some seconds", got)
+	}
+}
+
+// Firefox would delay those that come after them.
+func TestFewWebSocketsFail(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	p.beforePage(countWaits)
+	p.open("http://" + s.addr + "/")
+	s.stop(t)
+	p.until("waits.length >= 6")
+	if got := eval[int](p, "sockets.length"); got > 2 {
+		t.Errorf("while the server was away %d WebSockets were tried, want one", got-1)
+	}
+	startServer(t, s.addr)
+	p.until(`$("status").textContent == "Connected"`)
+}
+
+func TestOfflineALineToThisMachineIsKept(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	p.beforePage(`
+		var asked = 0, realFetch = fetch;
+		fetch = (...args) => realFetch(...args).finally(() => asked++);`)
+	p.open("http://" + s.addr + "/")
+	call(p, network.OverrideNetworkState, network.OverrideNetworkStateParams{Offline: true, DownloadThroughput: -1, UploadThroughput: -1})
+	p.until("!navigator.onLine && asked == 1")
+	p.send("still here")
+	p.wantLog("message mine: still here")
+	if got := eval[string](p, `$("status").textContent + sockets.length`); got != "Connected1" {
+		t.Errorf("status and connections are %q, want it Connected with 1", got)
+	}
+}
+
+// Browsers close the connection of a page that they keep for the way back, and
+// do not all say so.
+func TestBackOnThePageItNoticesThatTheConnectionIsGone(t *testing.T) {
+	p := newTab(t)
+	p.beforePage(`
+		const realAdd = EventTarget.prototype.addEventListener;
+		WebSocket.prototype.addEventListener = function (type, f) {
+			if (type != "close") realAdd.call(this, type, f);
+		};`)
+	p.open("http://" + startServer(t, "localhost:0").addr + "/")
+	eval[bool](p, "sockets[0].close(); true")
+	p.until("sockets[0].readyState == WebSocket.CLOSED")
+	p.send("kept") // while it seems to be connected
+	p.wantDraft("kept")
+	eval[bool](p, `dispatchEvent(new Event("pageshow"))`)
+	p.until(`sockets.length == 2 && $("status").textContent == "Connected"`)
+	p.wantDraft("kept")
+}

@@ -1,0 +1,365 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/chromedp/cdproto/accessibility"
+	"github.com/chromedp/cdproto/cdp"
+	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/chromedp"
+	"github.com/chromedp/chromedp/kb"
+)
+
+// denied makes the browser deny storage to the page, as browsers do: by throwing.
+const denied = `
+	for (const name of ["localStorage", "sessionStorage"]) {
+		Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });
+	}`
+
+// fill puts text in place of what is in the field.
+func (p *tab) fill(id, text string) {
+	p.t.Helper()
+	do(p, chromedp.Focus(chromedp.ID(id)))
+	eval[bool](p, `$("`+id+`").select(); true`)
+	p.insert(text)
+}
+
+func TestANameStandsBeforeWhatIsSaid(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	p.fill("name", "  Gre:te\u0085 ")
+	p.press(kb.Enter)
+	if got, want := eval[string](p, `$("name").value`), "Gre te"; got != want {
+		t.Errorf("the name is %q, want %q: a colon ends a name", got, want)
+	}
+	p.send("hello") // the focus is on the input now
+	p.wantLog("message mine: Gre te: hello")
+
+	p.open("http://" + s.addr + "/")
+	p.send("hello again")
+	p.wantLog("message mine: Gre te: hello again")
+	p.fill("name", "")
+	p.press(kb.Enter)
+	p.send("nobody: ")
+	p.wantLog("message mine: Gre te: hello again", "message mine: nobody:")
+
+	p.fill("name", strings.Repeat("x", 40))
+	if got := eval[int](p, `$("name").value.length`); got != 32 {
+		t.Errorf("a name may have %d characters, want 32", got)
+	}
+}
+
+func TestANameCounts(t *testing.T) {
+	p := openTab(t, startServer(t, "localhost:0"))
+	p.fill("msg", strings.Repeat("x", 505))
+	p.fill("name", "שרה") // six bytes, and two for what follows
+	if got, want := eval[string](p, `$("counter").textContent`), "1 bytes too long"; got != want {
+		t.Errorf("counter %q, want %q", got, want)
+	}
+	p.press(kb.Enter)
+	p.wantLog()
+	p.press(kb.Backspace)
+	if got, want := eval[string](p, `$("counter").textContent`), "0 bytes left"; got != want {
+		t.Errorf("counter %q, want %q", got, want)
+	}
+	p.press(kb.Enter)
+	p.wantLog("message mine: שרה: " + strings.Repeat("x", 504))
+}
+
+func TestALeadingNameIsSetOff(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	long := strings.Repeat("x", 33)
+	lines := []string{"Ilse: hello", "<i>Tom</i>: a: b", "שרה: שלום", "no name here", "http://localhost/", ": none", long + ": too long", "10:15 it is"}
+	conn := s.dial(t)
+	for _, line := range lines {
+		say(t, conn, line)
+	}
+	p.untilShown(len(lines))
+	if got, want := eval[string](p, `[...$("log").querySelectorAll("b")].map((b) => b.textContent).join()`), "Ilse,<i>Tom</i>,שרה"; got != want {
+		t.Errorf("names are %q, want %q", got, want)
+	}
+	s.stop(t)
+	p.until(`$("log").querySelector(".notice")`)
+	eval[bool](p, `mayBeLost("Ilse: hello"); true`)
+	p.until(`$("log").textContent.includes("arrived")`)
+	if got := eval[int](p, `$("log").querySelectorAll(".notice b").length`); got != 0 {
+		t.Error("a notice has a name")
+	}
+}
+
+func TestMyLinesAndNoticesDifferWithoutColors(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	say(t, s.dial(t), "Notice, The server is restarting.")
+	p.until(`$("log").hasChildNodes()`)
+	p.send("mine")
+	p.wantLog("message: Notice, The server is restarting.", "message mine: mine")
+	s.stop(t)
+	p.until(`$("log").querySelector(".notice")`)
+	p.media("forced-colors", "active")
+	borders := eval[[]string](p, `[...$("log").children].map((line) => {
+		const s = getComputedStyle(line);
+		return [s.borderLeftStyle, parseInt(s.borderLeftWidth), s.borderTopStyle, s.borderTopColor == s.backgroundColor].join(" ");
+	})`)
+	if want := []string{"none 0 none false", "solid 4 none false", "solid 1 solid false"}; fmt.Sprint(borders) != fmt.Sprint(want) {
+		t.Errorf("the borders of a message, one of mine and a notice are %q, want %q", borders, want)
+	}
+
+	var spoken []string
+	call(p, accessibility.Enable, cdp.Empty{})
+	nodes := call(p, accessibility.GetFullAXTree, accessibility.GetFullAXTreeParams{}).Nodes
+	byID := make(map[accessibility.NodeID]*accessibility.Node)
+	for _, node := range nodes {
+		byID[node.NodeID] = node
+	}
+	word := func(v *accessibility.Value) (s string) {
+		if v != nil {
+			json.Unmarshal(v.Value, &s)
+		}
+		return s
+	}
+	var words func(node *accessibility.Node) string
+	words = func(node *accessibility.Node) (s string) {
+		if word(node.Role) == "StaticText" {
+			return word(node.Name)
+		}
+		for _, id := range node.ChildIDs {
+			s += words(byID[id]) + "|"
+		}
+		return strings.Trim(s, "|")
+	}
+	for _, node := range nodes {
+		if word(node.Role) == "log" {
+			for _, id := range node.ChildIDs {
+				spoken = append(spoken, words(byID[id]))
+			}
+		}
+	}
+	if len(spoken) != 3 {
+		t.Fatalf("a screen reader is told %q", spoken)
+	}
+	time := regexp.MustCompile(`^\d\d:\d\d [AP]M\|`)
+	if !time.MatchString(spoken[0]) {
+		t.Errorf("a message is told as %q, want its time first", spoken[0])
+	}
+	for i, want := range map[int]string{1: "You, |", 2: "Notice, |"} {
+		if !strings.HasPrefix(spoken[i], want) {
+			t.Errorf("line %d is told as %q, want it to start with %q", i, spoken[i], want)
+		}
+	}
+}
+
+func TestTimesAreShownWhereTheMinuteChanges(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	do(p, chromedp.EmulateViewport(360, 640))
+	p.beforePage(fakeClock)
+	p.open("http://" + s.addr + "/")
+	conn := s.dial(t)
+	for i, later := range []string{"0", "59_000", "60_000", "61_000", "24 * 3600_000", "24 * 3600_000 + 1000"} {
+		eval[bool](p, "later = "+later+"; true")
+		say(t, conn, fmt.Sprint("line ", i))
+		p.untilShown(i + 1)
+	}
+	got := eval[[]string](p, `[...$("log").children].map((line) => {
+		const time = line.firstChild;
+		return (time.getBoundingClientRect().width > 20 ? time.textContent + " " : "") + line.lastChild.textContent;
+	})`)
+	clock := eval[[]string](p, `[0, 60_000].map((ms) => clock.format(new Date(Date.UTC(2026, 10, 23, 9, 40) + ms)))`)
+	want := []string{clock[0] + " line 0", "line 1", clock[1] + " line 2", "line 3",
+		clock[0] + " Tuesday, November 24, 2026", "line 4", "line 5"}
+	if fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Errorf("the log shows %q, want %q", got, want)
+	}
+	if got := eval[string](p, `$("log").children[2].firstChild.dateTime`); got != "2026-11-23T09:41:00.000Z" {
+		t.Errorf("datetime %q", got)
+	}
+	if got := eval[float64](p, `$("log").children[1].lastChild.getBoundingClientRect().width`); got < 0.9*360 {
+		t.Errorf("a line without its time has %v of 360 pixels for its text", got)
+	}
+}
+
+func TestTheCounterIsDescribedNotAnnounced(t *testing.T) {
+	p := openTab(t, startServer(t, "localhost:0"))
+	if eval[bool](p, `!!$("counter").closest("output, [role], [aria-live]:not([aria-live=off])")`) {
+		t.Error("the counter is a live region: a screen reader says each keystroke")
+	}
+	if got := eval[string](p, `$("msg").getAttribute("aria-describedby")`); got != "counter" {
+		t.Errorf("the input is described by %q, want the counter", got)
+	}
+}
+
+func TestAnEmptyLogDoesNotClaimThatNobodySpoke(t *testing.T) {
+	p := openTab(t, startServer(t, "localhost:0"))
+	if got := eval[string](p, `getComputedStyle($("log"), "::before").content`); got != `"Nothing said since you joined."` {
+		t.Errorf("an empty log says %s", got)
+	}
+}
+
+func TestHalfACharacterIsSentAsWhatWillComeBack(t *testing.T) {
+	p := openTab(t, startServer(t, "localhost:0"))
+	eval[bool](p, `$("msg").value = "\ud83d half"; $("form").requestSubmit(); true`)
+	p.wantLog("message mine: \ufffd half")
+}
+
+func TestADraftSurvivesAReloadAndTheWayBack(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	url := "http://" + s.addr + "/"
+	p := openTab(t, s)
+	p.insert("not yet")
+	p.open(url)
+	p.wantDraft("not yet")
+	do(p, chromedp.Navigate(url+"nowhere"))
+	eval[bool](p, "history.back(); true")
+	p.until(`$("msg")?.value == "not yet" && socket?.readyState == WebSocket.OPEN && ` + focused)
+	// WebKit empties the input of a page that it has kept, after pageshow.
+	eval[bool](p, `dispatchEvent(new Event("pageshow")); $("msg").value = ""; true`)
+	p.until(`$("msg").value == "not yet"`)
+	p.press(kb.Enter)
+	p.until(lastLine + ` == "not yet"`)
+	p.open(url)
+	p.wantDraft("")
+	p.insert(strings.Repeat("x", 500))
+	p.open(url)
+	if got := eval[string](p, `$("counter").textContent`); got != "12 bytes left" {
+		t.Errorf("counter %q after a reload, want that of the draft", got)
+	}
+}
+
+func TestItWorksWhereStorageIsDenied(t *testing.T) {
+	p := newTab(t)
+	p.beforePage(denied)
+	p.open("http://" + startServer(t, "localhost:0").addr + "/")
+	p.fill("name", "Grete")
+	p.press(kb.Enter)
+	p.send("hello")
+	p.wantLog("message mine: Grete: hello")
+	eval[bool](p, `dispatchEvent(new Event("pagehide"))`)
+	p.wantQuietConsole()
+}
+
+// uppermost is the first line that begins in sight, and where it stands.
+const uppermost = `(() => {
+	const top = $("log").getBoundingClientRect().top;
+	const line = [...$("log").children].find((e) => e.getBoundingClientRect().top >= top);
+	return line.textContent.slice(0, 20) + " at " + Math.round(line.getBoundingClientRect().top - top);
+})()`
+
+func TestWhatIsReadStaysWhenAPhoneIsTurned(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	do(p, chromedp.EmulateViewport(360, 640))
+	p.open("http://" + s.addr + "/")
+	for i := range 2 {
+		conn := s.dial(t)
+		for j := range 100 {
+			say(t, conn, fmt.Sprintf("%d %s", i*100+j, strings.Repeat("and on it goes ", j%20)))
+		}
+	}
+	p.untilShown(200)
+	turn := func(width, height int64) {
+		t.Helper()
+		do(p, chromedp.EmulateViewport(width, height))
+		p.until(fmt.Sprintf("innerWidth == %d", width))
+		// Two frames: what a browser does after a change of shape is done then.
+		eval[bool](p, `new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))`, chromedp.EvalAwaitPromise)
+	}
+	turn(640, 360)
+	p.until(atEnd)
+	turn(360, 640)
+	p.until(atEnd)
+	p.scroll("-9000")
+	want := eval[string](p, uppermost)
+	for range 3 {
+		turn(640, 360)
+		if got := eval[string](p, uppermost); got != want {
+			t.Errorf("turned, the phone shows %q, want %q", got, want)
+		}
+		turn(360, 640)
+		if got := eval[string](p, uppermost); got != want {
+			t.Errorf("turned back, the phone shows %q, want %q", got, want)
+		}
+	}
+	if got := eval[string](p, `getComputedStyle($("log")).overflowAnchor`); got != "none" {
+		t.Errorf("overflow-anchor is %q: only Chromium and Firefox do what it stands for", got)
+	}
+}
+
+func TestZoomedTheReaderStaysAtTheEnd(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	talk(t, s, 100)
+	p.untilShown(100)
+	p.until(atEnd)
+	for _, size := range []string{"18px", "20px", "32px", "16px"} {
+		// Chromium tells of the scrolling first, and of the new size after that.
+		eval[bool](p, `document.documentElement.style.fontSize = "`+size+`"; $("log").dispatchEvent(new Event("scroll"))`)
+		p.until(atEnd)
+		say(t, s.dial(t), "at "+size)
+		p.until(lastLine + ` == "at ` + size + `" && ` + atEnd)
+	}
+}
+
+func TestToSpeakIsToGoToTheEnd(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	talk(t, s, 100)
+	p.untilShown(100)
+	p.scroll("-1000")
+	p.send("here I am")
+	p.until(lastLine + ` == "here I am" && ` + atEnd + ` && $("jump").hidden`)
+}
+
+func TestPrintShowsAllLinesAndNoForm(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	talk(t, s, 150)
+	p.untilShown(150)
+	call(p, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Media: "print"})
+	if got := eval[float64](p, `$("log").scrollHeight - document.body.getBoundingClientRect().height`); got > 0 {
+		t.Errorf("printed, %v pixels of the log are beyond the page's end", got)
+	}
+	if got := eval[string](p, `getComputedStyle($("log")).overflow`); got != "visible" {
+		t.Errorf("printed, the log's overflow is %s: browsers do not break what scrolls into pages", got)
+	}
+	if got := eval[string](p, `[...document.querySelectorAll("input, button, label, #counter")].filter((e) => e.offsetParent).map((e) => e.outerHTML).join()`); got != "" {
+		t.Errorf("these are printed: %s", got)
+	}
+}
+
+// The oldest that the page is to look right in are Chrome 109, Safari 16 and
+// Firefox 115: here is what they lack, and one would like to use.
+func TestItNeedsNothingNew(t *testing.T) {
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	p.beforePage(`for (const [of, names] of [
+		[Array, ["fromAsync"]],
+		[Array.prototype, ["findLast", "findLastIndex", "toReversed", "toSorted", "toSpliced", "with"]],
+		[String.prototype, ["isWellFormed", "toWellFormed"]],
+		[Map, ["groupBy"]], [Object, ["groupBy"]],
+		[Promise, ["withResolvers", "try"]],
+		[Set.prototype, ["difference", "intersection", "union"]],
+		[AbortSignal, ["any", "timeout"]],
+		[Element.prototype, ["checkVisibility", "setHTMLUnsafe"]],
+		[window, ["navigation", "scheduler", "Temporal", "WebSocketStream"]],
+	]) for (const name of names) delete of[name];`)
+	p.open("http://" + s.addr + "/")
+	p.send("hello")
+	p.wantLog("message mine: hello")
+	if !eval[bool](p, "reachable()", chromedp.EvalAwaitPromise) {
+		t.Error("the page does not find its server")
+	}
+	p.wantQuietConsole()
+	style := eval[string](p, `document.querySelector("style").textContent`)
+	if got := regexp.MustCompile(`light-dark|color-mix|oklch|@layer|@container|@scope|@property|&|text-wrap|field-sizing`).FindString(style); got != "" {
+		t.Errorf("the style uses %s", got)
+	}
+	if !regexp.MustCompile(`height: \d+vh;\s+height: \d+dvh;`).MatchString(style) {
+		t.Error("a browser without dvh is given no height")
+	}
+}
