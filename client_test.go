@@ -101,6 +101,30 @@ func TestQueuedMessagesAreJoinedInFramesBelow32KiB(t *testing.T) {
 	})
 }
 
+func TestBatchIsFilledToTheLastByte(t *testing.T) {
+	// These 62 leave 962 bytes, which hold a newline, 448 bytes, another newline
+	// and a message of the greatest length, and not one byte more.
+	const most = maxBatchSize/(maxMessageSize+1) - 1
+	for gap, want := range map[int]int{448: most + 2, 449: most + 1} {
+		t.Run(fmt.Sprint(gap), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := pipeRoom(t)
+				p := r.join(t)
+				r.say("writePump is busy with this")
+				for range most {
+					r.say(strings.Repeat("x", maxMessageSize))
+				}
+				r.say(strings.Repeat("x", gap), strings.Repeat("x", maxMessageSize))
+				p.wantLines("writePump is busy with this")
+				lines, err := p.read(patience)
+				if len(lines) != want {
+					t.Errorf("got %d lines in one message, and %v, want %d lines", len(lines), err, want)
+				}
+			})
+		})
+	}
+}
+
 // A client that asks for the subprotocol heartbeat gets an empty text message
 // with every ping; who does not ask gets none.
 
