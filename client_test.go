@@ -17,6 +17,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -34,6 +35,28 @@ import (
 // seven promises, the process, the page, and a storm that tries all of it at
 // once. What needs only a Hub is in hub_test.go. Fuzzing, benchmarks and the rig
 // come last.
+
+// The figures that people rely on; all other tests ask the constants.
+
+func TestFiguresAreThePromisedOnes(t *testing.T) {
+	for name, test := range map[string]struct{ got, want any }{
+		"writeWait":      {writeWait, 10 * time.Second},
+		"pongWait":       {pongWait, time.Minute},
+		"pingPeriod":     {pingPeriod, 54 * time.Second},
+		"maxMessageSize": {maxMessageSize, 512},
+		"sendQueueSize":  {sendQueueSize, 256},
+		"maxBatchSize":   {maxBatchSize, 32767},
+		"rateBurst":      {rateBurst, 128},
+		"rateInterval":   {rateInterval, time.Second / 100},
+		"breather":       {breather, time.Millisecond},
+		"newline":        {string(newline), "\n"},
+		"addr":           {*addr, ":8080"},
+	} {
+		if test.got != test.want {
+			t.Errorf("%s is %v, want %v", name, test.got, test.want)
+		}
+	}
+}
 
 // On the wire, in: one WebSocket text message is one chat message, at most 512
 // bytes. Control characters become spaces; surrounding white space goes; what is
@@ -1239,6 +1262,81 @@ func TestThePageHasTheLimitOnce(t *testing.T) {
 	}
 	if got := len(regexp.MustCompile(fmt.Sprintf(`\b%d\b`, maxMessageSize)).FindAllString(home, -1)); got != 1 {
 		t.Errorf("home.html states the limit %d times, want once", got)
+	}
+}
+
+// README.md, "Copy it": the code there works, and is the code here.
+
+func Example() {
+	mux := http.NewServeMux()
+	server := httptest.NewServer(mux)
+	defer server.Close()
+	loggedIn := func(r *http.Request) bool { return r.Header.Get("Cookie") == "session=grete" }
+	dial := func(path, cookie string) *websocket.Conn {
+		url := "ws" + strings.TrimPrefix(server.URL, "http") + path
+		conn, response, err := websocket.DefaultDialer.Dial(url, http.Header{"Cookie": {cookie}})
+		fmt.Println(path, cookie, response.StatusCode, err)
+		return conn
+	}
+
+	hubs := map[string]*Hub{"/kitchen": newHub(), "/garden": newHub()}
+	for path, hub := range hubs {
+		go hub.run()
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			if loggedIn(r) {
+				serveWs(hub, w, r)
+			} else {
+				http.Error(w, "log in first", http.StatusUnauthorized)
+			}
+		})
+	}
+	dial("/kitchen", "")
+	kitchen, garden := dial("/kitchen", "session=grete"), dial("/garden", "session=grete")
+	hubs["/kitchen"].broadcast <- []byte("Dinner is ready.")
+	for _, hub := range hubs {
+		close(hub.stop) // Everybody reads what is queued and 1001; then run returns.
+	}
+
+	for _, conn := range []*websocket.Conn{kitchen, garden} {
+		for err := error(nil); err == nil; {
+			var message []byte
+			conn.SetReadDeadline(time.Now().Add(patience))
+			_, message, err = conn.ReadMessage()
+			fmt.Printf("%s %v\n", message, err)
+		}
+		conn.Close()
+	}
+
+	// Output:
+	// /kitchen  401 websocket: bad handshake
+	// /kitchen session=grete 101 <nil>
+	// /garden session=grete 101 <nil>
+	// Dinner is ready. <nil>
+	//  websocket: close 1001 (going away): the server is shutting down
+	//  websocket: close 1001 (going away): the server is shutting down
+}
+
+func TestExampleIsTheCodeInREADME(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := os.ReadFile("client_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, code, _ := strings.Cut(string(readme), "\n    hubs := ")
+	code, _, found := strings.Cut("hubs := "+code, "\n\n")
+	if !found {
+		t.Fatal("README.md has no code that starts with hubs")
+	}
+	_, example, _ := strings.Cut(string(source), "func Example() {")
+	for line := range strings.Lines(code) {
+		before, after, found := strings.Cut(example, "\t"+strings.TrimSpace(line)+"\n")
+		if !found {
+			t.Fatalf("README.md says %q where the example goes on with %.200q", line, before)
+		}
+		example = after
 	}
 }
 

@@ -65,6 +65,9 @@ func wantQueue(t *testing.T, client *Client, wantClosed bool, want ...string) {
 	}
 }
 
+// A broadcast goes to every client. The hub never blocks on one: a client whose
+// queue is full is dropped.
+
 func TestEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		hub, clients := startHub(t, 4, 4)
@@ -117,6 +120,9 @@ func TestUnregisterOfAStrangerIsHarmless(t *testing.T) {
 	})
 }
 
+// Promise 3. A healthy client is never dropped because somebody else sends fast:
+// when any queue is more than half full after a broadcast, the hub pauses.
+
 func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		hub, _ := startHub(t, 8, 100)
@@ -133,6 +139,9 @@ func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
 		}
 	})
 }
+
+// Promise 4. A stuck client costs the room only that bounded pause until its queue
+// is full, and nothing after.
 
 func TestStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -155,6 +164,8 @@ func TestStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
 		}
 	})
 }
+
+// Promises 6 and 7. Every client gets what is queued and 1001, and run returns.
 
 func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
