@@ -85,13 +85,13 @@ type Client struct {
 	hub  *Hub
 	conn *websocket.Conn
 
-	// From the hub to writePump. Closed by the hub when the client is to go.
+	// From the hub to writePump. Closed by the hub when the client has to go.
 	send chan []byte
 
-	// Why the client is to go. Whoever finds a reason sets it; the first counts.
+	// Why the client has to go. Whoever finds a reason sets it; the first counts.
 	goodbye atomic.Pointer[goodbye]
 
-	// Runs writePump, for readPump to wait for its end.
+	// Runs writePump, so that readPump can wait for its end.
 	writing sync.WaitGroup
 
 	// Owned by readPump:
@@ -99,10 +99,10 @@ type Client struct {
 	receiving bool      // a message has begun and is not complete
 }
 
-// readPump takes what the peer says to the hub. It does all reads on conn. When
-// there is a goodbye it reads on until the peer has answered it, but takes no
-// more to the hub. It ends when reading does: with the peer's close frame as a
-// rule, and closeWait after writePump's end at the latest.
+// readPump takes what the peer says to the hub. It does all reads on conn. Once
+// there is a goodbye it reads on until the peer has answered it, but takes nothing
+// to the hub any more. It ends when nothing can be read: as a rule after the peer's
+// close frame, and at the latest closeWait after writePump.
 //
 // An idle client waits in NextReader, for which a stack of 2 KiB just suffices:
 // what else there is to do is done in methods, to keep this frame small.
@@ -115,7 +115,8 @@ func (c *Client) readPump() {
 	})
 	c.conn.SetPongHandler(func(string) error { c.pace(); return nil })
 	for {
-		// Here, as the hub may have been slow to take the last message.
+		// Reset the deadline here: handing the last message to the hub may have
+		// taken long, and the peer is not to blame for that.
 		c.conn.SetReadDeadline(time.Now().Add(pongWait))
 		messageType, r, err := c.conn.NextReader()
 		if err != nil {
@@ -133,10 +134,10 @@ func (c *Client) readPump() {
 // allowed rate, so that TCP slows the peer down.
 func (c *Client) pace() {
 	if c.goodbye.Load() != nil {
-		return // The peer's answer is behind what it still sends: let it pass.
+		return // The answer comes behind what the peer is still sending.
 	}
 	now := time.Now()
-	if !c.receiving { // A ping within a message does not give the message more time.
+	if !c.receiving { // A ping in the middle of a message gives it no more time.
 		c.conn.SetReadDeadline(now.Add(pongWait))
 	}
 	if earliest := now.Add(-rateBurst * rateInterval); c.due.Before(earliest) {
@@ -186,7 +187,7 @@ func (c *Client) dismiss(why *goodbye) {
 	c.hub.unregister <- c
 }
 
-// leave ends the client, as reading has ended with err. It closes conn when
+// leave ends the client after reading has failed with err. It closes conn when
 // writePump has said goodbye.
 func (c *Client) leave(err error) {
 	why, closed := err.(*websocket.CloseError) // the peer's own goodbye, or 1006 if it is gone without
@@ -199,7 +200,7 @@ func (c *Client) leave(err error) {
 	why = c.goodbye.Load()
 	if websocket.IsUnexpectedCloseError(why, websocket.CloseNormalClosure,
 		websocket.CloseGoingAway, websocket.CloseNoStatusReceived) {
-		log.Printf("%v: %q", c.conn.RemoteAddr(), why) // quoted, as the peer may have worded it
+		log.Printf("%v: %q", c.conn.RemoteAddr(), why) // quoted, as the peer may have chosen the words
 	}
 	c.writing.Wait()
 	if !closed {
@@ -217,8 +218,9 @@ func (c *Client) leave(err error) {
 
 // writePump takes what the hub says to the peer, and pings it. It does all
 // writes of messages on conn. It ends when the hub has closed send, after what is
-// queued and the goodbye, or when a write fails. Then readPump has closeWait to
-// find the peer's answer and to close conn, before conn is closed under it.
+// queued and the goodbye, or when a write fails. readPump then has closeWait to
+// read the peer's answer and close conn. After that conn is closed in any case,
+// which ends readPump too.
 func (c *Client) writePump() {
 	defer func() {
 		time.AfterFunc(closeWait, func() { c.conn.Close() })

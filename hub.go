@@ -12,14 +12,14 @@ type Hub struct {
 	// Owned by run:
 	clients map[*Client]bool
 
-	// From clients to run. Once a client has registered, run listens until it has
-	// sent left, its last word: no send to the hub needs a way out.
+	// From clients to run. A client that has registered sends left when it is done
+	// with the hub. Until then run receives, so that none of its sends hangs.
 	broadcast  chan []byte
 	register   chan *Client
 	unregister chan *Client
 	left       chan *Client
 
-	// Closed by whoever runs the hub, to end it: nobody registers any more.
+	// Closed by whoever wants run to end. From then on nobody can register.
 	stop chan struct{}
 }
 
@@ -37,7 +37,7 @@ func newHub() *Hub {
 // run is the hub's one goroutine. When stop is closed it sends everybody away,
 // and it returns when the last of them has left.
 func (h *Hub) run() {
-	present := 0 // those who have registered and not left, dropped ones among them
+	present := 0 // clients that have registered and not left, dropped or not
 	register, stop := h.register, h.stop
 	for stop != nil || present > 0 {
 		select {
@@ -59,8 +59,8 @@ func (h *Hub) run() {
 	}
 }
 
-// deliver queues message for every client. It never blocks: who has let its
-// queue fill up is dead or stuck, and is dropped.
+// deliver queues message for every client. It waits for none of them: a client
+// whose queue is full is dead or stuck, and is dropped.
 func (h *Hub) deliver(message []byte) {
 	crowded := false
 	for client := range h.clients {
