@@ -13,7 +13,10 @@
 // one ends it at once.
 //
 // hub.go, client.go and home.html are those of the chat server for one machine,
-// to the byte; relay.go is what joins its hub to NATS.
+// to the byte; relay.go is what joins its hub to NATS. This file repeats much of
+// that server's main.go, because a package main cannot be imported, and what a
+// Relay needs stands in the midst of main, run and serve. A test fails when the
+// part about the page, at the end, is not the same.
 package main
 
 //go:generate cp ../hub.go ../client.go ../home.html .
@@ -59,8 +62,10 @@ var home string
 
 func main() {
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // so that a second signal ends the process at once
+	signals, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, cancel := context.WithCancel(context.Background())
+	// In this order, so that a second signal ends the process at once.
+	context.AfterFunc(signals, func() { stop(); cancel() })
 	if err := run(ctx, *addr, *urls, *creds, *subject); err != nil {
 		log.Fatal(err)
 	}

@@ -266,6 +266,24 @@ func TestCopiesAreTheRootsToTheByte(t *testing.T) {
 	}
 }
 
+func TestThePageIsServedAsTheRootServesIt(t *testing.T) {
+	var ends [2]string
+	for i, name := range []string{"main.go", "../main.go"} {
+		file, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, end, found := strings.Cut(string(file), "\n// contentSecurityPolicy ")
+		if !found {
+			t.Fatalf("%s has no contentSecurityPolicy", name)
+		}
+		ends[i] = end
+	}
+	if ends[0] != ends[1] {
+		t.Error("from contentSecurityPolicy on, main.go is not what ../main.go is: copy it")
+	}
+}
+
 func TestEverybodyOnEveryNodeHearsWhatAnybodySaysOnce(t *testing.T) {
 	_, nodes := startRoom(t, 3)
 	var clients []*client
