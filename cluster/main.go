@@ -22,6 +22,7 @@ package main
 //go:generate cp ../hub.go ../client.go ../home.html .
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed"
@@ -37,6 +38,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
 )
 
 const (
@@ -81,15 +84,14 @@ func run(ctx context.Context, addr, urls, creds, subject string) error {
 	}
 	defer listener.Close()
 	address := listener.Addr().(*net.TCPAddr)
-	if urls == "" {
-		embedded, err := startNATS(0)
+	embedded := urls == ""
+	if embedded {
+		nats, err := startNATS(0)
 		if err != nil {
 			return err
 		}
-		defer embedded.Shutdown()
-		urls = embedded.ClientURL()
-		log.Printf("started a NATS server; a second node joins with: go run . -addr :%d -nats %s -subject %s",
-			address.Port+1, urls, subject)
+		defer nats.Shutdown()
+		urls = nats.ClientURL()
 	}
 	nc, err := connect(urls, creds)
 	if err != nil {
@@ -99,6 +101,10 @@ func run(ctx context.Context, addr, urls, creds, subject string) error {
 	if err != nil {
 		nc.Close()
 		return err
+	}
+	if embedded {
+		log.Printf("started a NATS server; a second node joins with: go run . -addr :%d -nats %s -subject %s",
+			address.Port+1, urls, subject)
 	}
 	host := address.String()
 	if address.IP.IsUnspecified() {
@@ -144,6 +150,25 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	}
 	relay.leave()
 	return err
+}
+
+// startNATS starts a NATS server on a loopback port, on any free one if port is 0.
+func startNATS(port int) (*server.Server, error) {
+	s, err := server.NewServer(&server.Options{
+		Host:   "127.0.0.1",
+		Port:   cmp.Or(port, server.RANDOM_PORT),
+		NoLog:  true,
+		NoSigs: true,
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.Start()
+	if !s.ReadyForConnections(answerWait) {
+		s.Shutdown()
+		return nil, fmt.Errorf("the embedded NATS server did not start within %v", answerWait)
+	}
+	return s, nil
 }
 
 // contentSecurityPolicy allows the page its own script and style, by their

@@ -2,14 +2,16 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log"
 	"math"
-	"regexp"
+	"net/url"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -53,6 +55,10 @@ const (
 	// Time between two reports of what went wrong: whoever can make things go
 	// wrong must not be able to fill the log.
 	reportPeriod = time.Second
+
+	// Maximum size in bytes of a subject. NATS closes the connection over one that
+	// does not fit into its line of 4 KiB.
+	maxSubjectSize = 255
 )
 
 // A Relay makes the hubs of several nodes one room. What a node's clients say
@@ -82,25 +88,6 @@ type Relay struct {
 	mu       sync.Mutex
 	troubles map[string]int // since the last report
 	dropped  int            // by nats.go, up to the last report
-}
-
-// startNATS starts a NATS server on a loopback port, on any free one if port is 0.
-func startNATS(port int) (*server.Server, error) {
-	s, err := server.NewServer(&server.Options{
-		Host:   "127.0.0.1",
-		Port:   cmp.Or(port, server.RANDOM_PORT),
-		NoLog:  true,
-		NoSigs: true,
-	})
-	if err != nil {
-		return nil, err
-	}
-	s.Start()
-	if !s.ReadyForConnections(answerWait) {
-		s.Shutdown()
-		return nil, fmt.Errorf("the embedded NATS server did not start within %v", answerWait)
-	}
-	return s, nil
 }
 
 // connect connects to NATS, for as long as the connection is not closed here.
@@ -139,23 +126,37 @@ func connect(urls, creds string) (*nats.Conn, error) {
 		options = append(options, nats.UserCredentials(creds))
 	}
 	nc, err := nats.Connect(urls, options...)
-	if err != nil {
-		// What a URL says before @ must not be logged.
-		return nil, errors.New(regexp.MustCompile(`[^/, "]*@`).ReplaceAllString(
-			fmt.Sprintf("cannot join NATS at %s: %v", urls, err), ""))
+	if err == nil {
+		return nc, nil
 	}
-	return nc, nil
+	// The text of err may repeat a URL, and with it a password: say what is wrong
+	// in words that cannot.
+	why := "no server can be reached that accepts this node and its credentials"
+	var malformed *url.Error
+	var file *fs.PathError
+	switch {
+	case errors.As(err, &malformed):
+		why = "a URL is malformed; in a name or password write %2F for /, %23 for #, %2C for a comma and so on"
+	case errors.As(err, &file):
+		why = file.Error()
+	case errors.Is(err, nats.ErrAuthorization):
+		why = "the credentials are not accepted"
+	case errors.Is(err, nats.ErrTLS):
+		why = "TLS fails; this machine may not know the authority of the server's certificate"
+	}
+	return nil, errors.New("cannot join NATS: " + why)
 }
 
 // join makes hub part of the room that is called subject. When it returns, hub
 // will be told what anybody says in the room from then on. It returns an error
-// if the subject is no name for a room, or NATS does not let this node use it.
+// if the subject cannot name a room, or NATS does not let this node use it.
 //
 // Whoever calls join runs hub, gives the relay's front to clients, and in the
 // end calls leave.
 func join(hub *Hub, nc *nats.Conn, subject string) (*Relay, error) {
-	if !server.IsValidLiteralSubject(subject) {
-		return nil, fmt.Errorf("%q is no NATS subject that names one room", subject)
+	if len(subject) > maxSubjectSize || !server.IsValidLiteralSubject(subject) || strings.ContainsFunc(subject, unicode.IsSpace) {
+		return nil, fmt.Errorf("%.40q cannot name a room: a NATS subject of at most %d bytes can, without white space and wildcards",
+			subject, maxSubjectSize)
 	}
 	if most := nc.MaxPayload(); most < maxMessageSize {
 		return nil, fmt.Errorf("NATS accepts messages of %d bytes, chat needs %d", most, maxMessageSize)

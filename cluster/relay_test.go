@@ -961,8 +961,8 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 	accounts.Store(accountKey, accountToken)
 	s := natsWith(t, &server.Options{TrustedKeys: []string{operatorKey}, AccountResolver: accounts})
 
-	if _, err := connect(s.ClientURL(), ""); err == nil || !strings.Contains(err.Error(), "Authorization") {
-		t.Errorf("without credentials: got %v, want no authorization", err)
+	if _, err := connect(s.ClientURL(), ""); err == nil || !strings.Contains(err.Error(), "not accepted") {
+		t.Errorf("without credentials: got %v, want that they are not accepted", err)
 	}
 	nc, err := connect(s.ClientURL(), file)
 	if err != nil {
@@ -985,13 +985,25 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 
 func TestJoinReturnsWhyItCannot(t *testing.T) {
 	s := natsServer(t, 0)
-	for _, subject := range []string{"", "chat.*", "chat.>", "two words", "chat..", "a\tb"} {
-		nc, err := connect(s.ClientURL(), "")
+	tests := []struct {
+		nats          *server.Server
+		subject, want string
+	}{
+		{s, "", "cannot name a room"},
+		{s, "chat.*", "cannot name a room"},
+		{s, "chat.>", "cannot name a room"},
+		{s, "two words", "cannot name a room"},
+		{s, "chat..", "cannot name a room"},
+		{s, "a\tb", "cannot name a room"},
+		{s, strings.Repeat("x", maxSubjectSize+1), "cannot name a room"},
+	}
+	for _, test := range tests {
+		nc, err := connect(test.nats.ClientURL(), "")
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := join(newHub(), nc, subject); err == nil {
-			t.Errorf("joined the room %q", subject)
+		if _, err := join(newHub(), nc, test.subject); err == nil || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%.40q: got %v, want an error with %q", test.subject, err, test.want)
 		}
 		nc.Close()
 	}
