@@ -700,6 +700,22 @@ func TestNodesOnOneNATSClusterAreOneRoomThatOutlivesAServer(t *testing.T) {
 	everybodyHears("still here")
 }
 
+func TestNodeThatIsNewAtANATSClusterMissesNothing(t *testing.T) {
+	servers, wires := natsCluster(t, true)
+	old := []*node{startNode(t, servers[0].ClientURL(), "chat"), startNode(t, servers[1].ClientURL(), "chat")}
+
+	// Farther away than the servers of a cluster should be.
+	for _, wire := range wires {
+		wire.lengthen(50 * time.Millisecond)
+	}
+	listener := startNode(t, servers[2].ClientURL(), "chat").dial(t)
+	for n, speaker := range old {
+		line := fmt.Sprint("welcome from ", n)
+		speaker.front.broadcast <- []byte(line)
+		listener.want(t, line)
+	}
+}
+
 // natsCluster starts three NATS servers that are a cluster. If it is wired, there
 // are wires from the last one to the others, and no other way.
 func natsCluster(t testing.TB, wired bool) (servers []*server.Server, wires []*wire) {
