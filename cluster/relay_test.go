@@ -8,6 +8,7 @@ import (
 	"io"
 	"log"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,6 +16,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -481,6 +483,105 @@ func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
 	if got := book.String(); strings.Contains(got, "lost a message") {
 		t.Errorf("log is %q, want nothing lost", got)
 	}
+}
+
+func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub := newHub()
+		front := *hub
+		front.broadcast = make(chan []byte)
+		relay := &Relay{hub: hub, front: &front, batches: make(chan [][]byte), over: make(chan struct{})}
+		go hub.run()
+		go relay.collect()
+		pipes := make(pipeListener)
+		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { serveWs(&front, w, r) })}
+		go server.Serve(pipes)
+		defer server.Close()
+
+		for range outboxSize {
+			front.broadcast <- message
+		}
+		start := time.Now()
+		quiet, held := pipes.dial(t), pipes.dial(t)
+		gaveUp := make(chan time.Duration, 2)
+		for _, c := range []*client{quiet, held} {
+			go func() {
+				c.ping(20*time.Second, 20*time.Second)
+				gaveUp <- time.Since(start)
+			}()
+		}
+		held.say(t, "held up")
+		time.Sleep(time.Hour)
+		if len(gaveUp) != 1 {
+			t.Fatalf("%d clients gave up, want the one that is held up", len(gaveUp))
+		}
+		if got, want := <-gaveUp, 40*time.Second; got != want {
+			t.Errorf("a client gave up after %v, want the one held up after %v", got, want)
+		}
+
+		// It has left, but what it said has not.
+		<-relay.batches
+		if got := <-relay.batches; len(got) != 1 || string(got[0]) != "held up" {
+			t.Errorf("got %q, want what the client said", got)
+		}
+		quiet.Close()
+		<-gaveUp
+		close(hub.stop)
+		close(relay.over)
+	})
+}
+
+// ping pings every interval, as python's websockets does, and returns when the
+// answer takes longer than timeout, or the connection ends.
+func (c *client) ping(interval, timeout time.Duration) {
+	pongs := make(chan string, 1)
+	c.SetPongHandler(func(string) error { pongs <- ""; return nil })
+	// A net.Pipe buffers nothing: if the reader wrote, both ends could write at once and read never.
+	c.SetPingHandler(func(data string) error {
+		go c.WriteControl(websocket.PongMessage, []byte(data), time.Now().Add(timeout))
+		return nil
+	})
+	c.SetReadDeadline(time.Time{})
+	go c.hear()
+	defer c.Close()
+	for {
+		time.Sleep(interval)
+		late := time.After(timeout)
+		go c.WriteControl(websocket.PingMessage, nil, time.Now().Add(timeout))
+		select {
+		case <-pongs:
+		case <-late:
+			return
+		}
+	}
+}
+
+// A pipeListener accepts net.Pipes, for which a synctest bubble's clock runs.
+type pipeListener chan net.Conn
+
+func (l pipeListener) Accept() (net.Conn, error) {
+	conn, open := <-l
+	if !open {
+		return nil, net.ErrClosed
+	}
+	return conn, nil
+}
+
+func (l pipeListener) Close() error   { close(l); return nil }
+func (l pipeListener) Addr() net.Addr { return new(net.TCPAddr) }
+
+func (l pipeListener) dial(t testing.TB) *client {
+	t.Helper()
+	dialer := websocket.Dialer{NetDialContext: func(context.Context, string, string) (net.Conn, error) {
+		near, far := net.Pipe()
+		l <- far
+		return near, nil
+	}}
+	conn, _, err := dialer.Dial("ws://pipe/ws", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &client{Conn: conn}
 }
 
 func TestMessagesOnTheirWayWhenTheConnectionBreaksAreCountedAndNotRepeated(t *testing.T) {
