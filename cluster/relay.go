@@ -101,8 +101,8 @@ type Relay struct {
 
 	goroutines sync.WaitGroup // collect and publish
 
-	// The connection to NATS that has lasted for settleWait, so that publish may
-	// use it: how many there were before it.
+	// The connection to NATS that publish may use, as settleWait has passed since it
+	// was made. A connection is known by how many there were before it.
 	settled atomic.Uint64
 
 	// This node's name. A message's header holds it and the message's number, so
@@ -266,7 +266,7 @@ func (r *Relay) publish() {
 			}
 			connection := r.nc.Stats().Reconnects
 			if connection != r.settled.Load() {
-				time.Sleep(breather)
+				time.Sleep(breather) // the other nodes may not be back yet
 				continue
 			}
 			n, err := r.send(batch[:min(len(batch), batchSize)])
@@ -280,12 +280,12 @@ func (r *Relay) publish() {
 	}
 }
 
-// back has publish go on when the other nodes have had time to come back, too.
-// It is called by nats.go when NATS is back.
+// back is called by nats.go when NATS is back. It has publish go on settleWait
+// later, when the other nodes are back, too.
 func (r *Relay) back(nc *nats.Conn) {
 	connection := nc.Stats().Reconnects
 	time.AfterFunc(settleWait, func() { r.settled.Store(connection) })
-	nc.FlushTimeout(answerWait) // it may not know yet that this node listens
+	nc.FlushTimeout(answerWait) // so that NATS knows again that this node listens
 	log.Printf("NATS is back: %s; this node has missed what others said meanwhile", nc.ConnectedAddr())
 }
 
@@ -347,9 +347,9 @@ func (r *Relay) deliver(message *nats.Msg) {
 	}
 }
 
-// count notes how many messages of another node this one has missed, when the
-// next one comes: as many as there are numbers between that and the last one.
-// Other software does not number its messages.
+// count notes how many messages of a node have not come: those whose numbers lie
+// between the last one that came and this one. Other software does not number
+// its messages.
 func (r *Relay) count(header nats.Header) {
 	var name, number uint64
 	if _, err := fmt.Sscan(header.Get("Said"), &name, &number); err != nil {

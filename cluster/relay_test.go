@@ -894,24 +894,7 @@ func TestShutdownWaitsForNATSToComeBack(t *testing.T) {
 	nodes[0].stop()
 }
 
-func TestShutdownWithoutNATSLogsHowMuchIsLost(t *testing.T) {
-	book := captureLog(t)
-	s, nodes := startRoom(t, 1)
-	leaver := nodes[0].dial(t)
-	stopNATS(t, s)
-	awaitNoNATS(t, nodes)
-	for range outboxSize {
-		nodes[0].front.broadcast <- []byte("nobody hears this")
-	}
-	nodes[0].stop()
-	leaver.wantClose(t, websocket.CloseGoingAway)
-	want := fmt.Sprintf("%d × lost a message: NATS was away", outboxSize)
-	if got := book.String(); !strings.Contains(got, want) {
-		t.Errorf("log is %q, want %q in it", got, want)
-	}
-}
-
-func TestShutdownLetsSendersGoThatAFullOutboxSlows(t *testing.T) {
+func TestShutdownWithoutNATSLetsSendersGoAndLogsHowMuchIsLost(t *testing.T) {
 	book := captureLog(t)
 	s, nodes := startRoom(t, 1)
 	leaver := nodes[0].dial(t)
@@ -930,8 +913,15 @@ func TestShutdownLetsSendersGoThatAFullOutboxSlows(t *testing.T) {
 	nodes[0].stop()
 	leaver.wantClose(t, websocket.CloseGoingAway)
 	group.Wait()
-	if got := book.String(); strings.Contains(got, "leaving clients behind") {
+	got := book.String()
+	if strings.Contains(got, "leaving clients behind") {
 		t.Errorf("log is %q, want nobody left behind", got)
+	}
+	lost := int(taken.Load())
+	want := fmt.Sprintf("%d × lost a message: NATS was away", lost)
+	withLeavers := fmt.Sprintf("%d × lost a message: NATS was away", lost+1) // if it was read before the end
+	if !strings.Contains(got, want) && !strings.Contains(got, withLeavers) {
+		t.Errorf("log is %q, want %q or one more in it", got, want)
 	}
 }
 
