@@ -119,8 +119,8 @@ func run(ctx context.Context, addr, urls, creds, subject string) error {
 // gone, after shutdownWait at the latest, it has the relay leave.
 func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	hub := relay.hub
-	open, closed := context.WithCancel(context.Background())
-	go func() { hub.run(); closed() }()
+	empty := make(chan struct{})
+	go func() { hub.run(); close(empty) }()
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", serveHome)
@@ -131,21 +131,18 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 		ReadTimeout:       pageTimeout,
 		WriteTimeout:      pageTimeout,
 	}
-	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(listener) }()
-	var err error
-	select {
-	case err = <-failed:
-	case <-ctx.Done():
+	defer server.Close()
+	context.AfterFunc(ctx, func() { server.Shutdown(ctx) }) // It waits for nobody, as ctx is done.
+	err := server.Serve(listener)
+	if err == http.ErrServerClosed {
+		err = nil
 	}
 
 	log.Print("shutting down")
 	close(hub.stop)
-	grace, cancel := context.WithTimeout(open, shutdownWait)
-	defer cancel()
-	server.Shutdown(grace) // closes listener
-	<-grace.Done()
-	if open.Err() == nil {
+	select {
+	case <-empty:
+	case <-time.After(shutdownWait):
 		log.Printf("leaving clients behind that do not close within %v", shutdownWait)
 	}
 	relay.leave()
