@@ -13,12 +13,16 @@
 // one ends it at once.
 //
 // hub.go, client.go and home.html are those of the chat server for one machine,
-// to the byte; relay.go is what joins its hub to NATS.
+// to the byte; relay.go is what joins its hub to NATS. This file repeats much of
+// that server's main.go, because a package main cannot be imported, and what a
+// Relay needs stands in the midst of main, run and serve. A test fails when the
+// part about the page, at the end, is not the same.
 package main
 
 //go:generate cp ../hub.go ../client.go ../home.html .
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed"
@@ -34,6 +38,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
 )
 
 const (
@@ -59,8 +65,10 @@ var home string
 
 func main() {
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // so that a second signal ends the process at once
+	signals, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, cancel := context.WithCancel(context.Background())
+	// In this order, so that a second signal ends the process at once.
+	context.AfterFunc(signals, func() { stop(); cancel() })
 	if err := run(ctx, *addr, *urls, *creds, *subject); err != nil {
 		log.Fatal(err)
 	}
@@ -76,15 +84,14 @@ func run(ctx context.Context, addr, urls, creds, subject string) error {
 	}
 	defer listener.Close()
 	address := listener.Addr().(*net.TCPAddr)
-	if urls == "" {
-		embedded, err := startNATS(0)
+	embedded := urls == ""
+	if embedded {
+		nats, err := startNATS(0)
 		if err != nil {
 			return err
 		}
-		defer embedded.Shutdown()
-		urls = embedded.ClientURL()
-		log.Printf("started a NATS server; a second node joins with: go run . -addr :%d -nats %s -subject %s",
-			address.Port+1, urls, subject)
+		defer nats.Shutdown()
+		urls = nats.ClientURL()
 	}
 	nc, err := connect(urls, creds)
 	if err != nil {
@@ -94,6 +101,10 @@ func run(ctx context.Context, addr, urls, creds, subject string) error {
 	if err != nil {
 		nc.Close()
 		return err
+	}
+	if embedded {
+		log.Printf("started a NATS server; a second node joins with: go run . -addr :%d -nats %s -subject %s",
+			address.Port+1, urls, subject)
 	}
 	host := address.String()
 	if address.IP.IsUnspecified() {
@@ -108,8 +119,8 @@ func run(ctx context.Context, addr, urls, creds, subject string) error {
 // gone, after shutdownWait at the latest, it has the relay leave.
 func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	hub := relay.hub
-	open, closed := context.WithCancel(context.Background())
-	go func() { hub.run(); closed() }()
+	empty := make(chan struct{})
+	go func() { hub.run(); close(empty) }()
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", serveHome)
@@ -120,25 +131,41 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 		ReadTimeout:       pageTimeout,
 		WriteTimeout:      pageTimeout,
 	}
-	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(listener) }()
-	var err error
-	select {
-	case err = <-failed:
-	case <-ctx.Done():
+	defer server.Close()
+	context.AfterFunc(ctx, func() { server.Shutdown(ctx) }) // It waits for nobody, as ctx is done.
+	err := server.Serve(listener)
+	if err == http.ErrServerClosed {
+		err = nil
 	}
 
 	log.Print("shutting down")
 	close(hub.stop)
-	grace, cancel := context.WithTimeout(open, shutdownWait)
-	defer cancel()
-	server.Shutdown(grace) // closes listener
-	<-grace.Done()
-	if open.Err() == nil {
+	select {
+	case <-empty:
+	case <-time.After(shutdownWait):
 		log.Printf("leaving clients behind that do not close within %v", shutdownWait)
 	}
 	relay.leave()
 	return err
+}
+
+// startNATS starts a NATS server on a loopback port, on any free one if port is 0.
+func startNATS(port int) (*server.Server, error) {
+	s, err := server.NewServer(&server.Options{
+		Host:   "127.0.0.1",
+		Port:   cmp.Or(port, server.RANDOM_PORT),
+		NoLog:  true,
+		NoSigs: true,
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.Start()
+	if !s.ReadyForConnections(answerWait) {
+		s.Shutdown()
+		return nil, fmt.Errorf("the embedded NATS server did not start within %v", answerWait)
+	}
+	return s, nil
 }
 
 // contentSecurityPolicy allows the page its own script and style, by their

@@ -5,8 +5,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/pem"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -77,6 +79,7 @@ func (p *process) wait() (status int, log string) {
 }
 
 func TestSecondNodeJoinsWithWhatTheFirstLogs(t *testing.T) {
+	t.Parallel()
 	first := start(t, "-addr", "127.0.0.1:0", "-subject", "chat.test")
 	command := first.logged(t, `a second node joins with: go run \. (.*)`)
 	url := "ws" + first.logged(t, `http(://.*/)`) + "ws"
@@ -113,6 +116,7 @@ func TestNodesJoinOverTLS(t *testing.T) {
 }
 
 func TestSIGTERMSendsClientsAwayAndEndsWithStatus0(t *testing.T) {
+	t.Parallel()
 	nats := natsServer(t, 0)
 	for name, url := range map[string]string{"joined": nats.ClientURL(), "embedded": ""} {
 		t.Run(name, func(t *testing.T) {
@@ -150,33 +154,59 @@ func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
 	busy := natsServer(t, 0).Addr().String()
 	gone := natsServer(t, 0)
 	stopNATS(t, gone)
-	tests := []struct {
+	type test struct {
 		name string
 		args []string
 		want string
-	}{
-		{"nobody at the NATS URL", []string{"-nats", strings.Replace(gone.ClientURL(), "//", "//user:secret@", 1)}, "cannot join NATS at " + gone.ClientURL()},
-		{"nobody at any of the NATS URLs", []string{"-nats", gone.ClientURL() + "," + gone.ClientURL()}, "no servers available"},
-		{"no URL", []string{"-nats", "nats://user:secret@nonsense:port"}, "cannot join NATS at nats://nonsense:port"},
-		{"no such credentials", []string{"-nats", nats.ClientURL(), "-creds", "/nonexistent"}, "/nonexistent"},
-		{"no name for a room", []string{"-nats", nats.ClientURL(), "-subject", "chat.*"}, `"chat.*"`},
-		{"port in use", []string{"-addr", busy, "-nats", nats.ClientURL()}, "address already in use"},
+	}
+	unreachable := "no server can be reached"
+	guarded := natsWith(t, &server.Options{Username: "bob", Password: "hunter2"})
+	tests := []test{
+		{"nobody at the NATS URL", []string{"-nats", strings.Replace(gone.ClientURL(), "//", "//bob:hunter2@", 1)}, unreachable},
+		{"nobody at any of the NATS URLs", []string{"-nats", gone.ClientURL() + "," + gone.ClientURL()}, unreachable},
+		{"no port", []string{"-nats", "nats://bob:hunter2@nonsense:port"}, "malformed"},
+		{"a wrong password", []string{"-nats", strings.Replace(guarded.ClientURL(), "//", "//bob:hunter3@", 1)}, "not accepted"},
+		{"a password that could be a port", []string{"-nats", "nats://127.0.0.1:1/hunter2@localhost"}, unreachable},
+		{"no such credentials", []string{"-nats", nats.ClientURL(), "-creds", "/nonexistent"}, "open /nonexistent:"},
+		{"wildcards", []string{"-nats", nats.ClientURL(), "-subject", "chat.*"}, `"chat.*" cannot name a room`},
+		{"a space", []string{"-nats", nats.ClientURL(), "-subject", "two words"}, `"two words" cannot name a room`},
+		{"a tab, at a server of its own", []string{"-subject", "chat\t"}, `"chat\t" cannot name a room`},
+		{"5,000 characters", []string{"-nats", nats.ClientURL(), "-subject", strings.Repeat("x", 5000)}, "at most 255 bytes"},
+		{"a port in use", []string{"-addr", busy, "-nats", nats.ClientURL()}, "address already in use"},
+	}
+	for _, special := range "/#?, \"%[]\\\n" {
+		url := "nats://bob:hun" + string(special) + "ter2@" + nats.Addr().String()
+		tests = append(tests, test{fmt.Sprintf("a password with %q", special), []string{"-nats", url}, "malformed"})
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			p := start(t, append([]string{"-addr", "127.0.0.1:0"}, test.args...)...)
 			status, log := p.wait()
-			if status != 1 || strings.Count(log, "\n") != 1 || !strings.Contains(log, test.want) {
+			if status != 1 || strings.Count(log, "\n") != 1 || len(log) > 250 || !strings.Contains(log, test.want) {
 				t.Errorf("got status %d and log %q, want status 1 and one line with %q", status, log, test.want)
 			}
-			if strings.Contains(log, "secret") {
-				t.Errorf("log is %q, want no password in it", log)
+			for _, secret := range []string{"bob", "hun", "ter"} {
+				if strings.Contains(log, secret) {
+					t.Errorf("log is %q, want nothing of a URL in it", log)
+				}
 			}
 		})
 	}
 }
 
+func TestAPasswordMayHoldAnythingIfItIsEscaped(t *testing.T) {
+	const password = `p/a#s?s, "w%o@r:d`
+	guarded := natsWith(t, &server.Options{Username: "bob", Password: password})
+	escaped := strings.ReplaceAll(url.UserPassword("bob", password).String(), ",", "%2C")
+	nc, err := connect("nats://"+escaped+"@"+guarded.Addr().String(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc.Close()
+}
+
 func TestNodeServesThePage(t *testing.T) {
+	t.Parallel()
 	_, nodes := startRoom(t, 1)
 	for path, want := range map[string]int{"/": http.StatusOK, "/favicon.ico": http.StatusNotFound, "/ws": http.StatusBadRequest} {
 		response, err := http.Get(strings.TrimSuffix(strings.Replace(nodes[0].url, "ws", "http", 1), "/ws") + path)
