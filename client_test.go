@@ -359,7 +359,7 @@ func TestOffenderReadsWhyOverTCPAlsoWhileItSends(t *testing.T) {
 	r := tcpRoom(t)
 	for _, offence := range offences {
 		t.Run(offence.name, func(t *testing.T) {
-			for range 10 {
+			for n := 0; n < 10 && !t.Failed(); n++ {
 				p := r.join(t)
 				p.write(offence.sent)
 				p.write(much)
@@ -1265,63 +1265,57 @@ func TestThePageHasTheLimitOnce(t *testing.T) {
 	}
 }
 
-// README.md, "Copy it": the code there works, and is the code here.
+// README.md, "Copy it": the code there is the code here, and works.
 
-func Example() {
-	mux := http.NewServeMux()
-	server := httptest.NewServer(mux)
-	defer server.Close()
-	loggedIn := func(r *http.Request) bool { return r.Header.Get("Cookie") == "session=grete" }
-	dial := func(path, cookie string) *websocket.Conn {
-		url := "ws" + strings.TrimPrefix(server.URL, "http") + path
-		conn, response, err := websocket.DefaultDialer.Dial(url, http.Header{"Cookie": {cookie}})
-		fmt.Println(path, cookie, response.StatusCode, err)
-		return conn
-	}
-
-	hubs := map[string]*Hub{"/kitchen": newHub(), "/garden": newHub()}
-	for path, hub := range hubs {
-		go hub.run()
-		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
-			if loggedIn(r) {
-				serveWs(hub, w, r)
-			} else {
-				http.Error(w, "log in first", http.StatusUnauthorized)
-			}
-		})
-	}
-	dial("/kitchen", "")
-	kitchen, garden := dial("/kitchen", "session=grete"), dial("/garden", "session=grete")
-	hubs["/kitchen"].broadcast <- []byte("Dinner is ready.")
-	for _, hub := range hubs {
-		close(hub.stop) // Everybody reads what is queued and 1001; then run returns.
-	}
-
-	for _, conn := range []*websocket.Conn{kitchen, garden} {
-		for err := error(nil); err == nil; {
-			var message []byte
-			conn.SetReadDeadline(time.Now().Add(patience))
-			_, message, err = conn.ReadMessage()
-			fmt.Printf("%s %v\n", message, err)
+func TestCodeInREADMEWorks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		mux := http.NewServeMux()
+		pipes := newPipeListener()
+		server := &http.Server{Handler: mux}
+		go server.Serve(pipes)
+		t.Cleanup(func() { server.Close() })
+		dial := func(path, cookie string) (*peer, *http.Response) {
+			dialer := (&room{connect: pipes.connect}).dialer(t)
+			conn, response, _ := dialer.Dial("ws://pipe"+path, http.Header{"Cookie": {cookie}})
+			return &peer{conn, t}, response
 		}
-		conn.Close()
-	}
+		loggedIn := func(r *http.Request) bool { return r.Header.Get("Cookie") == "session=grete" }
 
-	// Output:
-	// /kitchen  401 websocket: bad handshake
-	// /kitchen session=grete 101 <nil>
-	// /garden session=grete 101 <nil>
-	// Dinner is ready. <nil>
-	//  websocket: close 1001 (going away): the server is shutting down
-	//  websocket: close 1001 (going away): the server is shutting down
+		hubs := map[string]*Hub{"/kitchen": newHub(), "/garden": newHub()}
+		for path, hub := range hubs {
+			go hub.run()
+			mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+				if loggedIn(r) {
+					serveWs(hub, w, r)
+				} else {
+					http.Error(w, "log in first", http.StatusUnauthorized)
+				}
+			})
+		}
+		kitchen, _ := dial("/kitchen", "session=grete")
+		garden, _ := dial("/garden", "session=grete")
+		if _, response := dial("/garden", "session=forged"); response.StatusCode != http.StatusUnauthorized {
+			t.Errorf("who has not logged in gets status %d, want 401", response.StatusCode)
+		}
+		hubs["/kitchen"].broadcast <- []byte("Dinner is ready.")
+		for _, hub := range hubs {
+			close(hub.stop) // Everybody reads what is queued and 1001; then run returns.
+		}
+		if got, want := kitchen.wantGoodbye(shuttingDown), []string{"Dinner is ready."}; !slices.Equal(got, want) {
+			t.Errorf("the kitchen heard %q, want %q", got, want)
+		}
+		if got := garden.wantGoodbye(shuttingDown); len(got) != 0 {
+			t.Errorf("the garden heard %q, want nothing", got)
+		}
+	})
 }
 
-func TestExampleIsTheCodeInREADME(t *testing.T) {
+func TestCodeInREADMEIsTheCodeHere(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	source, err := os.ReadFile("client_test.go")
+	here, err := os.ReadFile("client_test.go")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1330,13 +1324,13 @@ func TestExampleIsTheCodeInREADME(t *testing.T) {
 	if !found {
 		t.Fatal("README.md has no code that starts with hubs")
 	}
-	_, example, _ := strings.Cut(string(source), "func Example() {")
+	_, rest, _ := strings.Cut(string(here), "func TestCodeInREADMEWorks")
 	for line := range strings.Lines(code) {
-		before, after, found := strings.Cut(example, "\t"+strings.TrimSpace(line)+"\n")
+		before, after, found := strings.Cut(rest, "\t"+strings.TrimSpace(line)+"\n")
 		if !found {
-			t.Fatalf("README.md says %q where the example goes on with %.200q", line, before)
+			t.Fatalf("README.md says %q where the code here goes on with %.200q", line, before)
 		}
-		example = after
+		rest = after
 	}
 }
 
@@ -1696,7 +1690,16 @@ func newRoom(t testing.TB, listener net.Listener) *room {
 	mux.HandleFunc("/ws", func(w http.ResponseWriter, req *http.Request) { r.serve(w, req) })
 	server := &httptest.Server{Listener: listener, Config: &http.Server{Handler: mux}}
 	server.Start()
-	go func() { r.hub.run(); close(r.ended) }()
+	go func() {
+		r.hub.run()
+		select {
+		case <-r.hub.stop:
+		default:
+			t.Error("hub.run has returned, although nobody has stopped the hub")
+			close(r.hub.stop) // or everybody would wait for it
+		}
+		close(r.ended)
+	}()
 	t.Cleanup(func() {
 		select {
 		case <-r.hub.stop:
@@ -1761,9 +1764,10 @@ func (r *room) clients() []*Client {
 
 // dialer returns a dialer that connects to the room.
 func (r *room) dialer(t testing.TB) *websocket.Dialer {
-	return &websocket.Dialer{NetDialContext: func(context.Context, string, string) (net.Conn, error) {
-		return r.connect(t), nil
-	}}
+	return &websocket.Dialer{
+		HandshakeTimeout: patience,
+		NetDialContext:   func(context.Context, string, string) (net.Conn, error) { return r.connect(t), nil },
+	}
 }
 
 // join connects a client, until the test ends.
