@@ -49,6 +49,8 @@ func TestFiguresAreThePromisedOnes(t *testing.T) {
 		"rateBurst":      {rateBurst, 128},
 		"rateInterval":   {rateInterval, time.Second / 100},
 		"breather":       {breather, time.Millisecond},
+		"closeWait":      {closeWait, time.Second},
+		"shutdownWait":   {shutdownWait, 5 * time.Second},
 		"newline":        {string(newline), "\n"},
 		"addr":           {*addr, ":8080"},
 	} {
@@ -1029,11 +1031,13 @@ func TestRunServesUntilItIsToldToStop(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	result := make(chan error, 1)
 	go func() { result <- run(ctx, "127.0.0.1:0") }()
-	line, err := bufio.NewReader(logged).ReadString('\n')
-	if err != nil {
-		t.Fatal(err)
-	}
-	go io.Copy(io.Discard, logged)
+	lines := make(chan string, 1)
+	go func() {
+		line, _ := bufio.NewReader(logged).ReadString('\n')
+		lines <- line
+		io.Copy(io.Discard, logged)
+	}()
+	line := wait(t, lines, "the first line of the log")
 	url := regexp.MustCompile("http://127.0.0.1:[0-9]+/").FindString(line)
 
 	response, err := http.Get(url)
@@ -1732,7 +1736,7 @@ func wait[T any](t testing.TB, c chan T, what string) (result T) {
 	select {
 	case result = <-c:
 	case <-time.After(patience):
-		t.Errorf("%s has not returned within %v", what, patience)
+		t.Errorf("%s has not come to its end within %v", what, patience)
 	}
 	return result
 }
