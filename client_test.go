@@ -1024,22 +1024,23 @@ func TestHubEndsSoonHoweverItsClientEnds(t *testing.T) {
 
 // The process: run and serve.
 
-func TestRunServesUntilItIsToldToStop(t *testing.T) {
+func TestMainServesUntilItIsInterrupted(t *testing.T) {
 	logged, w := io.Pipe()
 	log.SetOutput(w)
 	t.Cleanup(func() { log.SetOutput(io.Discard) })
-	ctx, cancel := context.WithCancel(t.Context())
-	result := make(chan error, 1)
-	go func() { result <- run(ctx, "127.0.0.1:0") }()
 	lines := make(chan string, 1)
 	go func() {
 		line, _ := bufio.NewReader(logged).ReadString('\n')
 		lines <- line
 		io.Copy(io.Discard, logged)
 	}()
-	line := wait(t, lines, "the first line of the log")
-	url := regexp.MustCompile("http://127.0.0.1:[0-9]+/").FindString(line)
+	defer func(old string) { *addr = old }(*addr)
+	*addr = ":0"
+	ended := make(chan bool)
+	go func() { main(); close(ended) }()
 
+	line := wait(t, lines, "the first line of the log")
+	url := regexp.MustCompile("http://localhost:[0-9]+/").FindString(line)
 	response, err := http.Get(url)
 	if err != nil {
 		t.Fatalf("the log says %q, and getting the page there fails: %v", line, err)
@@ -1055,13 +1056,17 @@ func TestRunServesUntilItIsToldToStop(t *testing.T) {
 	p := &peer{conn, t}
 	p.say("hello")
 	p.wantLines("hello")
-	cancel()
-	p.wantGoodbye(shuttingDown)
-	if err := wait(t, result, "run"); err != nil {
-		t.Errorf("run returned %v, want nil", err)
+	self, err := os.FindProcess(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
 	}
+	if err := self.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	p.wantGoodbye(shuttingDown)
+	wait(t, ended, "main")
 	if _, err := http.Get(url); err == nil {
-		t.Error("the server still listens after run has returned")
+		t.Error("the server still listens after main has returned")
 	}
 }
 
