@@ -33,8 +33,8 @@ import (
 
 // The tests stand in the order of what they show: what happens on the wire, the
 // seven promises, the process, the page, and a storm that tries all of it at
-// once. What needs only a Hub is in hub_test.go. Fuzzing, benchmarks and the rig
-// come last.
+// once. What needs only a Hub is in hub_test.go. Then comes the rig, and after it
+// fuzzing and benchmarks.
 
 // The figures that people rely on; all other tests ask the constants.
 
@@ -1551,93 +1551,6 @@ func (s *storm) check(t *testing.T, order []string) {
 	}
 }
 
-// Fuzzing: whatever a client sends, the others see clean lines alone.
-
-func FuzzMessage(f *testing.F) {
-	f.Add(true, []byte("hello"))
-	f.Add(false, []byte("hello"))
-	f.Add(true, []byte(" \x00\u0085\u00a0\n\xff"))
-	f.Add(true, bytes.Repeat([]byte("x"), maxMessageSize+1))
-	r := tcpRoom(f)
-	other := r.join(f)
-	f.Fuzz(func(t *testing.T, text bool, message []byte) {
-		first := byte(0x82)
-		if text {
-			first = 0x81
-		}
-		r.fuzz(t, other, append(encode(first, string(message)), encode(0x88, "")...))
-	})
-}
-
-func FuzzBytes(f *testing.F) {
-	f.Add(encode(0x81, "hello"))
-	f.Add(append(encode(0x01, "hel"), encode(0x80, "lo")...))
-	f.Add(append(encode(0x89, "ping"), encode(0x88, "\x03\xe8bye")...))
-	f.Add([]byte{0x81, 0xff, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0})
-	r := tcpRoom(f)
-	other := r.join(f)
-	f.Fuzz(func(t *testing.T, sent []byte) { r.fuzz(t, other, sent) })
-}
-
-// fuzz has a client send bytes, and checks what other sees of it.
-func (r *room) fuzz(t *testing.T, other *peer, sent []byte) {
-	t.Helper()
-	p := r.join(t)
-	p.write(sent)
-	p.NetConn().(*net.TCPConn).CloseWrite()
-	for err := error(nil); err == nil; {
-		_, err = p.read(patience)
-	}
-	// The end is longer than what any client may say.
-	end := strings.Repeat("end", maxMessageSize)
-	r.hub.broadcast <- []byte(end)
-	for {
-		lines, err := other.read(patience)
-		if err != nil {
-			t.Fatalf("the other one's connection ended with %v", err)
-		}
-		for _, line := range lines {
-			if line == end {
-				return
-			}
-			if !utf8.ValidString(line) || line == "" || line != strings.TrimSpace(line) ||
-				len(line) > maxMessageSize || strings.ContainsFunc(line, unicode.IsControl) {
-				t.Errorf("the other one sees %q", line)
-			}
-		}
-	}
-}
-
-// BenchmarkBroadcast measures the way of one message from the hub to n clients.
-func BenchmarkBroadcast(b *testing.B) {
-	for _, n := range []int{1, 100, 1000} {
-		b.Run(fmt.Sprintf("clients=%d", n), func(b *testing.B) {
-			r := tcpRoom(b)
-			message := []byte("a line of chat, about as long as people write them")
-			var received sync.WaitGroup
-			for range n {
-				conn := r.join(b).NetConn() // read as bytes, so as to cost little itself
-				go func() {
-					frame := make([]byte, 2+len(message))
-					for {
-						if _, err := io.ReadFull(conn, frame); err != nil {
-							return
-						}
-						received.Done()
-					}
-				}()
-			}
-			b.ReportAllocs()
-			for b.Loop() {
-				received.Add(n)
-				r.hub.broadcast <- message
-				received.Wait()
-			}
-			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/delivery")
-		})
-	}
-}
-
 // The rig.
 
 // patience is how long a test waits for what must come: it only bounds how long
@@ -2047,4 +1960,91 @@ func captureLog(t testing.TB) *logBook {
 	log.SetOutput(book)
 	t.Cleanup(func() { log.SetOutput(io.Discard) })
 	return book
+}
+
+// Fuzzing: whatever a client sends, the others see clean lines alone.
+
+func FuzzMessage(f *testing.F) {
+	f.Add(true, []byte("hello"))
+	f.Add(false, []byte("hello"))
+	f.Add(true, []byte(" \x00\u0085\u00a0\n\xff"))
+	f.Add(true, bytes.Repeat([]byte("x"), maxMessageSize+1))
+	r := tcpRoom(f)
+	other := r.join(f)
+	f.Fuzz(func(t *testing.T, text bool, message []byte) {
+		first := byte(0x82)
+		if text {
+			first = 0x81
+		}
+		r.fuzz(t, other, append(encode(first, string(message)), encode(0x88, "")...))
+	})
+}
+
+func FuzzBytes(f *testing.F) {
+	f.Add(encode(0x81, "hello"))
+	f.Add(append(encode(0x01, "hel"), encode(0x80, "lo")...))
+	f.Add(append(encode(0x89, "ping"), encode(0x88, "\x03\xe8bye")...))
+	f.Add([]byte{0x81, 0xff, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0})
+	r := tcpRoom(f)
+	other := r.join(f)
+	f.Fuzz(func(t *testing.T, sent []byte) { r.fuzz(t, other, sent) })
+}
+
+// fuzz has a client send bytes, and checks what other sees of it.
+func (r *room) fuzz(t *testing.T, other *peer, sent []byte) {
+	t.Helper()
+	p := r.join(t)
+	p.write(sent)
+	p.NetConn().(*net.TCPConn).CloseWrite()
+	for err := error(nil); err == nil; {
+		_, err = p.read(patience)
+	}
+	// The end is longer than what any client may say.
+	end := strings.Repeat("end", maxMessageSize)
+	r.hub.broadcast <- []byte(end)
+	for {
+		lines, err := other.read(patience)
+		if err != nil {
+			t.Fatalf("the other one's connection ended with %v", err)
+		}
+		for _, line := range lines {
+			if line == end {
+				return
+			}
+			if !utf8.ValidString(line) || line == "" || line != strings.TrimSpace(line) ||
+				len(line) > maxMessageSize || strings.ContainsFunc(line, unicode.IsControl) {
+				t.Errorf("the other one sees %q", line)
+			}
+		}
+	}
+}
+
+// BenchmarkBroadcast measures the way of one message from the hub to n clients.
+func BenchmarkBroadcast(b *testing.B) {
+	for _, n := range []int{1, 100, 1000} {
+		b.Run(fmt.Sprintf("clients=%d", n), func(b *testing.B) {
+			r := tcpRoom(b)
+			message := []byte("a line of chat, about as long as people write them")
+			var received sync.WaitGroup
+			for range n {
+				conn := r.join(b).NetConn() // read as bytes, so as to cost little itself
+				go func() {
+					frame := make([]byte, 2+len(message))
+					for {
+						if _, err := io.ReadFull(conn, frame); err != nil {
+							return
+						}
+						received.Done()
+					}
+				}()
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				received.Add(n)
+				r.hub.broadcast <- message
+				received.Wait()
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/delivery")
+		})
+	}
 }
