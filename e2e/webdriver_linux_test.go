@@ -1,0 +1,381 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gorilla/websocket"
+)
+
+// An engine is a browser with one window, driven by the W3C's protocols: Firefox
+// speaks WebDriver BiDi by itself, WebKit has a driver for classic WebDriver.
+// What the tests need of the two is so little that no library is worth it.
+type engine interface {
+	visit(url string) error
+	back() error
+	eval(js string, result any) error // the value of an expression, or of its promise
+	act(source object) error          // what a device does, in the form that both protocols have
+	resize(width, height int) error
+}
+
+type object = map[string]any // of JSON
+
+// Time allowed for a command: a browser starts during its first one.
+const commandPatience = 3 * patience
+
+// engines starts each engine once; all tests share it.
+var engines = []struct {
+	name  string
+	start func() (engine, error)
+}{
+	{"Firefox", sync.OnceValues(startFirefox)},
+	{"WebKit", sync.OnceValues(startWebKit)},
+}
+
+// A window is an engine's, for one test.
+type window struct {
+	t      *testing.T
+	engine engine
+}
+
+// inEveryEngine runs a test in each engine.
+func inEveryEngine(t *testing.T, test func(t *testing.T, w *window)) {
+	for _, engine := range engines {
+		t.Run(engine.name, func(t *testing.T) {
+			e, err := engine.start()
+			if err != nil {
+				t.Fatal(err)
+			}
+			test(t, &window{t, e})
+		})
+	}
+}
+
+// must fails the test if there is an error.
+func (w *window) must(err error) {
+	w.t.Helper()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// open opens the page of the server at addr and waits until it is connected. From
+// then on the page's script must not fail.
+func (w *window) open(addr string) {
+	w.t.Helper()
+	w.must(w.engine.visit("http://" + addr + "/"))
+	get[int](w, `(window.errors = [], ["error", "unhandledrejection"].map((type) =>
+		addEventListener(type, (event) => errors.push(String(event.reason ?? event.message)))).length)`)
+	w.t.Cleanup(func() {
+		for _, message := range get[[]string](w, "window.errors ?? []") {
+			w.t.Errorf("the page's script fails: %s", message)
+		}
+	})
+	w.until(connected)
+}
+
+// get returns the value of a JavaScript expression, or of its promise; $ finds an
+// element by its id.
+func get[T any](w *window, js string) (result T) {
+	w.t.Helper()
+	w.must(w.engine.eval("(($) => "+js+")((id) => document.getElementById(id))", &result))
+	return result
+}
+
+// until waits until a JavaScript expression is true.
+func (w *window) until(js string) {
+	w.t.Helper()
+	for start := time.Now(); !get[bool](w, "!!("+js+")"); time.Sleep(10 * time.Millisecond) {
+		if time.Since(start) > patience {
+			w.t.Fatalf("not within %v: %s\npage:\n%.400s…", patience, js, get[string](w, "document.body.innerText"))
+		}
+	}
+}
+
+// insert puts text into the input, as a paste would.
+func (w *window) insert(text string) {
+	w.t.Helper()
+	if !get[bool](w, fmt.Sprintf(`($("msg").focus(), document.execCommand("insertText", false, %q))`, text)) {
+		w.t.Fatalf("the input does not take %q", text)
+	}
+}
+
+// Keys. https://www.w3.org/TR/webdriver2/#keyboard-actions
+const (
+	backspace = "\ue003"
+	enter     = "\ue007"
+)
+
+func (w *window) press(key string) {
+	w.t.Helper()
+	w.must(w.engine.act(object{"type": "key", "id": "keyboard", "actions": []object{
+		{"type": "keyDown", "value": key},
+		{"type": "keyUp", "value": key},
+	}}))
+}
+
+// send inserts text and presses Enter.
+func (w *window) send(text string) {
+	w.t.Helper()
+	w.insert(text)
+	w.press(enter)
+}
+
+// scroll turns the mouse's wheel over the log by so many pixels.
+func (w *window) scroll(by int) {
+	w.t.Helper()
+	before := get[float64](w, `$("log").scrollTop`)
+	w.must(w.engine.act(object{"type": "wheel", "id": "wheel", "actions": []object{
+		{"type": "scroll", "x": 100, "y": 200, "deltaX": 0, "deltaY": by},
+	}}))
+	w.until(fmt.Sprintf(`Math.abs($("log").scrollTop - %v) < 2`, before+float64(by)))
+}
+
+// resize makes the window so large, and waits until the page is: a part of the
+// height may go to the browser's own bar.
+func (w *window) resize(width, height int) {
+	w.t.Helper()
+	w.must(w.engine.resize(width, height))
+	w.until(fmt.Sprintf("innerWidth == %d && innerHeight > %d", width, height-100))
+}
+
+// ends are what ends the processes that have been launched.
+var ends []func()
+
+// closeEngines ends them, last one first.
+func closeEngines() {
+	for _, end := range slices.Backward(ends) {
+		end()
+	}
+}
+
+// launch starts a program, which gets a home of its own, and waits until it prints
+// what pattern matches. It returns the pattern's group, and how to end the program
+// before closeEngines does.
+func launch(pattern string, env []string, name string, args ...string) (match string, end func(), err error) {
+	home, err := os.MkdirTemp("", "engine")
+	if err != nil {
+		return "", nil, err
+	}
+	out := &output{grown: make(chan struct{}, 1)}
+	cmd := exec.Command(name, args...)
+	cmd.Dir = home
+	cmd.Env = append(append(os.Environ(), "HOME="+home), env...)
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Setpgid:   true,            // so that its children can be killed with it
+		Pdeathsig: syscall.SIGKILL, // should we not live to do that
+	}
+	if err := cmd.Start(); err != nil {
+		os.RemoveAll(home)
+		return "", nil, fmt.Errorf("%w\nOn Debian: apt-get install firefox-esr webkit2gtk-driver xvfb", err)
+	}
+	end = sync.OnceFunc(func() {
+		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+		cmd.Wait()
+		os.RemoveAll(home)
+	})
+	ends = append(ends, end)
+	re := regexp.MustCompile(pattern)
+	timeout := time.After(patience)
+	for {
+		if match := re.FindStringSubmatch(out.String()); match != nil {
+			return match[1], end, nil
+		}
+		select {
+		case <-out.grown:
+		case <-timeout:
+			return "", end, fmt.Errorf("%s has not printed %q within %v, but:\n%s", name, pattern, patience, out)
+		}
+	}
+}
+
+// Firefox speaks WebDriver BiDi. https://www.w3.org/TR/webdriver-bidi/
+type firefox struct {
+	conn    *websocket.Conn
+	id      int
+	context string   // the window
+	console []string // what the browser has logged
+}
+
+func startFirefox() (engine, error) {
+	url, _, err := launch(`WebDriver BiDi listening on (ws://\S+)\n`, nil,
+		"firefox-esr", "--headless", "--remote-debugging-port=0", "--profile", ".")
+	if err != nil {
+		return nil, err
+	}
+	f := new(firefox)
+	if f.conn, _, err = websocket.DefaultDialer.Dial(url+"/session", nil); err != nil {
+		return nil, err
+	}
+	var tree struct{ Contexts []struct{ Context string } }
+	if err := errors.Join(
+		f.call("session.new", object{"capabilities": object{}}, nil),
+		f.call("session.subscribe", object{"events": []string{"log.entryAdded"}}, nil),
+		f.call("browsingContext.getTree", object{}, &tree),
+	); err != nil {
+		return nil, err
+	}
+	f.context = tree.Contexts[0].Context
+	return f, nil
+}
+
+// call runs a command and waits for its result.
+func (f *firefox) call(method string, params object, result any) error {
+	f.id++
+	f.conn.SetReadDeadline(time.Now().Add(commandPatience))
+	if err := f.conn.WriteJSON(object{"id": f.id, "method": method, "params": params}); err != nil {
+		return err
+	}
+	for {
+		var answer struct {
+			ID             int
+			Method         string
+			Params         struct{ Level, Text string }
+			Result         json.RawMessage
+			Error, Message string
+		}
+		if err := f.conn.ReadJSON(&answer); err != nil {
+			return fmt.Errorf("%s: %w", method, err)
+		}
+		switch {
+		case answer.Method == "log.entryAdded":
+			f.console = append(f.console, answer.Params.Level+": "+answer.Params.Text)
+		case answer.ID != f.id:
+		case answer.Error != "":
+			return fmt.Errorf("%s: %s: %s", method, answer.Error, answer.Message)
+		case result != nil:
+			return json.Unmarshal(answer.Result, result)
+		default:
+			return nil
+		}
+	}
+}
+
+func (f *firefox) visit(url string) error {
+	return f.call("browsingContext.navigate", object{"context": f.context, "url": url, "wait": "complete"}, nil)
+}
+
+func (f *firefox) back() error {
+	return f.call("browsingContext.traverseHistory", object{"context": f.context, "delta": -1}, nil)
+}
+
+func (f *firefox) eval(js string, result any) error {
+	var answer struct {
+		Result           struct{ Value string }
+		ExceptionDetails *struct{ Text string }
+	}
+	if err := f.call("script.evaluate", object{
+		"expression":   "(async () => JSON.stringify(await (" + js + ")))()",
+		"awaitPromise": true,
+		"target":       object{"context": f.context},
+	}, &answer); err != nil {
+		return err
+	}
+	if e := answer.ExceptionDetails; e != nil {
+		return errors.New(e.Text)
+	}
+	return json.Unmarshal([]byte(answer.Result.Value), result)
+}
+
+func (f *firefox) act(source object) error {
+	return f.call("input.performActions", object{"context": f.context, "actions": []object{source}}, nil)
+}
+
+func (f *firefox) resize(width, height int) error {
+	return f.call("browsingContext.setViewport", object{
+		"context": f.context, "viewport": object{"width": width, "height": height},
+	}, nil)
+}
+
+// WebKit's driver speaks WebDriver. https://www.w3.org/TR/webdriver2/
+type webkit struct {
+	display string // its number
+	session string // its URL
+}
+
+func startWebKit() (engine, error) {
+	// WebKit has no window without a display.
+	display, _, err := launch(`(\d+)\n`, nil, "Xvfb", "-displayfd", "1", "-nolisten", "tcp", "-screen", "0", "1280x1024x24")
+	if err != nil {
+		return nil, err
+	}
+	// The driver does not say when it listens, nor can it pick a port itself.
+	listener, err := net.Listen("tcp", "localhost:0")
+	if err != nil {
+		return nil, err
+	}
+	listener.Close()
+	_, port, _ := net.SplitHostPort(listener.Addr().String())
+	if _, _, err := launch("()", []string{"DISPLAY=:" + display}, "WebKitWebDriver", "--host=127.0.0.1", "--port="+port); err != nil {
+		return nil, err
+	}
+	w := &webkit{display: display, session: "http://127.0.0.1:" + port + "/session"}
+	var session struct{ SessionID string }
+	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		err := w.call("", object{"capabilities": object{}}, &session)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) || time.Since(start) > patience {
+			return nil, err
+		}
+	}
+	w.session += "/" + session.SessionID
+	return w, nil
+}
+
+// call runs a command and waits for its result.
+func (w *webkit) call(command string, params object, result any) error {
+	body, err := json.Marshal(params)
+	if err != nil {
+		return err
+	}
+	client := http.Client{Timeout: commandPatience}
+	response, err := client.Post(w.session+command, "application/json", bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	answer, err := io.ReadAll(response.Body)
+	if err != nil {
+		return err
+	}
+	if response.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s: %s", command, answer)
+	}
+	return json.Unmarshal(answer, &struct{ Value any }{result})
+}
+
+func (w *webkit) visit(url string) error {
+	return w.call("/url", object{"url": url}, nil)
+}
+
+func (w *webkit) back() error {
+	return w.call("/back", object{}, nil)
+}
+
+func (w *webkit) eval(js string, result any) error {
+	return w.call("/execute/sync", object{"script": "return (" + js + ")", "args": []any{}}, result)
+}
+
+func (w *webkit) act(source object) error {
+	return w.call("/actions", object{"actions": []object{source}}, nil)
+}
+
+func (w *webkit) resize(width, height int) error {
+	return w.call("/window/rect", object{"width": width, "height": height}, nil)
+}
