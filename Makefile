@@ -38,7 +38,7 @@ check: ## Check the form of all modules: gofmt, go vet, go fix, staticcheck
 	for module in . e2e cluster; do (cd $$module && go vet ./... && go fix -diff ./... && \
 		go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...) || exit 1; done
 
-e2e: ## Test the page in Chromium, Firefox and WebKit, and the server as a process
+e2e: ## Test the page in three browsers, the server as a process, and proxies
 	cd e2e && npm ci && go test -count=1 ./...
 
 cluster: ## Copy hub, client and page to cluster, and test it

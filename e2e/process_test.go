@@ -28,12 +28,12 @@ func readAll(conn *websocket.Conn) (lines []string, err error) {
 	}
 }
 
-// wantGoingAway checks that err is the goodbye of a server that shuts down.
-func wantGoingAway(t *testing.T, err error) {
+// wantGoodbye checks that err is a close with this code and a reason.
+func wantGoodbye(t *testing.T, err error, code int) {
 	t.Helper()
 	var goodbye *websocket.CloseError
-	if !errors.As(err, &goodbye) || goodbye.Code != websocket.CloseGoingAway || goodbye.Text == "" {
-		t.Errorf("the client reads %v, want close 1001 with a reason", err)
+	if !errors.As(err, &goodbye) || goodbye.Code != code || goodbye.Text == "" {
+		t.Errorf("the client reads %v, want close %d with a reason", err, code)
 	}
 }
 
@@ -70,9 +70,9 @@ func TestSignalsSendEverybodyWhatIsQueuedAnd1001(t *testing.T) {
 			start := time.Now()
 			s.signal(t, sig)
 			_, err := readAll(talker)
-			wantGoingAway(t, err)
+			wantGoodbye(t, err, websocket.CloseGoingAway)
 			lines, err := readAll(reader)
-			wantGoingAway(t, err)
+			wantGoodbye(t, err, websocket.CloseGoingAway)
 			if len(lines) != 100 {
 				t.Errorf("the client reads %d lines before the goodbye, want 100", len(lines))
 			}
@@ -131,7 +131,7 @@ func TestShutdownSaysGoodbyeToEverybody(t *testing.T) {
 			s.signal(t, syscall.SIGTERM)
 			s.wantExit(t, start, tt.limit)
 			for range conns {
-				wantGoingAway(t, <-ends)
+				wantGoodbye(t, <-ends, websocket.CloseGoingAway)
 			}
 		})
 	}

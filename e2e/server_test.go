@@ -1,8 +1,8 @@
 // Package e2e tests the chat server from the outside: the real binary, real
 // processes and signals, and the page in a real browser.
 //
-// It needs browsers (apt-get install chromium firefox-esr webkit2gtk-driver xvfb)
-// and, once, `npm ci` in this folder.
+// It needs browsers and proxies (apt-get install chromium firefox-esr
+// webkit2gtk-driver xvfb nginx-light haproxy) and, once, `npm ci` in this folder.
 // It is a module of its own so that the server keeps a single dependency.
 package e2e
 

@@ -1,0 +1,190 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gorilla/websocket"
+)
+
+// nginxConfig is what README.md's part of a configuration stands in.
+const nginxConfig = `
+daemon off;
+user root; # who may write to the folder; for anybody else it is ignored
+pid nginx.pid;
+error_log stderr;
+events {}
+http {
+	access_log off;
+	client_body_temp_path tmp;
+	proxy_temp_path tmp;
+	fastcgi_temp_path tmp;
+	uwsgi_temp_path tmp;
+	scgi_temp_path tmp;
+	server {
+		listen %s;
+		%s
+	}
+}
+`
+
+// The configurations of proxies in the READMEs work as they stand there, but for
+// the addresses.
+func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
+	for _, proxy := range []struct {
+		name, prefix string
+		start        func(t *testing.T, addr, one, two string)
+	}{
+		{"nginx", "/chat/", func(t *testing.T, addr, one, _ string) {
+			config := codeFrom(t, "../README.md", "location /chat/ {")
+			config = replace(t, config, "127.0.0.1:8080", one)
+			startProxy(t, "nginx-light", fmt.Sprintf(nginxConfig, addr, config), "nginx", "-e", "stderr", "-p", ".", "-c")
+		}},
+		{"HAProxy", "/", func(t *testing.T, addr, one, two string) {
+			config := codeFrom(t, "../cluster/README.md", "defaults")
+			config = replace(t, config, "bind :80", "bind "+addr)
+			config = replace(t, config, "10.0.0.1:8080", one)
+			config = replace(t, config, "10.0.0.2:8080", two)
+			startProxy(t, "haproxy", config, "haproxy", "-db", "-f")
+		}},
+	} {
+		t.Run(proxy.name, func(t *testing.T) {
+			one, two := startServer(t, "127.0.0.1:0"), startServer(t, "127.0.0.1:0")
+			addr := freeAddr(t)
+			proxy.start(t, addr, one.addr, two.addr)
+			awaitListener(t, addr)
+			url := "ws://" + addr + proxy.prefix + "ws"
+
+			p := newTab(t)
+			p.open("http://" + addr + proxy.prefix)
+			p.send("through a proxy")
+			p.until(lastLine + ` == "through a proxy"`)
+
+			for _, offence := range []struct {
+				kind int
+				text string
+				want int
+			}{
+				{websocket.BinaryMessage, "x", websocket.CloseUnsupportedData},
+				{websocket.TextMessage, "\xff", websocket.CloseInvalidFramePayloadData},
+				{websocket.TextMessage, strings.Repeat("x", 2<<20), websocket.CloseMessageTooBig},
+			} {
+				conn := dial(t, websocket.DefaultDialer, url)
+				conn.WriteMessage(offence.kind, []byte(offence.text))
+				wantGoodbye(t, discard(conn), offence.want)
+			}
+
+			for origin, want := range map[string]int{"http://" + addr: 101, "http://example.com": 403} {
+				conn, response, err := websocket.DefaultDialer.Dial(url, http.Header{"Origin": {origin}})
+				if response == nil || response.StatusCode != want {
+					t.Errorf("from the origin %s the handshake gives %v and %v, want status %d", origin, response, err, want)
+				}
+				if err == nil {
+					conn.Close()
+				}
+			}
+
+			idle, busy := dial(t, websocket.DefaultDialer, url), dial(t, websocket.DefaultDialer, url)
+			go func() {
+				for busy.WriteMessage(websocket.TextMessage, []byte("and another thing")) == nil {
+				}
+			}()
+			one.stop(t)
+			two.stop(t)
+			wantGoodbye(t, discard(idle), websocket.CloseGoingAway)
+			wantGoodbye(t, discard(busy), websocket.CloseGoingAway)
+		})
+	}
+}
+
+// codeFrom returns the block of code in a file of Markdown that starts with the
+// line first.
+func codeFrom(t *testing.T, file, first string) string {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const indent = "\n    "
+	_, code, found := strings.Cut(string(text), "\n"+indent+first+"\n")
+	if !found {
+		t.Fatalf("%s has no code that starts with %q", file, first)
+	}
+	var block strings.Builder
+	block.WriteString(first + "\n")
+	for line := range strings.Lines(code) {
+		line, indented := strings.CutPrefix(line, "    ")
+		if !indented && line != "\n" {
+			break
+		}
+		block.WriteString(line)
+	}
+	return block.String()
+}
+
+// replace replaces old, which must be there once.
+func replace(t *testing.T, text, old, new string) string {
+	t.Helper()
+	if got := strings.Count(text, old); got != 1 {
+		t.Fatalf("the configuration has %q %d times, want once:\n%s", old, got, text)
+	}
+	return strings.Replace(text, old, new, 1)
+}
+
+// freeAddr returns an address on which nobody listens.
+func freeAddr(t testing.TB) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+// startProxy runs a program of a Debian package in a folder of its own, until the
+// test ends. The name of the file with its configuration is its last argument.
+func startProxy(t *testing.T, pkg, config, name string, args ...string) {
+	t.Helper()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "config")
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(name, append(args, file)...)
+	cmd.Dir = dir
+	out := &output{grown: make(chan struct{}, 1)}
+	cmd.Stdout, cmd.Stderr = out, out
+	if err := cmd.Start(); err != nil {
+		t.Fatalf("%v\nOn Debian: apt-get install %s", err, pkg)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Signal(os.Interrupt) // so that it ends its workers, too
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("%s says:\n%s", name, out)
+		}
+	})
+}
+
+// awaitListener waits until somebody listens on addr.
+func awaitListener(t testing.TB, addr string) {
+	t.Helper()
+	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		conn, err := net.Dial("tcp", addr)
+		if err == nil {
+			conn.Close()
+			return
+		}
+		if time.Since(start) > patience {
+			t.Fatal(err)
+		}
+	}
+}
