@@ -1355,12 +1355,13 @@ func TestStorm(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				random := rand.New(rand.NewPCG(uint64(seed), 0))
 				s := &storm{room: pipeRoom(t), end: time.Now().Add(upTo(random, 3*time.Second))}
+				s.chorus = time.Now().Add(upTo(random, 3*time.Second))
 				witness := s.enter(t, random, "listens")
 				for range 3 + random.IntN(15) {
 					if time.Sleep(upTo(random, 300*time.Millisecond)); !time.Now().Before(s.end) {
 						break
 					}
-					fates := []string{"listens", "talks", "is slow", "stalls", "offends", "leaves", "vanishes"}
+					fates := []string{"listens", "talks", "is slow", "stalls", "offends", "offends blindly", "leaves", "vanishes"}
 					s.enter(t, random, fates[random.IntN(len(fates))])
 					if c := s.cast[random.IntN(len(s.cast))]; random.IntN(5) == 0 && c != witness {
 						c.ends(unregistered, time.Now())
@@ -1381,10 +1382,11 @@ func upTo(random *rand.Rand, most time.Duration) time.Duration {
 	return time.Duration(random.Int64N(int64(most)))
 }
 
-// A storm is a room, those who have been in it, and when its hub is stopped.
+// A storm is a room, and those who have been in it.
 type storm struct {
 	*room
-	end    time.Time
+	chorus time.Time // when many of them speak at once
+	end    time.Time // when the hub is stopped
 	cast   []*character
 	actors sync.WaitGroup
 }
@@ -1398,7 +1400,9 @@ type character struct {
 	said       []time.Time // when each of its lines was begun
 	finished   time.Time   // when the last of them was written
 	heard      []string
-	end        error // of its reading
+	end        error         // of its reading
+	written    chan struct{} // closed when it writes no more
+	cut        error         // of what it sent with its offence, and after it
 
 	mu   sync.Mutex
 	whys map[*goodbye]time.Time // why it may have been sent away, and when
@@ -1415,7 +1419,7 @@ func (c *character) ends(why *goodbye, at time.Time) {
 
 // enter has a client join, say some lines, and meet its fate.
 func (s *storm) enter(t *testing.T, random *rand.Rand, fate string) *character {
-	c := &character{peer: s.join(t), name: fmt.Sprint("#", len(s.cast)), fate: fate, joined: time.Now()}
+	c := &character{peer: s.join(t), name: fmt.Sprint("#", len(s.cast)), fate: fate, joined: time.Now(), written: make(chan struct{})}
 	c.whys = map[*goodbye]time.Time{shuttingDown: s.end}
 	for _, client := range s.clients() {
 		if !slices.ContainsFunc(s.cast, func(c *character) bool { return c.client == client }) {
@@ -1425,15 +1429,21 @@ func (s *storm) enter(t *testing.T, random *rand.Rand, fate string) *character {
 	s.cast = append(s.cast, c)
 
 	first, second := offences[random.IntN(len(offences))], offences[random.IntN(len(offences))]
-	lines, pause, slowness := random.IntN(150), upTo(random, 20*time.Millisecond), upTo(random, breather/2)
-	if random.IntN(2) == 0 {
-		pause = 0
+	for fate == "offends blindly" && (first.want.Code == websocket.CloseProtocolError || second.want.Code == websocket.CloseProtocolError) {
+		// Not these: gorilla/websocket waits until its 1002 is read.
+		first, second = offences[random.IntN(len(offences))], offences[random.IntN(len(offences))]
 	}
-	stall := time.Now().Add(upTo(random, time.Second))
+	lines, pause, slowness := random.IntN(150), upTo(random, 20*time.Millisecond), upTo(random, breather/2)
+	begin, stall := time.Now(), time.Now().Add(upTo(random, time.Second))
+	if random.IntN(2) == 0 {
+		begin, pause = s.chorus, 0
+	}
 	s.actors.Go(func() {
+		defer close(c.written)
 		if fate == "listens" {
 			return
 		}
+		time.Sleep(time.Until(begin))
 		for n := range lines {
 			time.Sleep(pause)
 			c.said = append(c.said, time.Now())
@@ -1443,13 +1453,13 @@ func (s *storm) enter(t *testing.T, random *rand.Rand, fate string) *character {
 		}
 		c.finished = time.Now()
 		switch fate {
-		case "offends":
+		case "offends", "offends blindly":
 			c.ends(first.want, time.Now())
 			if second.want.Code == websocket.CloseProtocolError {
 				// gorilla/websocket says this one itself, ahead of what is queued.
 				c.ends(second.want, time.Now())
 			}
-			c.NetConn().Write(slices.Concat(first.sent, second.sent, much))
+			_, c.cut = c.NetConn().Write(slices.Concat(first.sent, second.sent, much))
 		case "leaves":
 			c.ends(hadEnough, time.Now())
 			c.NetConn().Write(encode(0x88, "\x0f\xa0had enough"))
@@ -1466,11 +1476,15 @@ func (s *storm) enter(t *testing.T, random *rand.Rand, fate string) *character {
 				c.ends(fellBehind, time.Now())
 				time.Sleep(writeWait / 2)
 				stall = s.end.Add(time.Hour)
+			case fate == "offends blindly":
+				c.ends(fellBehind, time.Now())
+				<-c.written // It reads nothing before.
 			}
 			var lines []string
 			lines, c.end = c.read(2 * pongWait)
 			c.heard = append(c.heard, lines...)
 		}
+		<-c.written
 		c.Close()
 	})
 	return c
@@ -1531,7 +1545,7 @@ func (s *storm) check(t *testing.T, order []string) {
 		}
 
 		// Nobody is sent away but for a reason of its own, and the first is what
-		// it reads.
+		// it reads; until then the server takes what it sends.
 		if c.fate == "vanishes" && !c.finished.IsZero() {
 			continue
 		}
@@ -1544,6 +1558,9 @@ func (s *storm) check(t *testing.T, order []string) {
 		}
 		if !sound {
 			t.Errorf("%s, which %s, ended with %v, want %v", c.name, c.fate, c.end, due)
+		}
+		if c.cut != nil && !c.whys[due].Before(c.finished) {
+			t.Errorf("%s, which %s: what it was sending failed with %v", c.name, c.fate, c.cut)
 		}
 		if len(c.whys) == 1 && start+len(c.heard) != len(order) {
 			t.Errorf("%s, which %s, did not hear the last %d lines", c.name, c.fate, len(order)-start-len(c.heard))
