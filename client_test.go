@@ -1364,7 +1364,7 @@ func TestStorm(t *testing.T) {
 					fates := []string{"listens", "talks", "is slow", "stalls", "offends", "offends blindly", "leaves", "vanishes"}
 					s.enter(t, random, fates[random.IntN(len(fates))])
 					if c := s.cast[random.IntN(len(s.cast))]; random.IntN(5) == 0 && c != witness {
-						c.ends(unregistered, time.Now())
+						c.sentAway(unregistered, time.Now())
 						s.hub.unregister <- c.client
 					}
 				}
@@ -1408,8 +1408,8 @@ type character struct {
 	whys map[*goodbye]time.Time // why it may have been sent away, and when
 }
 
-// ends notes a reason for the server to send c away.
-func (c *character) ends(why *goodbye, at time.Time) {
+// sentAway notes a reason for the server to send c away.
+func (c *character) sentAway(why *goodbye, at time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if _, ok := c.whys[why]; !ok {
@@ -1454,14 +1454,14 @@ func (s *storm) enter(t *testing.T, random *rand.Rand, fate string) *character {
 		c.finished = time.Now()
 		switch fate {
 		case "offends", "offends blindly":
-			c.ends(first.want, time.Now())
+			c.sentAway(first.want, time.Now())
 			if second.want.Code == websocket.CloseProtocolError {
 				// gorilla/websocket says this one itself, ahead of what is queued.
-				c.ends(second.want, time.Now())
+				c.sentAway(second.want, time.Now())
 			}
 			_, c.cut = c.NetConn().Write(slices.Concat(first.sent, second.sent, much))
 		case "leaves":
-			c.ends(hadEnough, time.Now())
+			c.sentAway(hadEnough, time.Now())
 			c.NetConn().Write(encode(0x88, "\x0f\xa0had enough"))
 		case "vanishes":
 			c.Close()
@@ -1473,11 +1473,11 @@ func (s *storm) enter(t *testing.T, random *rand.Rand, fate string) *character {
 			case fate == "is slow":
 				time.Sleep(slowness)
 			case fate == "stalls" && time.Now().After(stall):
-				c.ends(fellBehind, time.Now())
+				c.sentAway(fellBehind, time.Now())
 				time.Sleep(writeWait / 2)
 				stall = s.end.Add(time.Hour)
 			case fate == "offends blindly":
-				c.ends(fellBehind, time.Now())
+				c.sentAway(fellBehind, time.Now())
 				<-c.written // It reads nothing before.
 			}
 			var lines []string
