@@ -299,8 +299,12 @@ var offences = []struct {
 }
 
 // much is 2 MB in many messages: more than TCP holds for somebody who does not
-// read, and more than the allowed rate takes in closeWait.
-var much = bytes.Repeat(encode(0x81, strings.Repeat("x", 122)), 2<<20/128)
+// read. some is enough for a pipe, which holds nothing, and more than the allowed
+// rate takes in closeWait.
+var (
+	much = bytes.Repeat(encode(0x81, strings.Repeat("x", 122)), 2<<20/128)
+	some = much[:100<<10]
+)
 
 func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 	for _, offence := range offences {
@@ -318,7 +322,7 @@ func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 						}
 						sent := offence.sent
 						if sends {
-							sent = append(slices.Clip(sent), much...)
+							sent = append(slices.Clip(sent), some...)
 						}
 						written := make(chan error, 1)
 						go func() {
@@ -998,7 +1002,7 @@ func TestHubEndsSoonHoweverItsClientEnds(t *testing.T) {
 		"the peer has vanished for long":   func(_ *room, p *peer) { p.Close(); time.Sleep(pongWait) },
 		"the peer is silent":               func(_ *room, p *peer) { time.Sleep(pongWait) },
 		"the peer breaks a rule":           func(_ *room, p *peer) { p.write(encode(0x82, "")) },
-		"the peer breaks a rule, goes on":  func(_ *room, p *peer) { p.write(encode(0x82, "")); p.write(much) },
+		"the peer breaks a rule, goes on":  func(_ *room, p *peer) { p.write(encode(0x82, "")); p.write(some) },
 		"the peer breaks the protocol":     func(_ *room, p *peer) { p.write(encode(0x8f, "")) },
 		"the peer does nothing":            func(*room, *peer) {},
 		"somebody unregisters it":          func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] },
@@ -1459,7 +1463,7 @@ func (s *storm) enter(t *testing.T, random *rand.Rand, fate string) *character {
 				// gorilla/websocket says this one itself, ahead of what is queued.
 				c.sentAway(second.want, time.Now())
 			}
-			_, c.cut = c.NetConn().Write(slices.Concat(first.sent, second.sent, much))
+			_, c.cut = c.NetConn().Write(slices.Concat(first.sent, second.sent, some))
 		case "leaves":
 			c.sentAway(hadEnough, time.Now())
 			c.NetConn().Write(encode(0x88, "\x0f\xa0had enough"))
