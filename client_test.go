@@ -1367,7 +1367,7 @@ func TestStorm(t *testing.T) {
 					}
 					fates := []string{"listens", "talks", "is slow", "stalls", "offends", "offends blindly", "leaves", "vanishes"}
 					s.enter(t, random, fates[random.IntN(len(fates))])
-					if c := s.cast[random.IntN(len(s.cast))]; random.IntN(5) == 0 && c != witness {
+					if c := s.cast[random.IntN(len(s.cast))]; random.IntN(5) == 0 && c != witness && c.client != nil {
 						c.sentAway(unregistered, time.Now())
 						s.hub.unregister <- c.client
 					}
@@ -1425,13 +1425,6 @@ func (c *character) sentAway(why *goodbye, at time.Time) {
 func (s *storm) enter(t *testing.T, random *rand.Rand, fate string) *character {
 	c := &character{peer: s.join(t), name: fmt.Sprint("#", len(s.cast)), fate: fate, joined: time.Now(), written: make(chan struct{})}
 	c.whys = map[*goodbye]time.Time{shuttingDown: s.end}
-	for _, client := range s.clients() {
-		if !slices.ContainsFunc(s.cast, func(c *character) bool { return c.client == client }) {
-			c.client = client
-		}
-	}
-	s.cast = append(s.cast, c)
-
 	first, second := offences[random.IntN(len(offences))], offences[random.IntN(len(offences))]
 	for fate == "offends blindly" && (first.want.Code == websocket.CloseProtocolError || second.want.Code == websocket.CloseProtocolError) {
 		// Not these: gorilla/websocket waits until its 1002 is read.
@@ -1491,6 +1484,12 @@ func (s *storm) enter(t *testing.T, random *rand.Rand, fate string) *character {
 		<-c.written
 		c.Close()
 	})
+	for _, client := range s.clients() {
+		if !slices.ContainsFunc(s.cast, func(c *character) bool { return c.client == client }) {
+			c.client = client
+		}
+	}
+	s.cast = append(s.cast, c)
 	return c
 }
 
@@ -1697,12 +1696,21 @@ func (r *room) say(lines ...string) {
 	}
 }
 
-// clients returns who is in the hub; call it in a synctest bubble.
+// clients returns who is in the hub, at a moment at which it has nothing to do;
+// call it in a synctest bubble.
 func (r *room) clients() []*Client {
-	synctest.Wait()
-	clients := slices.Collect(maps.Keys(r.hub.clients))
-	r.hub.unregister <- nil // What the hub does from here on, it does after the reading.
-	return clients
+	for {
+		synctest.Wait()
+		select {
+		case r.hub.unregister <- nil: // It was waiting for somebody, and does again:
+			synctest.Wait()
+			clients := slices.Collect(maps.Keys(r.hub.clients))
+			r.hub.unregister <- nil // so the next thing that it does, it does after that.
+			return clients
+		default:
+			time.Sleep(breather)
+		}
+	}
 }
 
 // dialer returns a dialer that connects to the room.
