@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -35,24 +36,31 @@ http {
 }
 `
 
+// pingPeriod is client.go's: for so long nothing may pass between an idle client
+// and the server.
+const pingPeriod = 54 * time.Second
+
 // The configurations of proxies in the READMEs work as they stand there, but for
 // the addresses.
 func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
 	for _, proxy := range []struct {
 		name, prefix string
+		oneIsEnough  bool // when the other server ends, clients get to this one
 		start        func(t *testing.T, addr, one, two string)
 	}{
-		{"nginx", "/chat/", func(t *testing.T, addr, one, _ string) {
+		{"nginx", "/chat/", false, func(t *testing.T, addr, one, _ string) {
 			config := codeFrom(t, "../README.md", "location /chat/ {")
 			config = replace(t, config, "127.0.0.1:8080", one)
-			startProxy(t, "nginx-light", fmt.Sprintf(nginxConfig, addr, config), "nginx", "-e", "stderr", "-p", ".", "-c")
+			wantPatience(t, config, `proxy_read_timeout (\w+);`)
+			startProxy(t, "nginx-light", fmt.Sprintf(nginxConfig, addr, config), "/usr/sbin/nginx", "-e", "stderr", "-p", ".", "-c")
 		}},
-		{"HAProxy", "/", func(t *testing.T, addr, one, two string) {
+		{"HAProxy", "/", true, func(t *testing.T, addr, one, two string) {
 			config := codeFrom(t, "../cluster/README.md", "defaults")
 			config = replace(t, config, "bind :80", "bind "+addr)
 			config = replace(t, config, "10.0.0.1:8080", one)
 			config = replace(t, config, "10.0.0.2:8080", two)
-			startProxy(t, "haproxy", config, "haproxy", "-db", "-f")
+			wantPatience(t, config, `timeout tunnel +(\w+)`)
+			startProxy(t, "haproxy", config, "/usr/sbin/haproxy", "-db", "-f")
 		}},
 	} {
 		t.Run(proxy.name, func(t *testing.T) {
@@ -61,6 +69,11 @@ func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
 			proxy.start(t, addr, one.addr, two.addr)
 			awaitListener(t, addr)
 			url := "ws://" + addr + proxy.prefix + "ws"
+			join := func() *websocket.Conn {
+				conn := dial(t, websocket.DefaultDialer, url)
+				conn.SetReadDeadline(time.Now().Add(patience))
+				return conn
+			}
 
 			p := newTab(t)
 			p.open("http://" + addr + proxy.prefix)
@@ -76,7 +89,7 @@ func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
 				{websocket.TextMessage, "\xff", websocket.CloseInvalidFramePayloadData},
 				{websocket.TextMessage, strings.Repeat("x", 2<<20), websocket.CloseMessageTooBig},
 			} {
-				conn := dial(t, websocket.DefaultDialer, url)
+				conn := join()
 				conn.WriteMessage(offence.kind, []byte(offence.text))
 				wantGoodbye(t, discard(conn), offence.want)
 			}
@@ -91,16 +104,37 @@ func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
 				}
 			}
 
-			idle, busy := dial(t, websocket.DefaultDialer, url), dial(t, websocket.DefaultDialer, url)
+			idle, busy := join(), join()
 			go func() {
 				for busy.WriteMessage(websocket.TextMessage, []byte("and another thing")) == nil {
 				}
 			}()
 			one.stop(t)
+			if proxy.oneIsEnough {
+				// The proxy has not noticed yet, and prefers the server without clients.
+				join()
+			}
 			two.stop(t)
 			wantGoodbye(t, discard(idle), websocket.CloseGoingAway)
 			wantGoodbye(t, discard(busy), websocket.CloseGoingAway)
 		})
+	}
+}
+
+// wantPatience checks that config has a time limit, the group of pattern, that a
+// client who is pinged does not reach.
+func wantPatience(t *testing.T, config, pattern string) {
+	t.Helper()
+	match := regexp.MustCompile(pattern).FindStringSubmatch(config)
+	if match == nil {
+		t.Fatalf("the configuration has no %q:\n%s", pattern, config)
+	}
+	limit, err := time.ParseDuration(match[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if limit <= pingPeriod {
+		t.Errorf("the proxy waits for %v, want more than the %v between two pings", limit, pingPeriod)
 	}
 }
 

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"io"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -17,8 +18,9 @@ func TestTheFirstTwoCommandsOfREADMEDoWhatItShows(t *testing.T) {
 	if out, err := exec.Command("git", "clone", "--quiet", "..", clone).CombinedOutput(); err != nil {
 		t.Fatalf("git clone: %v\n%s", err, out)
 	}
-	server := codeFrom(t, "../README.md", "$ go run .")
-	client := codeFrom(t, "../README.md", "$ npx wscat -c ws://localhost:8080/ws")
+	readme := filepath.Join(clone, "README.md") // of the commit that runs
+	server := codeFrom(t, readme, "$ go run .")
+	client := codeFrom(t, readme, "$ npx wscat -c ws://localhost:8080/ws")
 	if want := "$ go run .\n2026/11/23 10:00:00 listening on http://localhost:8080/\n\n" + client; server != want {
 		t.Fatalf("README.md starts with\n%s\nwant\n%s", server, want)
 	}
@@ -61,6 +63,37 @@ func TestTheFirstTwoCommandsOfREADMEDoWhatItShows(t *testing.T) {
 			case <-timeout:
 				t.Fatalf("wscat shows %q, want %q in it", shown, line)
 			}
+		}
+	}
+}
+
+// Each command that a README tells the reader to type is run somewhere, or
+// cannot be.
+func TestEveryCommandOfTheREADMEsIsAccountedFor(t *testing.T) {
+	for file, runs := range map[string]map[string]string{
+		"../README.md": {
+			"go run .":                            "the test above",
+			"npx wscat -c ws://localhost:8080/ws": "the test above",
+			"go test ./...":                       "the first that CI runs",
+		},
+		"../cluster/README.md": {
+			"go run .": "TestSecondNodeJoinsWithWhatTheFirstLogs, there",
+			"go run . -addr :8081 -nats nats://127.0.0.1:40097 -subject chat":         "the same, with the port that is logged",
+			"go run . -nats nats://nats-1:4222,nats://nats-2:4222,nats://nats-3:4222": "nowhere: these are the reader's machines",
+		},
+	} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, match := range regexp.MustCompile(`(?m)^    \$ (.*)$`).FindAllStringSubmatch(string(text), -1) {
+			if runs[match[1]] == "" {
+				t.Errorf("%s tells the reader to type %q: run it in a test, and say here in which", file, match[1])
+			}
+			delete(runs, match[1])
+		}
+		for command := range runs {
+			t.Errorf("%s no longer has the command %q", file, command)
 		}
 	}
 }
