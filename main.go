@@ -27,8 +27,9 @@ import (
 )
 
 const (
-	// Time allowed to send a request's header. Its timer costs a handshake up to a
-	// fifth of its processor time; without it, clients that send nothing add up.
+	// Time allowed to send a request's header: short, as a client that sends nothing
+	// holds a connection. The timer for it takes up to a fifth of a handshake's
+	// processor time.
 	readHeaderTimeout = 3 * time.Second
 
 	// Time allowed to take a page, or to ask for the next one.
