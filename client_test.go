@@ -103,7 +103,7 @@ func TestQueuedMessagesAreJoinedInFramesBelow32KiB(t *testing.T) {
 			want = append(want, fmt.Sprintf("%0*d", maxMessageSize, n))
 			r.say(want[n])
 		}
-		close(r.hub.stop)
+		r.hub.stop()
 		var got []string
 		var frames []frame
 		for {
@@ -348,10 +348,10 @@ func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 
 						r.say("still here")
 						other.wantLines(append(said, "still here")...)
-						if got, want := r.log.String(), fmt.Sprintf("pipe: %q\n", offence.want.Error()); !strings.HasSuffix(got, want) && offence.want.Code != 1002 {
+						if got, want := r.log.String(), fmt.Sprintf("pipe: dropped with %q\n", offence.want.Error()); !strings.HasSuffix(got, want) && offence.want.Code != 1002 {
 							t.Errorf("the log is %q, want %q in it", got, want)
 						}
-						if got, want := r.log.String(), fmt.Sprintf("pipe: \"websocket: close %d ", offence.want.Code); strings.Count(got, want) != 1 {
+						if got, want := r.log.String(), fmt.Sprintf("pipe: dropped with \"websocket: close %d ", offence.want.Code); strings.Count(got, want) != 1 {
 							t.Errorf("the log is %q, want %q in it once", got, want)
 						}
 					})
@@ -422,7 +422,7 @@ func TestClosesAreFollowedByTheEndOfTCPAtOnce(t *testing.T) {
 		{"the peer's tab is closed", func(_ *room, p *peer) { p.write(encode(0x88, "\x03\xe9")) }, &goodbye{Code: 1001}},
 		{"the peer goes without a word", func(_ *room, p *peer) { p.write(encode(0x88, "")) }, &goodbye{Code: 1005}},
 		{"the server sends it away", func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] }, unregistered},
-		{"the server shuts down", func(r *room, _ *peer) { close(r.hub.stop) }, shuttingDown},
+		{"the server shuts down", func(r *room, _ *peer) { r.hub.stop() }, shuttingDown},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -520,7 +520,7 @@ func TestPeerThatDoesNotTakeTheHandshakeIsDroppedAfterWriteWait(t *testing.T) {
 		if _, err := conn.Read(make([]byte, 1)); err != io.EOF {
 			t.Errorf("reading from the server gives %v, want %v", err, io.EOF)
 		}
-		close(r.hub.stop)
+		r.hub.stop()
 		r.wantEnd(t)
 	})
 }
@@ -704,7 +704,7 @@ func TestVanishedPeerIsLogged(t *testing.T) {
 		r := pipeRoom(t)
 		r.join(t).Close()
 		synctest.Wait()
-		if got, want := r.log.String(), `pipe: "websocket: close 1006 (abnormal closure): unexpected EOF"`; !strings.Contains(got, want) {
+		if got, want := r.log.String(), `pipe: left with "websocket: close 1006 (abnormal closure): unexpected EOF"`; !strings.Contains(got, want) {
 			t.Errorf("the log is %q, want %q in it", got, want)
 		}
 	})
@@ -927,7 +927,7 @@ func TestShutdownDeliversWhatIsQueuedAndThenSaysGoingAway(t *testing.T) {
 		p := r.join(t)
 		want := []string{"one", "two", "three"}
 		r.say(want...)
-		close(r.hub.stop)
+		r.hub.stop()
 		if got := p.wantGoodbye(shuttingDown); !slices.Equal(got, want) {
 			t.Errorf("got %q, want %q", got, want)
 		}
@@ -952,7 +952,7 @@ func TestShutdownIsReadByIdleAndByBusyClients(t *testing.T) {
 		}
 		wg.Go(func() { p.wantGoodbye(shuttingDown); p.Close() })
 	}
-	close(r.hub.stop)
+	r.hub.stop()
 	wg.Wait()
 	r.wantEnd(t)
 }
@@ -961,7 +961,7 @@ func TestShutdownIsReadByAClientThatSendsBeforeItReads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := pipeRoom(t)
 		p := r.join(t)
-		close(r.hub.stop)
+		r.hub.stop()
 		synctest.Wait()
 		start := time.Now()
 		for range 10 * rateBurst {
@@ -979,7 +979,7 @@ func TestHandshakeDuringShutdownIsRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := pipeRoom(t)
 		last := join(r.hub, 0)
-		close(r.hub.stop)
+		r.hub.stop()
 		synctest.Wait()
 		for range 20 {
 			_, response, err := r.dialer(t).Dial(roomURL, nil)
@@ -1016,7 +1016,7 @@ func TestHubEndsSoonHoweverItsClientEnds(t *testing.T) {
 				go io.Copy(io.Discard, p.NetConn()) // It reads, but answers nothing.
 				end(r, p)
 				start := time.Now()
-				close(r.hub.stop)
+				r.hub.stop()
 				r.wantEnd(t)
 				if got := time.Since(start); got > closeWait {
 					t.Errorf("the hub ended %v after it was stopped, want at most %v", got, closeWait)
@@ -1154,8 +1154,8 @@ func TestServeCutsOffASlowRequest(t *testing.T) {
 		reads      bool
 		want       time.Duration
 	}{
-		{"nothing sent", "", "", true, readHeaderTimeout},
-		{"header that never ends", "GET / HTTP/1.1\r\nX: ", "x", true, readHeaderTimeout},
+		{"nothing sent", "", "", true, pageTimeout},
+		{"header that never ends", "GET / HTTP/1.1\r\nX: ", "x", true, pageTimeout},
 		{"body that never ends", "POST /ws HTTP/1.1\r\nHost: pipe\r\nContent-Length: 1000\r\n\r\n", "x", true, pageTimeout},
 		{"page that nobody takes", "GET / HTTP/1.1\r\nHost: pipe\r\n\r\n", "", false, pageTimeout},
 		{"no second request", "GET / HTTP/1.1\r\nHost: pipe\r\n\r\n", "", true, pageTimeout},
@@ -1312,7 +1312,7 @@ func TestCodeInREADMEWorks(t *testing.T) {
 		}
 		hubs["/kitchen"].broadcast <- []byte("Dinner is ready.")
 		for _, hub := range hubs {
-			close(hub.stop) // Everybody reads what is queued and 1001; then run returns.
+			hub.stop() // Everybody reads what is queued and 1001; then run returns.
 		}
 		if got, want := kitchen.wantGoodbye(shuttingDown), []string{"Dinner is ready."}; !slices.Equal(got, want) {
 			t.Errorf("the kitchen heard %q, want %q", got, want)
@@ -1373,7 +1373,7 @@ func TestStorm(t *testing.T) {
 					}
 				}
 				time.Sleep(time.Until(s.end))
-				close(s.hub.stop)
+				s.hub.stop()
 				s.wantEnd(t)
 				s.actors.Wait()
 				s.check(t, witness.heard)
@@ -1635,18 +1635,18 @@ func newRoom(t testing.TB, listener net.Listener) *room {
 	go func() {
 		r.hub.run()
 		select {
-		case <-r.hub.stop:
+		case <-r.hub.stopped:
 		default:
 			t.Error("hub.run has returned, although nobody has stopped the hub")
-			close(r.hub.stop) // or everybody would wait for it
+			r.hub.stop() // or everybody would wait for it
 		}
 		close(r.ended)
 	}()
 	t.Cleanup(func() {
 		select {
-		case <-r.hub.stop:
+		case <-r.hub.stopped:
 		default:
-			close(r.hub.stop)
+			r.hub.stop()
 		}
 		r.wantEnd(t)
 		server.Close()

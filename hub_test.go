@@ -26,7 +26,7 @@ func startHub(t *testing.T, sizes ...int) (*Hub, []*Client) {
 		clients = append(clients, join(hub, size))
 	}
 	t.Cleanup(func() {
-		close(hub.stop)
+		hub.stop()
 		for _, client := range clients {
 			hub.left <- client
 		}
@@ -174,7 +174,7 @@ func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
 		go func() { hub.run(); ended = true }()
 		inside, dropped := join(hub, 2), join(hub, 0)
 		hub.broadcast <- []byte("last words")
-		close(hub.stop)
+		hub.stop()
 		synctest.Wait()
 		wantQueue(t, inside, true, "last words")
 		if got := inside.goodbye.Load(); got != shuttingDown {
@@ -218,7 +218,7 @@ func BenchmarkHubBroadcast(b *testing.B) {
 				}
 			}
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/delivery")
-			close(hub.stop)
+			hub.stop()
 			for _, client := range clients {
 				hub.left <- client
 			}
