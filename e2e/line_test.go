@@ -87,8 +87,10 @@ func (p *tab) wantLog(want ...string) {
 }
 
 func TestADeadLineIsNoticedInAboutAMinute(t *testing.T) {
+	t.Parallel()
 	for _, name := range []string{"by who listens", "by who talks"} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			s := startServer(t, "localhost:0")
 			addr, cut := wire(t, s.addr)
 			p := newTab(t)
@@ -117,6 +119,7 @@ func TestADeadLineIsNoticedInAboutAMinute(t *testing.T) {
 }
 
 func TestAQuietLineIsNotADeadOne(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	url, conns := mute(t, s)
 	p := newTab(t)
@@ -142,6 +145,7 @@ func TestAQuietLineIsNotADeadOne(t *testing.T) {
 }
 
 func TestAMachineThatHasSleptListensBeforeItJudges(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	url, conns := mute(t, s)
 	p := newTab(t)
@@ -162,6 +166,7 @@ func TestAMachineThatHasSleptListensBeforeItJudges(t *testing.T) {
 }
 
 func TestTheServerBeatsForThePage(t *testing.T) {
+	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	if got := eval[string](p, "sockets[0].protocol"); got != "heartbeat" {
 		t.Errorf("the server has chosen the subprotocol %q, want heartbeat", got)
@@ -169,6 +174,7 @@ func TestTheServerBeatsForThePage(t *testing.T) {
 }
 
 func TestWhatIsUnderWayIsShownUntilItArrives(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	url, conns := mute(t, s)
 	p := newTab(t)
@@ -197,6 +203,7 @@ func TestWhatIsUnderWayIsShownUntilItArrives(t *testing.T) {
 }
 
 func TestWhatIsUnderWayStaysInSight(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	url, conns := mute(t, s)
 	p := newTab(t)
@@ -220,6 +227,7 @@ func TestWhatIsUnderWayStaysInSight(t *testing.T) {
 }
 
 func TestAReloadTellsWhatWasUnderWay(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	url, conns := mute(t, s)
 	p := newTab(t)
@@ -235,6 +243,7 @@ func TestAReloadTellsWhatWasUnderWay(t *testing.T) {
 }
 
 func TestOnlyAConnectionThatLastsIsASuccess(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	url, conns := mute(t, s)
 	p := newTab(t)
@@ -262,6 +271,7 @@ func TestOnlyAConnectionThatLastsIsASuccess(t *testing.T) {
 }
 
 func TestAfterARestartNotEverybodyComesAtOnce(t *testing.T) {
+	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	waits := eval[[]float64](p, `
 		const waits = [], realTimeout = setTimeout;
@@ -288,6 +298,7 @@ func TestAfterARestartNotEverybodyComesAtOnce(t *testing.T) {
 
 // Firefox would delay those that come after them.
 func TestFewWebSocketsFail(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	p.beforePage(countWaits)
@@ -302,6 +313,7 @@ func TestFewWebSocketsFail(t *testing.T) {
 }
 
 func TestOfflineALineToThisMachineIsKept(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	p.beforePage(`
@@ -320,6 +332,7 @@ func TestOfflineALineToThisMachineIsKept(t *testing.T) {
 // Browsers close the connection of a page that they keep for the way back, and
 // do not all say so.
 func TestBackOnThePageItNoticesThatTheConnectionIsGone(t *testing.T) {
+	t.Parallel()
 	p := newTab(t)
 	p.beforePage(`
 		const realAdd = EventTarget.prototype.addEventListener;

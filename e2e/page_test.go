@@ -118,6 +118,7 @@ func flood(t testing.TB, s *server, lines, perSecond int) (done chan struct{}) {
 }
 
 func TestItReconnectsWhenTheServerRestarts(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	if got := eval[int](p, `$("log").childElementCount`); got != 0 {
@@ -133,6 +134,7 @@ func TestItReconnectsWhenTheServerRestarts(t *testing.T) {
 }
 
 func TestItSaysWhyTheConnectionEnded(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	for code, want := range map[int]string{
 		1001: "The server is restarting.",
@@ -143,6 +145,7 @@ func TestItSaysWhyTheConnectionEnded(t *testing.T) {
 		1013: "You fell behind and missed messages.",
 	} {
 		t.Run(fmt.Sprint(code), func(t *testing.T) {
+			t.Parallel()
 			seen := make(chan struct{})
 			p := newTab(t)
 			p.open(fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
@@ -170,6 +173,7 @@ func TestItSaysWhyTheConnectionEnded(t *testing.T) {
 }
 
 func TestItTriesSoonThenLessOften(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	var firsts []float64
 	for range 2 {
@@ -200,6 +204,7 @@ func TestItTriesSoonThenLessOften(t *testing.T) {
 }
 
 func TestItGivesUpATryThatHangs(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	p.beforePage(fast)
@@ -218,6 +223,7 @@ func TestItGivesUpATryThatHangs(t *testing.T) {
 }
 
 func TestItHasOneConnectionAtATime(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	const events = `for (let i = 0; i < 20; i++) {
@@ -239,6 +245,7 @@ func TestItHasOneConnectionAtATime(t *testing.T) {
 }
 
 func TestOfflineItKeepsTheDraftAndSaysWhy(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	p.setOffline(true)
@@ -261,6 +268,7 @@ func TestOfflineItKeepsTheDraftAndSaysWhy(t *testing.T) {
 }
 
 func TestVisibleAgainItConnectsAtOnce(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	p.beforePage("setTimeout = () => 0") // without a try of its own
@@ -274,6 +282,7 @@ func TestVisibleAgainItConnectsAtOnce(t *testing.T) {
 }
 
 func TestADraftWaitsForTheServer(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	s.stop(t)
@@ -289,6 +298,7 @@ func TestADraftWaitsForTheServer(t *testing.T) {
 }
 
 func TestItShowsWhatMayNotHaveArrived(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	p.open(fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
@@ -319,6 +329,7 @@ func TestItShowsWhatMayNotHaveArrived(t *testing.T) {
 }
 
 func TestTheLimitCountsBytes(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	for _, tt := range []struct {
@@ -361,6 +372,7 @@ func TestTheLimitCountsBytes(t *testing.T) {
 }
 
 func TestBlankDraftsAreNotSent(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	p.beforePage(`var sent = []; WebSocket.prototype.send = (text) => sent.push(text);`)
@@ -376,6 +388,7 @@ func TestBlankDraftsAreNotSent(t *testing.T) {
 }
 
 func TestMessagesAreTextAndKeepToThemselves(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	hostile := []string{
@@ -428,6 +441,7 @@ func TestMessagesAreTextAndKeepToThemselves(t *testing.T) {
 }
 
 func TestTheLogStaysWhereTheReaderPutIt(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	talk(t, s, 300)
@@ -459,6 +473,7 @@ func TestTheLogStaysWhereTheReaderPutIt(t *testing.T) {
 }
 
 func TestTheLogDropsOldLinesNotWhatIsRead(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	talk(t, s, 1500)
@@ -499,6 +514,7 @@ func TestTheLogDropsOldLinesNotWhatIsRead(t *testing.T) {
 }
 
 func TestAHiddenTabLosesNothingAndKeepsItInBounds(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	show := p.hide()
@@ -522,6 +538,7 @@ func TestAHiddenTabLosesNothingAndKeepsItInBounds(t *testing.T) {
 }
 
 func TestUnderLoadTheReaderCanLeaveTheEnd(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	done := flood(t, s, 3000, 1000)
@@ -536,6 +553,7 @@ func TestUnderLoadTheReaderCanLeaveTheEnd(t *testing.T) {
 }
 
 func TestItKeepsUpWithAThousandLinesASecond(t *testing.T) {
+	t.Parallel()
 	p, used, late := rush(t)
 	if got := used("LayoutCount"); got > 100 {
 		t.Errorf("10,000 lines were laid out %.0f times, want it done in batches", got)
@@ -590,6 +608,7 @@ func rush(t testing.TB) (p *tab, used func(metric string) float64, late time.Dur
 }
 
 func TestAxeFindsNothing(t *testing.T) {
+	t.Parallel()
 	axe, err := os.ReadFile("node_modules/axe-core/axe.min.js")
 	if err != nil {
 		t.Fatalf("no axe-core: %v\nRun npm ci in this folder", err)
@@ -628,6 +647,7 @@ func TestAxeFindsNothing(t *testing.T) {
 }
 
 func TestTheKeyboardAloneSuffices(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	wantFocus := func(want string) {
@@ -663,6 +683,7 @@ func TestTheKeyboardAloneSuffices(t *testing.T) {
 }
 
 func TestItFitsScreensOfAnyWidth(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	say(t, s.dial(t), strings.Repeat("w", 500))
@@ -700,6 +721,7 @@ func TestItFitsScreensOfAnyWidth(t *testing.T) {
 }
 
 func TestNothingMoves(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	p.media("prefers-reduced-motion", "reduce")
@@ -715,6 +737,7 @@ func TestNothingMoves(t *testing.T) {
 }
 
 func TestItSaysWhatItCannotDoWithout(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	t.Run("WebSocket", func(t *testing.T) {
 		p := newTab(t)
@@ -736,6 +759,7 @@ func TestItSaysWhatItCannotDoWithout(t *testing.T) {
 }
 
 func TestTheConsoleStaysQuiet(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	p.send("hello")
@@ -750,6 +774,7 @@ func TestTheConsoleStaysQuiet(t *testing.T) {
 }
 
 func TestItWorksOverTLSUnderAPath(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
 		r.SetURL(&url.URL{Scheme: "http", Host: s.addr})
@@ -767,6 +792,7 @@ func TestItWorksOverTLSUnderAPath(t *testing.T) {
 }
 
 func TestThePolicyAllowsThePageAndNothingElse(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s) // its own script runs
 	if got := eval[string](p, "getComputedStyle(document.body).display"); got != "grid" {
@@ -793,6 +819,7 @@ func TestThePolicyAllowsThePageAndNothingElse(t *testing.T) {
 
 // The screenshots are those that README.md shows, and others to look at.
 func TestScreenshots(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	if *screenshots {
 		dir = "screenshots"

@@ -53,6 +53,7 @@ func (s *server) wantExit(t *testing.T, start time.Time, limit time.Duration) {
 }
 
 func TestSignalsSendEverybodyWhatIsQueuedAnd1001(t *testing.T) {
+	t.Parallel()
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
 		t.Run(sig.String(), func(t *testing.T) {
 			s := startServer(t, "localhost:0")
@@ -82,6 +83,7 @@ func TestSignalsSendEverybodyWhatIsQueuedAnd1001(t *testing.T) {
 }
 
 func TestShutdownSaysGoodbyeToEverybody(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name             string
 		idle, loud, deaf int
@@ -138,6 +140,7 @@ func TestShutdownSaysGoodbyeToEverybody(t *testing.T) {
 }
 
 func TestASecondSignalEndsItAtOnce(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	s.dial(t) // never reads the goodbye, which takes the server a second
 	s.signal(t, os.Interrupt)
@@ -150,6 +153,7 @@ func TestASecondSignalEndsItAtOnce(t *testing.T) {
 }
 
 func TestAnAddressItCannotHaveIsOneClearLine(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	for name, addr := range map[string]string{
 		"busy": s.addr,
@@ -173,6 +177,7 @@ func TestAnAddressItCannotHaveIsOneClearLine(t *testing.T) {
 }
 
 func TestOutOfDescriptorsThoseInsideKeepTalking(t *testing.T) {
+	t.Parallel()
 	const limit = 40
 	s := startCommand(t, exec.Command("sh", "-c", fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, limit), binary, "-addr", "localhost:0"))
 	talker := s.dial(t)
@@ -204,6 +209,7 @@ func TestOutOfDescriptorsThoseInsideKeepTalking(t *testing.T) {
 }
 
 func TestAnEndlessHeaderIsCutOff(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	conn, err := net.Dial("tcp", s.addr)
 	if err != nil {
@@ -222,6 +228,7 @@ func TestAnEndlessHeaderIsCutOff(t *testing.T) {
 }
 
 func TestThePageAnswers(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	for _, tt := range []struct {
 		method, path string

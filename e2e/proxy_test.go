@@ -43,6 +43,7 @@ const pingPeriod = 54 * time.Second
 // The configurations of proxies in the READMEs work as they stand there, but for
 // the addresses.
 func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
+	t.Parallel()
 	for _, proxy := range []struct {
 		name, prefix string
 		oneIsEnough  bool // when the other server ends, clients get to this one
@@ -64,6 +65,7 @@ func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
 		}},
 	} {
 		t.Run(proxy.name, func(t *testing.T) {
+			t.Parallel()
 			one, two := startServer(t, "127.0.0.1:0"), startServer(t, "127.0.0.1:0")
 			addr := freeAddr(t)
 			proxy.start(t, addr, one.addr, two.addr)

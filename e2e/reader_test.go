@@ -29,6 +29,7 @@ func (p *tab) fill(id, text string) {
 }
 
 func TestANameStandsBeforeWhatIsSaid(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	p.fill("name", "  Gre:te\u0085 ")
@@ -54,6 +55,7 @@ func TestANameStandsBeforeWhatIsSaid(t *testing.T) {
 }
 
 func TestANameCounts(t *testing.T) {
+	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	p.fill("msg", strings.Repeat("x", 505))
 	p.fill("name", "שרה") // six bytes, and two for what follows
@@ -71,6 +73,7 @@ func TestANameCounts(t *testing.T) {
 }
 
 func TestALeadingNameIsSetOff(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	long := strings.Repeat("x", 33)
@@ -93,6 +96,7 @@ func TestALeadingNameIsSetOff(t *testing.T) {
 }
 
 func TestMyLinesAndNoticesDifferWithoutColors(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	say(t, s.dial(t), "Notice, The server is restarting.")
@@ -155,6 +159,7 @@ func TestMyLinesAndNoticesDifferWithoutColors(t *testing.T) {
 }
 
 func TestTimesAreShownWhereTheMinuteChanges(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	do(p, chromedp.EmulateViewport(360, 640))
@@ -185,6 +190,7 @@ func TestTimesAreShownWhereTheMinuteChanges(t *testing.T) {
 }
 
 func TestTheCounterIsDescribedNotAnnounced(t *testing.T) {
+	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	if eval[bool](p, `!!$("counter").closest("output, [role], [aria-live]:not([aria-live=off])")`) {
 		t.Error("the counter is a live region: a screen reader says each keystroke")
@@ -195,6 +201,7 @@ func TestTheCounterIsDescribedNotAnnounced(t *testing.T) {
 }
 
 func TestAnEmptyLogDoesNotClaimThatNobodySpoke(t *testing.T) {
+	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	if got := eval[string](p, `getComputedStyle($("log"), "::before").content`); got != `"Nothing said since you joined."` {
 		t.Errorf("an empty log says %s", got)
@@ -202,12 +209,14 @@ func TestAnEmptyLogDoesNotClaimThatNobodySpoke(t *testing.T) {
 }
 
 func TestHalfACharacterIsSentAsWhatWillComeBack(t *testing.T) {
+	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	eval[bool](p, `$("msg").value = "\ud83d half"; $("form").requestSubmit(); true`)
 	p.wantLog("message mine: \ufffd half")
 }
 
 func TestADraftSurvivesAReloadAndTheWayBack(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	url := "http://" + s.addr + "/"
 	p := openTab(t, s)
@@ -232,6 +241,7 @@ func TestADraftSurvivesAReloadAndTheWayBack(t *testing.T) {
 }
 
 func TestItWorksWhereStorageIsDenied(t *testing.T) {
+	t.Parallel()
 	p := newTab(t)
 	p.beforePage(denied)
 	p.open("http://" + startServer(t, "localhost:0").addr + "/")
@@ -251,6 +261,7 @@ const uppermost = `(() => {
 })()`
 
 func TestWhatIsReadStaysWhenAPhoneIsTurned(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	do(p, chromedp.EmulateViewport(360, 640))
@@ -291,6 +302,7 @@ func TestWhatIsReadStaysWhenAPhoneIsTurned(t *testing.T) {
 }
 
 func TestZoomedTheReaderStaysAtTheEnd(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	talk(t, s, 100)
@@ -306,6 +318,7 @@ func TestZoomedTheReaderStaysAtTheEnd(t *testing.T) {
 }
 
 func TestToSpeakIsToGoToTheEnd(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	talk(t, s, 100)
@@ -316,6 +329,7 @@ func TestToSpeakIsToGoToTheEnd(t *testing.T) {
 }
 
 func TestPrintShowsAllLinesAndNoForm(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	talk(t, s, 150)
@@ -335,6 +349,7 @@ func TestPrintShowsAllLinesAndNoForm(t *testing.T) {
 // The oldest that the page is to look right in are Chrome 109, Safari 16 and
 // Firefox 115: here is what they lack, and one would like to use.
 func TestItNeedsNothingNew(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	p.beforePage(`for (const [of, names] of [

@@ -14,6 +14,7 @@ import (
 // What README.md shows first happens on a fresh clone, at another address. (The
 // third of its commands, go test ./..., is the first that CI runs.)
 func TestTheFirstTwoCommandsOfREADMEDoWhatItShows(t *testing.T) {
+	t.Parallel()
 	clone := filepath.Join(t.TempDir(), "chat")
 	if out, err := exec.Command("git", "clone", "--quiet", "..", clone).CombinedOutput(); err != nil {
 		t.Fatalf("git clone: %v\n%s", err, out)
@@ -70,6 +71,7 @@ func TestTheFirstTwoCommandsOfREADMEDoWhatItShows(t *testing.T) {
 // Each command that a README tells the reader to type is run somewhere, or
 // cannot be.
 func TestEveryCommandOfTheREADMEsIsAccountedFor(t *testing.T) {
+	t.Parallel()
 	for file, runs := range map[string]map[string]string{
 		"../README.md": {
 			"go run .":                            "the test above",

@@ -51,10 +51,12 @@ type window struct {
 	engine engine
 }
 
-// inEveryEngine runs a test in each engine.
+// inEveryEngine runs a test in each engine, in all of them at once. The test itself
+// must not be parallel: an engine has one window.
 func inEveryEngine(t *testing.T, test func(t *testing.T, w *window)) {
 	for _, engine := range engines {
 		t.Run(engine.name, func(t *testing.T) {
+			t.Parallel()
 			e, err := engine.start()
 			if err != nil {
 				t.Fatal(err)
@@ -153,7 +155,10 @@ func (w *window) resize(width, height int) {
 }
 
 // ends are what ends the processes that have been launched.
-var ends []func()
+var (
+	endsMu sync.Mutex
+	ends   []func()
+)
 
 // closeEngines ends them, last one first.
 func closeEngines() {
@@ -188,7 +193,9 @@ func launch(pattern string, env []string, name string, args ...string) (match st
 		cmd.Wait()
 		os.RemoveAll(home)
 	})
+	endsMu.Lock()
 	ends = append(ends, end)
+	endsMu.Unlock()
 	re := regexp.MustCompile(pattern)
 	timeout := time.After(patience)
 	for {
