@@ -124,7 +124,7 @@ func TestEveryEngineKeepsTheReadersPlace(t *testing.T) {
 		w.until(`$("log").childElementCount == 1000`)
 
 		w.scroll(-1500)
-		want := get[string](w, uppermost)
+		want := get[string](w, reading)
 		for _, size := range [][2]int{{500, 700}, {700, 500}} {
 			w.resize(size[0], size[1])
 			w.wantPlace(want, fmt.Sprintf("in a window of %v", size))
@@ -169,7 +169,7 @@ func discuss(t *testing.T, s *server, n int) {
 func (w *window) wantPlace(want, when string) {
 	w.t.Helper()
 	get[bool](w, "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
-	if got := get[string](w, uppermost); got != want {
+	if got := get[string](w, reading); got != want {
 		w.t.Errorf("%s, what is read moved from %q to %q", when, want, got)
 	}
 }
