@@ -140,7 +140,8 @@ func (w *window) send(text string) {
 func (w *window) scroll(by int) {
 	w.t.Helper()
 	before := get[float64](w, `$("log").scrollTop`)
-	w.must(w.engine.act(object{"type": "wheel", "id": "wheel", "actions": []object{
+	// A new wheel each time: WebKit turns a known one by the difference to its last turn.
+	w.must(w.engine.act(object{"type": "wheel", "id": time.Now().String(), "actions": []object{
 		{"type": "scroll", "x": 100, "y": 200, "deltaX": 0, "deltaY": by},
 	}}))
 	w.until(fmt.Sprintf(`Math.abs($("log").scrollTop - %v) < 2`, before+float64(by)))
