@@ -222,8 +222,8 @@ func TestAnEndlessHeaderIsCutOff(t *testing.T) {
 	if _, err := io.ReadAll(conn); errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Fatalf("the server has not closed the connection within %v", patience)
 	}
-	if got := time.Since(start); got < 2*time.Second || got > 6*time.Second {
-		t.Errorf("the server closed the connection after %v, want some 3 s", got)
+	if got := time.Since(start); got < 9*time.Second {
+		t.Errorf("the server closed the connection after %v, want some 10 s", got)
 	}
 }
 
