@@ -555,11 +555,12 @@ func TestUnderLoadTheReaderCanLeaveTheEnd(t *testing.T) {
 func TestItKeepsUpWithAThousandLinesASecond(t *testing.T) {
 	t.Parallel()
 	p, used, late := rush(t)
+	t.Logf("the last line was shown %v after it was sent", late)
 	if got := used("LayoutCount"); got > 100 {
 		t.Errorf("10,000 lines were laid out %.0f times, want it done in batches", got)
 	}
-	if late > 2*time.Second {
-		t.Errorf("the page shows the last line %v after it was sent, want it to keep up", late)
+	if got := used("TaskDuration"); got > 5 {
+		t.Errorf("10,000 lines took %.1f s of the main thread's ten, want it to keep up with ease", got)
 	}
 	if got := eval[int](p, `$("log").childElementCount`); got != 1000 {
 		t.Errorf("the log has %d lines, want 1000", got)
