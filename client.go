@@ -306,6 +306,7 @@ func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		log.Printf("%s: %q", r.RemoteAddr, err)
 		go client.discard()
+		hub.unregister <- client
 		hub.left <- client
 		return
 	}

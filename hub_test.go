@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"testing"
 	"testing/synctest"
@@ -197,6 +199,215 @@ func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
 		if !ended {
 			t.Error("the hub still runs after its last client left")
 		}
+	})
+}
+
+// Promise 8. A naive move in a copy costs at most its own client.
+
+func TestRegisteringAgainIsHarmless(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 2, 2)
+		hub.register <- clients[0]
+		hub.broadcast <- []byte("heard once")
+		hub.unregister <- clients[0]
+		hub.register <- clients[0] // Its queue is closed: it stays out.
+		hub.broadcast <- []byte("heard by the other")
+		synctest.Wait()
+		wantQueue(t, clients[0], true, "heard once")
+		wantQueue(t, clients[1], false, "heard once", "heard by the other")
+
+		hub.left <- clients[0]
+		hub.register <- clients[0] // as above, also when it has left
+		hub.broadcast <- []byte("still here")
+		synctest.Wait()
+		wantQueue(t, clients[1], false, "still here")
+	})
+}
+
+func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 2, 2)
+		hub.left <- clients[0]
+		hub.left <- clients[0]
+		hub.left <- &Client{hub: hub}
+		hub.stop()
+		hub.broadcast <- []byte("one is present") // or this would wait for ever
+		synctest.Wait()
+		wantQueue(t, clients[0], true)
+		wantQueue(t, clients[1], true)
+	})
+}
+
+func TestAnybodyMayStopTheHubAnyNumberOfTimes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, _ := startHub(t, 1)
+		for range 3 {
+			go hub.stop()
+		}
+		<-hub.stopped
+		hub.stop()
+	})
+}
+
+func TestMessageForOneClientReachesItAlone(t *testing.T) {
+	hub := newHub()
+	small, large, stranger := &Client{send: make(chan []byte, 1)}, &Client{send: make(chan []byte, 9)}, &Client{}
+	hub.clients[small], hub.clients[large] = true, true
+	hub.queue(small, []byte("fits"))
+	hub.queue(small, []byte("does not fit"))
+	hub.queue(small, []byte("comes too late"))
+	hub.queue(stranger, []byte("goes nowhere"))
+	wantQueue(t, small, true, "fits")
+	wantQueue(t, large, false)
+	if got := small.goodbye.Load(); got != fellBehind {
+		t.Errorf("goodbye is %v, want %v", got, fellBehind)
+	}
+	if len(hub.clients) != 1 {
+		t.Errorf("the hub has %d clients, want the other one alone", len(hub.clients))
+	}
+}
+
+// copied returns a hub whose run is like the one in copies of upstream's example:
+// it closes queues by hand, without a goodbye. It calls joined for who registers,
+// and said for each message, where the copy has its own ideas.
+func copied(t *testing.T, joined func(*Client), said func(*Hub, []byte)) *Hub {
+	h := newHub()
+	t.Cleanup(h.stop)
+	go func() {
+		stopped := h.stopped
+		for present := 0; stopped != nil || present > 0; {
+			select {
+			case client := <-h.register:
+				present++
+				joined(client)
+				h.clients[client] = true
+			case client := <-h.unregister:
+				if h.clients[client] {
+					delete(h.clients, client)
+					close(client.send)
+				}
+			case <-h.left:
+				present--
+			case message := <-h.broadcast:
+				said(h, message)
+			case <-stopped:
+				stopped = nil
+			}
+		}
+	}()
+	return h
+}
+
+func TestQueueClosedByHandIsANormalEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var first *Client
+		hub := copied(t, func(client *Client) {
+			if first == nil {
+				first = client
+			}
+		}, func(h *Hub, message []byte) {
+			if string(message) == "go" {
+				delete(h.clients, first)
+				close(first.send)
+				return
+			}
+			for client := range h.clients {
+				client.send <- message
+			}
+		})
+		r := pipeRoom(t)
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
+		sentAway, other := r.join(t), r.join(t)
+		other.say("hello")
+		sentAway.wantLines("hello")
+		other.wantLines("hello")
+		other.say("go")
+		sentAway.wantGoodbye(&goodbye{Code: 1000, Text: "the server has ended this connection"})
+		other.say("still here")
+		other.wantLines("still here")
+	})
+}
+
+func TestWaitingForAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub := copied(t, func(*Client) {}, func(h *Hub, message []byte) {
+			for client := range h.clients {
+				client.send <- message // waits for room in the queue
+			}
+		})
+		r := pipeRoom(t)
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
+		r.join(t) // It reads nothing.
+		other := r.join(t)
+		start := time.Now()
+		var want []string
+		for n := range 2 * sendQueueSize {
+			want = append(want, fmt.Sprint("line ", n))
+		}
+		go func() {
+			for _, line := range want {
+				hub.broadcast <- []byte(line)
+			}
+		}()
+		other.SetReadDeadline(time.Now().Add(pongWait))
+		other.wantLines(want...)
+		if got := time.Since(start); got > writeWait {
+			t.Errorf("the room stood still for %v, want at most %v", got, writeWait)
+		}
+	})
+}
+
+func TestAnswerToAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := pipeRoom(t)
+		front := *r.hub // Its client's messages come here, and go back to that client.
+		front.register, front.broadcast = make(chan *Client), make(chan []byte)
+		served := r.serve
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
+		over := make(chan struct{})
+		defer close(over)
+		go func() {
+			client := <-front.register
+			r.hub.register <- client
+			for {
+				select {
+				case message := <-front.broadcast:
+					client.send <- message // while readPump waits
+				case <-over:
+					return
+				}
+			}
+		}()
+		p := r.join(t)
+		r.serve = served
+		other := r.join(t)
+		start := time.Now()
+		var err error
+		for err == nil && time.Since(start) < pongWait { // It reads nothing.
+			time.Sleep(rateInterval)
+			_, err = p.NetConn().Write(encode(0x81, "answer me"))
+		}
+		if got, most := time.Since(start), writeWait+closeWait+rateInterval; got > most {
+			t.Errorf("its connection ended after %v, want at most %v", got, most)
+		}
+		r.say("still here")
+		other.wantLines("still here")
+	})
+}
+
+func TestHistoryForARequestThatIsNoHandshakeHoldsNobodyUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		history := make([]string, sendQueueSize+44)
+		hub := copied(t, func(client *Client) {
+			for n := range history {
+				history[n] = fmt.Sprint("line ", n)
+				client.send <- []byte(history[n])
+			}
+		}, nil)
+		r := pipeRoom(t)
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
+		serveWs(hub, httptest.NewRecorder(), httptest.NewRequest("GET", "/ws", nil))
+		r.join(t).wantLines(history...)
 	})
 }
 
