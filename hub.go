@@ -76,6 +76,7 @@ func (h *Hub) deliver(message []byte) {
 	crowded := false
 	for client := range h.clients {
 		h.queue(client, message)
+		// One that has just been dropped does not count.
 		crowded = crowded || len(client.send) > cap(client.send)/2 && h.clients[client]
 	}
 	if crowded {
