@@ -6,14 +6,14 @@ help: ## Say what there is
 run: ## Serve on http://localhost:8080/
 	go run .
 
-build: ## Build the server, ./chat
-	go build -o chat .
+build: ## Build the server, ./chat: the same bytes from every clone
+	go build -trimpath -o chat .
 
 test: ## Run the tests
 	go test ./...
 
 race: ## Run them twenty times under the race detector
-	go test -race -count=20 ./...
+	go test -race -shuffle=on -count=20 ./...
 
 cover: ## Say which statements they do not reach
 	go test -coverprofile=cover.out ./...
@@ -23,7 +23,7 @@ storm: ## Play made up histories of a room: make storm n=100000
 	go test -run=TestStorm -storms=$(or $(n),10000) -timeout=0 .
 
 mutants: ## Break the code in many places, and say what the tests do not notice
-	go run github.com/go-gremlins/gremlins/cmd/gremlins@v0.6.0 unleash --workers=1 --timeout-coefficient=10 --exclude-files='^(cluster|e2e)/'
+	go run github.com/go-gremlins/gremlins/cmd/gremlins@v0.6.0 unleash --workers=1 --timeout-coefficient=10 --exclude-files=/
 
 fuzz: ## Throw messages and bytes at the server, half a minute each
 	go test -run='^$$' -fuzz=FuzzMessage -fuzztime=30s .
@@ -33,10 +33,11 @@ bench: ## Measure the hub and the pumps, and the server beside upstream's
 	go test -run='^$$' -bench=. ./...
 	cd e2e && go test -run='^$$' -bench=. -benchtime=1x .
 
-check: ## Check the form of all modules: gofmt, go vet, go fix, staticcheck
+check: ## Check the form: gofmt; go vet, go fix and staticcheck in all modules; actionlint
 	test -z "$$(gofmt -l . | tee /dev/stderr)"
-	for module in . e2e cluster; do (cd $$module && go vet ./... && go fix -diff ./... && \
+	for module in $(dir $(wildcard go.mod */go.mod)); do (cd $$module && go vet ./... && go fix -diff ./... && \
 		go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...) || exit 1; done
+	go run github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 
 e2e: ## Test the page in three browsers, the server as a process, and proxies
 	cd e2e && npm ci && go test -count=1 ./...
