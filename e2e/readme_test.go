@@ -1,49 +1,116 @@
 package e2e
 
 import (
+	"bytes"
+	"cmp"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
 
-// What README.md shows first happens on a fresh clone, at another address. (The
-// third of its commands, go test ./..., is the first that CI runs.)
-func TestTheFirstTwoCommandsOfREADMEDoWhatItShows(t *testing.T) {
-	t.Parallel()
-	clone := filepath.Join(t.TempDir(), "chat")
-	if out, err := exec.Command("git", "clone", "--quiet", "..", clone).CombinedOutput(); err != nil {
+// clone makes a fresh clone of the repository, with git's options.
+func clone(t *testing.T, dir string, options ...string) {
+	t.Helper()
+	args := append([]string{"clone", "--quiet"}, append(options, "..", dir)...)
+	if out, err := exec.Command("git", args...).CombinedOutput(); err != nil {
 		t.Fatalf("git clone: %v\n%s", err, out)
 	}
-	readme := filepath.Join(clone, "README.md") // of the commit that runs
-	server := codeFrom(t, readme, "$ go run .")
-	client := codeFrom(t, readme, "$ npx wscat -c ws://localhost:8080/ws")
-	if want := "$ go run .\n2026/11/23 10:00:00 listening on http://localhost:8080/\n\n" + client; server != want {
-		t.Fatalf("README.md starts with\n%s\nwant\n%s", server, want)
-	}
+}
 
-	addr := freeAddr(t)
-	built := filepath.Join(clone, "chat") // as go run makes it, but in a process of our own
-	build := exec.Command("go", "build", "-o", built, ".")
-	build.Dir = clone
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
-	s := startCommand(t, exec.Command(built, "-addr", addr))
-	if got, want := s.log.String(), regexp.MustCompile(`^\d{4}/\d\d/\d\d \d\d:\d\d:\d\d listening on http://`+addr+"/\n"); !want.MatchString(got) {
-		t.Errorf("the server says %q, want %q", got, want)
-	}
+// example matches a command that a README tells the reader to type, and what it
+// says that the command then shows.
+var example = regexp.MustCompile(`(?m)^    \$ (.*)\n((?:    [^$\n].*\n)*)`)
 
-	// wscat shows what README.md shows to a terminal only, which script makes.
-	command := strings.Replace(strings.TrimPrefix(strings.Split(client, "\n")[0], "$ "), "localhost:8080", addr, 1)
-	wscat := exec.Command("script", "--quiet", "--return", "--command", command, "/dev/null")
-	shown := &output{grown: make(chan struct{}, 1)}
-	wscat.Stdout, wscat.Stderr = shown, shown
-	typed, err := wscat.StdinPipe()
+// On a fresh clone, the commands of a README do in their order what it shows, but
+// for the ports. Those that take long are run by CI.
+func TestTheCommandsOfTheREADMEsDoWhatTheyShow(t *testing.T) {
+	t.Parallel()
+	root := filepath.Join(t.TempDir(), "chat")
+	clone(t, root)
+	readmes, err := filepath.Glob(filepath.Join(root, "*", "README.md"))
+	if err != nil || len(readmes) == 0 {
+		t.Fatal("no README.md in a folder", err)
+	}
+	for _, readme := range append(readmes, filepath.Join(root, "README.md")) {
+		folder, _ := filepath.Rel(root, filepath.Dir(readme))
+		t.Run(folder, func(t *testing.T) {
+			t.Parallel()
+			text, err := os.ReadFile(readme)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ports := make(map[string]string) // which stand for which
+			for _, match := range example.FindAllStringSubmatch(string(text), -1) {
+				command, shown := match[1], match[2]
+				t.Log("$ " + command)
+				switch {
+				case strings.Contains(command, "//nats-1:"): // this is the reader's machine
+				case strings.HasPrefix(command, "go run ."):
+					runServer(t, filepath.Dir(readme), command, shown, ports)
+				case strings.HasPrefix(command, "npx wscat "):
+					runWscat(t, command, shown, ports)
+				case strings.Contains(command, " -bench="):
+					wantBenchmark(t, command)
+				default:
+					wantInCI(t, root, folder, command)
+				}
+			}
+		})
+	}
+}
+
+// runServer runs a command that starts a server, at an address of its own, waits
+// until it has shown what it is to show, and notes the ports in that.
+func runServer(t *testing.T, dir, command, shown string, ports map[string]string) {
+	t.Helper()
+	cmd := exec.Command("sh", "-c", withPorts(command, ports)+" -addr localhost:0")
+	cmd.Dir = dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.WaitDelay = time.Millisecond // for the server, which outlives the go command
+	t.Cleanup(func() { syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
+	s := startCommand(t, cmd)
+
+	for line := range strings.Lines(shown) {
+		line = strings.TrimSpace(line)
+		pattern := date.ReplaceAllString(regexp.QuoteMeta(line), date.String())
+		pattern = port.ReplaceAllString(pattern, `:(\d+)`)
+		pattern = strings.ReplaceAll(pattern, "localhost", `127\.0\.0\.1`)
+		got := regexp.MustCompile(pattern).FindStringSubmatch(s.log.String())
+		if got == nil {
+			t.Fatalf("%s shows\n%s\nwant in it\n%s", command, s.log, line)
+		}
+		for i, documented := range port.FindAllString(line, -1) {
+			ports[documented] = ":" + got[i+1]
+		}
+	}
+}
+
+var (
+	date = regexp.MustCompile(`\d{4}/\d\d/\d\d \d\d:\d\d:\d\d`)
+	port = regexp.MustCompile(`:\d{4,5}`)
+)
+
+// withPorts puts the ports that there are for those that a README names.
+func withPorts(command string, ports map[string]string) string {
+	return port.ReplaceAllStringFunc(command, func(documented string) string {
+		return cmp.Or(ports[documented], documented)
+	})
+}
+
+// runWscat runs a command that starts wscat, and types what shown has behind "> ".
+func runWscat(t *testing.T, command, shown string, ports map[string]string) {
+	t.Helper()
+	// It shows this to a terminal only, which script makes.
+	wscat := exec.Command("script", "--quiet", "--return", "--command", withPorts(command, ports), "/dev/null")
+	screen := &output{grown: make(chan struct{}, 1)}
+	wscat.Stdout, wscat.Stderr = screen, screen
+	keyboard, err := wscat.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,51 +118,83 @@ func TestTheFirstTwoCommandsOfREADMEDoWhatItShows(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { wscat.Process.Kill(); wscat.Wait() })
-	for line := range strings.Lines(client[strings.Index(client, "\n")+1:]) {
+	for line := range strings.Lines(shown) {
 		line = strings.TrimSpace(line)
 		if said, mine := strings.CutPrefix(line, "> "); mine {
-			io.WriteString(typed, said+"\n")
+			io.WriteString(keyboard, said+"\n")
 			continue
 		}
 		timeout := time.After(patience)
-		for !strings.Contains(shown.String(), line) {
+		for !strings.Contains(screen.String(), line) {
 			select {
-			case <-shown.grown:
+			case <-screen.grown:
 			case <-timeout:
-				t.Fatalf("wscat shows %q, want %q in it", shown, line)
+				t.Fatalf("wscat shows %q, want %q in it", screen, line)
 			}
 		}
 	}
 }
 
-// Each command that a README tells the reader to type is run somewhere, or
-// cannot be.
-func TestEveryCommandOfTheREADMEsIsAccountedFor(t *testing.T) {
+// wantInCI checks that CI runs a command of the README in folder: in .ci/run, or in
+// the target of make that has the folder's name, but for options that answer
+// questions or keep go test from repeating an old result.
+func wantInCI(t *testing.T, root, folder, command string) {
+	t.Helper()
+	script, err := os.ReadFile(filepath.Join(root, ".ci", "run"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	run := string(script)
+	if folder != "." && strings.Contains(run, "\nmake "+folder+"\n") {
+		target := exec.Command("make", "--dry-run", folder)
+		target.Dir = root
+		out, err := target.CombinedOutput()
+		if err != nil {
+			t.Fatalf("make --dry-run %s: %v\n%s", folder, err, out)
+		}
+		run += string(out)
+	}
+	run = strings.NewReplacer("\\\n\t", "", " -y --no-install-recommends", "", " -count=1", "", "cd "+folder+" && ", "", " && ", "\n").Replace(run)
+	if !strings.Contains(run, "\n"+command) {
+		t.Errorf("nothing runs %q of %s/README.md: run it in .ci/run, or here", command, folder)
+	}
+}
+
+// wantBenchmark checks that there is a benchmark that command runs: it takes
+// minutes, and a quiet machine.
+func wantBenchmark(t *testing.T, command string) {
+	t.Helper()
+	list := regexp.MustCompile(` -benchtime=\S+`).ReplaceAllString(strings.Replace(command, " -bench=", " -list=", 1), "")
+	out, err := exec.Command("sh", "-c", list).CombinedOutput()
+	if err != nil || !bytes.Contains(out, []byte("Benchmark")) {
+		t.Errorf("%s prints %q, %v, want the name of a benchmark", list, out, err)
+	}
+}
+
+// make build makes the same binary of the same commit in every folder, with the
+// commit in it, also where git would write the line ends of Windows.
+func TestEveryCloneBuildsTheSameBinary(t *testing.T) {
 	t.Parallel()
-	for file, runs := range map[string]map[string]string{
-		"../README.md": {
-			"go run .":                            "the test above",
-			"npx wscat -c ws://localhost:8080/ws": "the test above",
-			"go test ./...":                       "the first that CI runs",
-		},
-		"../cluster/README.md": {
-			"go run .": "TestSecondNodeJoinsWithWhatTheFirstLogs, there",
-			"go run . -addr :8081 -nats nats://127.0.0.1:40097 -subject chat":         "the same, with the port that is logged",
-			"go run . -nats nats://nats-1:4222,nats://nats-2:4222,nats://nats-3:4222": "nowhere: these are the reader's machines",
-		},
-	} {
-		text, err := os.ReadFile(file)
+	var binaries [][]byte
+	for _, options := range [][]string{nil, {"--config", "core.autocrlf=true"}} {
+		dir := filepath.Join(t.TempDir(), "chat")
+		clone(t, dir, options...)
+		build := exec.Command("make", "build")
+		build.Dir = dir
+		build.Env = append(os.Environ(), "GOFLAGS=-buildvcs=true")
+		if out, err := build.CombinedOutput(); err != nil {
+			t.Fatalf("make build: %v\n%s", err, out)
+		}
+		binary, err := os.ReadFile(filepath.Join(dir, "chat"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, match := range regexp.MustCompile(`(?m)^    \$ (.*)$`).FindAllStringSubmatch(string(text), -1) {
-			if runs[match[1]] == "" {
-				t.Errorf("%s tells the reader to type %q: run it in a test, and say here in which", file, match[1])
-			}
-			delete(runs, match[1])
-		}
-		for command := range runs {
-			t.Errorf("%s no longer has the command %q", file, command)
-		}
+		binaries = append(binaries, binary)
+	}
+	if !bytes.Equal(binaries[0], binaries[1]) {
+		t.Error("two clones of one commit make two binaries")
+	}
+	if !bytes.Contains(binaries[0], []byte("vcs.revision=")) {
+		t.Error("the binary does not name its commit")
 	}
 }
