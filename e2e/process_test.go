@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -52,6 +53,67 @@ func (s *server) wantExit(t *testing.T, start time.Time, limit time.Duration) {
 	}
 }
 
+// The codes are figures here, as clients rely on these.
+func TestWhoIsSentAwayReadsWhy(t *testing.T) {
+	t.Parallel()
+	write := func(kind int, text string) func(*testing.T, *server, *websocket.Conn) {
+		return func(t *testing.T, _ *server, conn *websocket.Conn) { conn.WriteMessage(kind, []byte(text)) }
+	}
+	for _, tt := range []struct {
+		name   string
+		code   int
+		offend func(t *testing.T, s *server, conn *websocket.Conn)
+	}{
+		{"a frame without a mask", 1002, func(t *testing.T, _ *server, conn *websocket.Conn) {
+			conn.NetConn().Write([]byte{0x81, 1, 'x'})
+		}},
+		{"a binary message", 1003, write(websocket.BinaryMessage, "x")},
+		{"text that is not UTF-8", 1007, write(websocket.TextMessage, "\xff")},
+		{"no answer to pings", 1008, func(t *testing.T, _ *server, conn *websocket.Conn) {
+			conn.SetPingHandler(func(string) error { return nil })
+		}},
+		{"a message of 513 bytes", 1009, write(websocket.TextMessage, strings.Repeat("x", 513))},
+		{"does not read", 1013, func(t *testing.T, s *server, _ *websocket.Conn) {
+			// At their pace, 2,000 messages a second, the talkers fill what the kernel keeps
+			// for conn, at most some 4 MiB, and then the queue.
+			talkers := make([]*websocket.Conn, 20)
+			for i := range talkers {
+				talkers[i] = s.dial(t)
+			}
+			for _, talker := range talkers[1:] {
+				go discard(talker)
+			}
+			for _, talker := range talkers {
+				go func() {
+					for talker.WriteMessage(websocket.TextMessage, bytes.Repeat([]byte("x"), 500)) == nil {
+					}
+				}()
+			}
+			for heard := 0; heard < 6<<20; {
+				_, message, err := talkers[0].ReadMessage()
+				if err != nil {
+					t.Fatal(err)
+				}
+				heard += len(message)
+			}
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			var s *server
+			if tt.code == 1008 {
+				s = startQuick(t, "localhost:0") // and its minute takes two seconds
+			} else {
+				s = startServer(t, "localhost:0")
+			}
+			conn := s.dial(t)
+			tt.offend(t, s, conn)
+			conn.SetReadDeadline(time.Now().Add(patience))
+			wantGoodbye(t, discard(conn), tt.code)
+		})
+	}
+}
+
 func TestSignalsSendEverybodyWhatIsQueuedAnd1001(t *testing.T) {
 	t.Parallel()
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
@@ -71,9 +133,9 @@ func TestSignalsSendEverybodyWhatIsQueuedAnd1001(t *testing.T) {
 			start := time.Now()
 			s.signal(t, sig)
 			_, err := readAll(talker)
-			wantGoodbye(t, err, websocket.CloseGoingAway)
+			wantGoodbye(t, err, 1001)
 			lines, err := readAll(reader)
-			wantGoodbye(t, err, websocket.CloseGoingAway)
+			wantGoodbye(t, err, 1001)
 			if len(lines) != 100 {
 				t.Errorf("the client reads %d lines before the goodbye, want 100", len(lines))
 			}
@@ -133,7 +195,7 @@ func TestShutdownSaysGoodbyeToEverybody(t *testing.T) {
 			s.signal(t, syscall.SIGTERM)
 			s.wantExit(t, start, tt.limit)
 			for range conns {
-				wantGoodbye(t, <-ends, websocket.CloseGoingAway)
+				wantGoodbye(t, <-ends, 1001)
 			}
 		})
 	}
