@@ -16,6 +16,8 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime"
+	"strconv"
 	"sync"
 	"syscall"
 	"testing"
@@ -31,6 +33,8 @@ const patience = 20 * time.Second
 var binary string
 
 func TestMain(m *testing.M) {
+	// Tests wait most of their time. The command line has the last word.
+	flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0)))
 	flag.Parse()
 	os.Exit(testMain(m))
 }
