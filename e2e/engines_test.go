@@ -264,7 +264,7 @@ func startQuick(t *testing.T, addr string) *server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return startCommand(t, exec.Command(path, "-addr", addr))
+	return startCommand(t, exec.Command(path, "-addr", ownHost(addr)))
 }
 
 // quick builds that server, and returns its path.

@@ -18,7 +18,9 @@ import (
 	"regexp"
 	"runtime"
 	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -74,7 +76,16 @@ type server struct {
 // end kills it. Port 0 picks a free port.
 func startServer(t testing.TB, addr string) *server {
 	t.Helper()
-	return startCommand(t, exec.Command(binary, "-addr", addr))
+	return startCommand(t, exec.Command(binary, "-addr", ownHost(addr)))
+}
+
+var hosts atomic.Int32
+
+// ownHost puts one of the machine's own addresses that no other server has in
+// place of localhost: while a server restarts, nobody else can be given its port.
+func ownHost(addr string) string {
+	n := hosts.Add(1)
+	return strings.Replace(addr, "localhost:", fmt.Sprintf("127.0.%d.%d:", 1+n/250, 1+n%250), 1)
 }
 
 // startCommand starts cmd, which becomes a server, and waits until it listens.
