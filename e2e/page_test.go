@@ -520,8 +520,8 @@ func TestAHiddenTabLosesNothingAndKeepsItInBounds(t *testing.T) {
 	show := p.hide()
 	talk(t, s, 7000)
 	p.until("arrived == 7000")
-	if got := eval[string](p, "document.title"); got != "● Chat" {
-		t.Errorf("title %q, want it to tell that there is something new", got)
+	if got := eval[string](p, "document.title"); got != "(7000) Chat" {
+		t.Errorf("title %q, want it to count what is new", got)
 	}
 	if got := eval[int](p, `batch.childElementCount + $("log").childElementCount`); got != 5000 {
 		t.Errorf("the hidden tab keeps %d lines, want 5000", got)
