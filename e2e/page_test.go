@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -873,13 +874,24 @@ func TestScreenshots(t *testing.T) {
 				}
 			}
 			hold(conversation)
-			s.stop(t)
-			p.until(`$("status").textContent.includes("restarting")`)
-			s = startServer(t, s.addr)
-			p.until(`$("status").textContent == "Connected"`)
-			eval[bool](p, "later += 20_000; true")
-			hold(afterwards)
+			s.signal(t, syscall.SIGSTOP) // it hears no more
+			p.send("Ready when you are.")
+			p.until(`$("log").querySelector(".pending")`)
+			s.signal(t, syscall.SIGKILL)
+			s.wait(t)
+			p.until(`$("log").textContent.includes("may not have arrived")`)
 			p.insert("Shall we do the next one on ")
+			shoot("lost")
+			s = startServer(t, s.addr)
+			p.until(`$("status").textContent == "Connected" && !batch.hasChildNodes()`)
+			show := p.hide()
+			for _, text := range afterwards {
+				say(t, s.dial(t), text)
+				p.until(fmt.Sprintf("batch.lastChild?.lastChild?.textContent == %q", text))
+				eval[bool](p, "later += 40_000; true")
+			}
+			show()
+			p.until("!batch.hasChildNodes()")
 			shoot("chat")
 
 			eval[bool](p, `$("msg").value = ""; true`)
@@ -907,17 +919,15 @@ func TestScreenshots(t *testing.T) {
 var conversation = []string{
 	"Ilse: Morning! The new server is up.",
 	"Grete: Nice. How many clients did you try?",
-	"Ilse: Three hundred, and nobody was dropped.",
+	"Ilse: Three hundred, and nobody was dropped (https://example.org/runs/42).",
 	"And does it take <b>markup</b>?",
-	"Ilse: Only as text, as you can see.",
 	"שרה: שלום לכולם!",
-	"Grete: Ready when you are.",
-	"Ilse: I'll restart it now, mind the gap.",
+	"Ilse: Only as text. I'll pull its plug now, mind the gap.",
 }
 
 var afterwards = []string{
 	"Tom O'Malley: Back already?",
-	"Grete: Two seconds, and my draft is still here.",
+	"Ilse: In two seconds. Are you ready for the next one?",
 }
 
 // fakeClock begins in the morning and goes on when a test changes later.
