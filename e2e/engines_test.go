@@ -24,7 +24,7 @@ import (
 // The essentials, in the engines that page_test.go does not know. Its tests look
 // closer, but only into Chromium.
 
-const connected = `$("status").textContent == "Connected"`
+const connected = `$("status")?.textContent == "Connected"`
 
 func TestEveryEngineSendsAndShowsWhatIsSaid(t *testing.T) {
 	inEveryEngine(t, func(t *testing.T, w *window) {

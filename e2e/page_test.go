@@ -441,6 +441,88 @@ func TestMessagesAreTextAndKeepToThemselves(t *testing.T) {
 	}
 }
 
+func TestAddressesAreLinks(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		conn := s.dial(t)
+		for _, tt := range []struct {
+			line string
+			want []string // the links
+		}{
+			{"http://example.org", []string{"http://example.org"}},
+			{"Ilse: https://example.org/a?b=c&d=%20#e-f_g~h is it", []string{"https://example.org/a?b=c&d=%20#e-f_g~h"}},
+			{"see https://example.org/, http://localhost:8080/x. Good?", []string{"https://example.org/", "http://localhost:8080/x"}},
+			{"(https://example.org/a)", []string{"https://example.org/a"}},
+			{"(https://example.org/A_(b))!", []string{"https://example.org/A_(b)"}},
+			{"[https://example.org/a]: <https://example.org/b>;", []string{"https://example.org/a", "https://example.org/b"}},
+			{`"https://example.org/a" 'https://example.org/b' “https://example.org/c”`, []string{"https://example.org/a", "https://example.org/b", "https://example.org/c"}},
+			{"*https://example.org/a*… 《https://example.org/b》。", []string{"https://example.org/a", "https://example.org/b"}},
+			{"https://example.org/it's,so:good?!", []string{"https://example.org/it's,so:good"}},
+			{"http://[::1]:8080/x", []string{"http://[::1]:8080/x"}},
+			{"HTTPS://EXAMPLE.ORG/X", []string{"HTTPS://EXAMPLE.ORG/X"}},
+			{"https://he.wikipedia.org/wiki/שלום", []string{"https://he.wikipedia.org/wiki/שלום"}},
+			{"ראו https://example.org/a, שלום", []string{"https://example.org/a"}},
+			{"https://example.org/\u202egro.live//:sptth", []string{"https://example.org/"}},
+			{"https://example.org/<img src=x onerror=alert(1)>", []string{"https://example.org/"}},
+			{`https://example.org/"onclick="alert(1)`, []string{"https://example.org/"}},
+			{"javascript:alert(1) ftp://example.org/ data:text/html,x file:///x //example.org/ www.example.org xhttp://example.org/", nil},
+			{"http:// https://. http:/x https:x https://)", nil},
+		} {
+			say(t, conn, tt.line)
+			w.until(fmt.Sprintf(lastLine+" == %q", tt.line))
+			got := get[[]string](w, `[...$("log").lastChild.querySelectorAll("a")].map((a) => a.textContent)`)
+			if !slices.Equal(got, tt.want) {
+				t.Errorf("in %q the links are %q, want %q", tt.line, got, tt.want)
+			}
+		}
+		if got := get[[]string](w, `[...new Set([...$("log").querySelectorAll("a")].map((a) => {
+			const style = getComputedStyle(a);
+			return [a.rel, a.target, a.getAttributeNames().sort(), style.direction, style.unicodeBidi, a.getAttribute("href") == a.textContent].join(" ");
+		}))]`); !slices.Equal(got, []string{"noopener noreferrer nofollow _blank dir,href,rel,target ltr isolate true"}) {
+			t.Errorf("the links have %q", got)
+		}
+		// In a line of Hebrew the address reads from left to right, in its place.
+		if got := get[string](w, `(() => {
+			const a = [...$("log").querySelectorAll("a")].find((a) => a.parentNode.textContent.startsWith("ראו")), text = a.firstChild;
+			const at = (node, i) => { const range = document.createRange(); range.setStart(node, i); range.setEnd(node, i + 1); return range.getBoundingClientRect().left; };
+			return [at(a.previousSibling, 0) > at(text, 20), at(text, 0) < at(text, 8), at(text, 8) < at(text, 20), at(a.nextSibling, 3) < at(text, 0)].join();
+		})()`); got != "true,true,true,true" {
+			t.Errorf("the address in a line of Hebrew: %s", got)
+		}
+
+		get[bool](w, `mayBeLost("https://example.org/") ?? true`)
+		w.until(lastLine + `.includes("arrived: https://example.org/")`)
+		if get[bool](w, `!!document.querySelector(".notice a")`) {
+			t.Error("there is a link in a notice")
+		}
+	})
+}
+
+// In the test above nothing is followed.
+func TestALinkOpensItsAddressInANewTab(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, "localhost:0")
+	asked := make(chan http.Header, 10)
+	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { asked <- r.Header }))
+	t.Cleanup(other.Close)
+	p := openTab(t, s)
+	say(t, s.dial(t), "see "+other.URL+"/x.")
+	p.until(`$("log").querySelector("a")`)
+	w := &window{t, &chrome{tab: p}}
+	w.click(`document.querySelector("#log a")`)
+	select {
+	case header := <-asked:
+		if got := header.Get("Referer"); got != "" {
+			t.Errorf("the other server is told of %q, want nothing of us", got)
+		}
+	case <-time.After(patience):
+		t.Fatal("the link was not followed")
+	}
+	p.until(`$("status").textContent == "Connected" && sockets.length == 1`)
+	p.wantQuietConsole()
+}
+
 func TestTheLogStaysWhereTheReaderPutIt(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
@@ -698,7 +780,7 @@ func TestItFitsScreensOfAnyWidth(t *testing.T) {
 			s.stop(t)
 		}
 		p.until(fmt.Sprintf(`$("status").textContent == %q`, status))
-		for _, size := range [][2]int64{{320, 256}, {320, 568}, {360, 640}, {360, 300}, {1280, 800}, {2560, 1440}} {
+		for _, size := range [][2]int64{{320, 256}, {320, 568}, {360, 640}, {360, 300}, {640, 160}, {580, 256}, {1280, 800}, {2560, 1440}} {
 			do(p, chromedp.EmulateViewport(size[0], size[1]))
 			p.until(fmt.Sprintf("innerWidth == %d && innerHeight == %d", size[0], size[1]))
 			if got := eval[string](p, `[document.documentElement, ...document.querySelectorAll("*")]
