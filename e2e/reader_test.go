@@ -610,15 +610,15 @@ func TestTheMarksComingAndGoingMoveNothing(t *testing.T) {
 		discuss(t, s, 100)
 		w.until(lastLine + ` == "That is all." && ` + atEnd)
 		w.pretendHidden(true)
-		discuss(t, s, 10)
-		w.until(`document.querySelector("#log hr") && ` + atEnd)
+		discuss(t, s, 50)
+		w.until(lastLine + ` == "That is all." && document.querySelector("#log hr") && ` + atEnd)
 		w.pretendHidden(false)
 		w.scroll(-100)
-		want := get[string](w, uppermost)
+		want := get[string](w, reading)
 		w.pretendHidden(true) // the mark above goes
 		w.wantPlace(want, "as the mark went")
 		discuss(t, s, 10)
-		w.until(`document.querySelector("#log hr")`)
+		w.until(`document.querySelector("#log hr") && !$("jump").hidden`)
 		w.pretendHidden(false)
 		w.wantPlace(want, "as the mark came")
 	})
@@ -679,7 +679,7 @@ func TestTheLogStandsStillWhileSomethingIsSelected(t *testing.T) {
 		conn := s.dial(t)
 		w.mouse(w.moveTo(span, 0.01), pointerDown, w.moveTo(span, 0.05))
 		w.until("!getSelection().isCollapsed")
-		want := get[string](w, uppermost)
+		want := get[string](w, reading)
 		for i := range 20 {
 			say(t, conn, fmt.Sprint("meanwhile ", i))
 		}
