@@ -373,18 +373,6 @@ func TestToConnectIsNoAlarm(t *testing.T) {
 	}
 }
 
-// lostLine has w say text to a server that hears and closes, and waits until w has a
-// connection again and a notice of it.
-func lostLine(t *testing.T, w *window, conns chan *websocket.Conn, text string) {
-	t.Helper()
-	conn := <-conns
-	w.send(text)
-	w.until(`document.querySelector(".pending")`)
-	conn.Close()
-	w.until(connected + ` && !document.querySelector(".pending")`)
-	w.until(lastLine + `.startsWith("Connected again")`)
-}
-
 func TestWhatMayBeLostCanBeSentAgain(t *testing.T) {
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
@@ -402,7 +390,10 @@ func TestWhatMayBeLostCanBeSentAgain(t *testing.T) {
 		}
 
 		// By mouse, while the input is empty.
-		lostLine(t, w, conns, "first")
+		w.send("first")
+		w.until(`document.querySelector(".pending")`)
+		(<-conns).Close()
+		w.until(connected + ` && !document.querySelector(".pending")`)
 		wantButtons(1)
 		w.click(button)
 		w.until(`$("msg").value == "first" && document.activeElement == $("msg")`)

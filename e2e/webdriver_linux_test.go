@@ -66,7 +66,7 @@ func inEveryEngine(t *testing.T, test func(t *testing.T, w *window)) {
 	}
 }
 
-// inThreeEngines runs a test in Chromium as well.
+// inThreeEngines runs a test in these and in Chromium, there in a tab of its own.
 func inThreeEngines(t *testing.T, test func(t *testing.T, w *window)) {
 	t.Run("Chromium", func(t *testing.T) {
 		t.Parallel()
