@@ -1,7 +1,9 @@
 package e2e
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"fmt"
 	"os/exec"
 	"slices"
@@ -244,6 +246,71 @@ func (p *tab) hide() (show func()) {
 		call(p, page.BringToFront, cdp.Empty{})
 		p.until("!document.hidden")
 	}
+}
+
+// chrome is a tab as an engine, for tests that all three run.
+type chrome struct {
+	*tab
+	x, y      float64 // where the mouse is
+	buttons   int64   // that are down
+	modifiers chromedp.Modifier
+}
+
+func (c *chrome) visit(url string) error {
+	do(c.tab, chromedp.Navigate(url))
+	return nil
+}
+
+func (c *chrome) back() error {
+	eval[bool](c.tab, "history.back(); true")
+	return nil
+}
+
+func (c *chrome) eval(js string, result any) error {
+	value := eval[string](c.tab, "(async () => JSON.stringify(await ("+js+")))()", chromedp.EvalAwaitPromise)
+	return json.Unmarshal([]byte(value), result)
+}
+
+func (c *chrome) act(source object) error {
+	for _, action := range source["actions"].([]object) {
+		switch typ := action["type"]; {
+		case action["value"] == control && typ == "keyDown":
+			c.modifiers = chromedp.ModifierCtrl
+		case action["value"] == control:
+			c.modifiers = 0
+		case typ == "keyDown":
+			key := action["value"].(string)
+			do(c.tab, chromedp.KeyEvent(cmp.Or(chromeKeys[key], key), chromedp.KeyModifiers(c.modifiers)))
+		case typ == "scroll":
+			wheel := cdp.Command[object, cdp.Empty]{Method: input.CommandDispatchMouseEvent}
+			call(c.tab, wheel, object{"type": "mouseWheel", "x": action["x"], "y": action["y"], "deltaX": 0, "deltaY": action["deltaY"]})
+		case typ == "pointerMove":
+			c.x, c.y = float64(action["x"].(int)), float64(action["y"].(int))
+			c.mouse(chromedp.MouseMoved)
+		case typ == "pointerDown":
+			c.buttons = 1
+			c.mouse(chromedp.MousePressed)
+		case typ == "pointerUp":
+			c.buttons = 0
+			c.mouse(chromedp.MouseReleased)
+		}
+	}
+	return nil
+}
+
+var chromeKeys = map[string]string{backspace: kb.Backspace, enter: kb.Enter, tabKey: kb.Tab, home: kb.Home, end: kb.End, pageUp: kb.PageUp}
+
+func (c *chrome) mouse(event input.DispatchMouseEventType) {
+	params := input.DispatchMouseEventParams{Type: event, X: c.x, Y: c.y, Buttons: c.buttons, ClickCount: 1}
+	if event != chromedp.MouseMoved || c.buttons != 0 {
+		params.Button = input.MouseButtonLeft
+	}
+	call(c.tab, input.DispatchMouseEvent, params)
+}
+
+func (c *chrome) resize(width, height int) error {
+	do(c.tab, chromedp.EmulateViewport(int64(width), int64(height)))
+	return nil
 }
 
 // wantQuietConsole checks that the browser has had nothing to complain about.

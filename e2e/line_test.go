@@ -357,3 +357,146 @@ func TestBackOnThePageItNoticesThatTheConnectionIsGone(t *testing.T) {
 	p.until(`sockets.length == 2 && $("status").textContent == "Connected"`)
 	p.wantDraft("kept")
 }
+
+func TestToConnectIsNoAlarm(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	proceed := make(chan struct{})
+	do(p, chromedp.Navigate(fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
+		<-proceed
+		if n == 1 {
+			upgrade()
+		}
+	})))
+	const color = `getComputedStyle($("status")).color`
+	p.until(`$("status").textContent == "Connecting…"`)
+	connecting := eval[string](p, color)
+	close(proceed)
+	p.until(`$("status").textContent == "Connected"`)
+	connected := eval[string](p, color)
+	eval[bool](p, "lose(); true")
+	p.until(`$("status").textContent.includes("Reconnecting")`)
+	if lost := eval[string](p, color); connecting != connected || lost == connected {
+		t.Errorf("colors %s while connecting, %s when connected, %s when lost: want the third alone to alarm", connecting, connected, lost)
+	}
+}
+
+func TestWhatMayBeLostCanBeSentAgain(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		url, conns := mute(t, s)
+		w.open(strings.TrimPrefix(url, "http://"))
+		get[bool](w, `$("name").focus() ?? true`)
+		w.typeText("Grete")
+		w.press(enter)
+		const button = `document.querySelector(".notice button")`
+		wantButtons := func(want int) {
+			t.Helper()
+			if got := get[int](w, `document.querySelectorAll(".notice button").length`); got != want {
+				t.Errorf("%d lines can be sent again, want %d", got, want)
+			}
+		}
+
+		// By mouse, while the input is empty.
+		w.send("first")
+		w.until(`document.querySelector(".pending")`)
+		(<-conns).Close()
+		w.until(connected + ` && !document.querySelector(".pending")`)
+		wantButtons(1)
+		w.click(button)
+		w.until(`$("msg").value == "first" && document.activeElement == $("msg")`)
+		wantButtons(0)
+		if got := get[string](w, `sessionStorage["chat draft"]`); got != "first" {
+			t.Errorf("the draft that is kept is %q, want what is in the input", got)
+		}
+		w.press(enter)
+		w.until(`document.querySelector(".pending")?.lastChild.textContent == "Grete: first"`)
+
+		// By keyboard, and while something else is in the input.
+		(<-conns).Close()
+		w.until(connected + " && " + button)
+		w.insert("a draft")
+		get[bool](w, `$("log").focus() ?? true`)
+		w.press(tabKey)
+		w.until("document.activeElement == " + button)
+		if get[bool](w, "document.hasFocus()") {
+			w.press(enter)
+		} else { // no key presses a button then, and a headless Firefox never has the focus
+			get[bool](w, "document.activeElement.click() ?? true")
+		}
+		w.until(`document.querySelector(".pending")?.lastChild.textContent == "Grete: first" && document.activeElement == $("msg")`)
+		wantButtons(0)
+		if got := get[string](w, `$("msg").value`); got != "a draft" {
+			t.Errorf("the input has %q, want the draft", got)
+		}
+		if got := get[int](w, `document.querySelectorAll(".pending").length`); got != 1 {
+			t.Errorf("%d lines are under way, want 1", got)
+		}
+	})
+}
+
+func TestWhatCannotBeSentAgainNowCanBeLater(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		s.stop(t)
+		w.until(`$("status").textContent.includes("restarting")`)
+		get[bool](w, `mayBeLost("Grete: hello") ?? true`)
+		w.insert("a draft")
+		w.until(`document.querySelector(".notice button")`)
+		w.click(`document.querySelector(".notice button")`)
+		w.until(`$("counter").textContent == "Not sent yet"`)
+		startServer(t, s.addr)
+		w.until(connected)
+		w.click(`document.querySelector(".notice button")`)
+		w.until(lastLine + ` == "Grete: hello" && !document.querySelector(".notice button") && $("msg").value == "a draft"`)
+	})
+}
+
+// announced notes what a screen reader says: texts that come or change in live regions.
+const announced = `(window.spoken ??= (new MutationObserver((changes) => {
+	for (const { target, addedNodes } of changes) for (const node of addedNodes) {
+		const element = node.nodeType == Node.ELEMENT_NODE ? node : target;
+		const region = element.closest("[aria-live], [role=status], [role=log], [role=alert]");
+		if (region && region.getAttribute("aria-live") != "off") spoken.push(node.textContent);
+	}
+}).observe(document.body, { childList: true, subtree: true }), []))`
+
+func TestALossIsToldOnce(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		get[[]string](w, announced)
+		get[bool](w, `(window.bubbles = 0, HTMLInputElement.prototype.reportValidity = () => bubbles++, true)`)
+		s.stop(t)
+		w.until(lastLine + ` == "The server is restarting."`)
+		w.send("a draft")
+		w.until(`$("counter").textContent == "Not sent yet" && $("msg").validationMessage.includes("Not sent yet") && $("msg").value == "a draft"`)
+		startServer(t, s.addr)
+		w.until(connected)
+		w.until(`$("counter").textContent == "" && $("msg").validity.valid`)
+		w.until(lastLine + `.startsWith("Connected again")`)
+		spoken := get[[]string](w, `spoken.map((text) => text.replace(/^\d\d:\d\d( [AP]M)?/, ""))`)
+		if want := []string{"The server is restarting.", "Not sent yet", "Connected again. Messages may have been missed in between."}; !slices.Equal(spoken, want) {
+			t.Errorf("a screen reader says %q, want %q", spoken, want)
+		}
+		if got := get[int](w, "bubbles"); got != 0 {
+			t.Errorf("%d bubbles cover the page", got)
+		}
+	})
+}
+
+func TestWithoutANoticeTheStatusIsSpoken(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		get[[]string](w, announced)
+		get[bool](w, `(since = 0, state = "connecting", tries = 3, lose(), true)`)
+		w.until(`$("status").textContent.includes("Reconnecting…")`)
+		w.until(connected)
+		if got, want := get[[]string](w, "spoken"), []string{"No connection to the server. Reconnecting…", "Connected"}; !slices.Equal(got, want) {
+			t.Errorf("a screen reader says %q, want %q", got, want)
+		}
+	})
+}

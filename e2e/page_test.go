@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -440,6 +441,88 @@ func TestMessagesAreTextAndKeepToThemselves(t *testing.T) {
 	}
 }
 
+func TestAddressesAreLinks(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		conn := s.dial(t)
+		for _, tt := range []struct {
+			line string
+			want []string // the links
+		}{
+			{"http://example.org", []string{"http://example.org"}},
+			{"Ilse: https://example.org/a?b=c&d=%20#e-f_g~h is it", []string{"https://example.org/a?b=c&d=%20#e-f_g~h"}},
+			{"see https://example.org/, http://localhost:8080/x. Good?", []string{"https://example.org/", "http://localhost:8080/x"}},
+			{"(https://example.org/a)", []string{"https://example.org/a"}},
+			{"(https://example.org/A_(b))!", []string{"https://example.org/A_(b)"}},
+			{"[https://example.org/a]: <https://example.org/b>;", []string{"https://example.org/a", "https://example.org/b"}},
+			{`"https://example.org/a" 'https://example.org/b' “https://example.org/c”`, []string{"https://example.org/a", "https://example.org/b", "https://example.org/c"}},
+			{"*https://example.org/a*… 《https://example.org/b》。", []string{"https://example.org/a", "https://example.org/b"}},
+			{"https://example.org/it's,so:good?!", []string{"https://example.org/it's,so:good"}},
+			{"http://[::1]:8080/x", []string{"http://[::1]:8080/x"}},
+			{"HTTPS://EXAMPLE.ORG/X", []string{"HTTPS://EXAMPLE.ORG/X"}},
+			{"https://he.wikipedia.org/wiki/שלום", []string{"https://he.wikipedia.org/wiki/שלום"}},
+			{"ראו https://example.org/a, שלום", []string{"https://example.org/a"}},
+			{"https://example.org/\u202egro.live//:sptth", []string{"https://example.org/"}},
+			{"https://example.org/<img src=x onerror=alert(1)>", []string{"https://example.org/"}},
+			{`https://example.org/"onclick="alert(1)`, []string{"https://example.org/"}},
+			{"javascript:alert(1) ftp://example.org/ data:text/html,x file:///x //example.org/ www.example.org xhttp://example.org/", nil},
+			{"http:// https://. http:/x https:x https://)", nil},
+		} {
+			say(t, conn, tt.line)
+			w.until(fmt.Sprintf(lastLine+" == %q", tt.line))
+			got := get[[]string](w, `[...$("log").lastChild.querySelectorAll("a")].map((a) => a.textContent)`)
+			if !slices.Equal(got, tt.want) {
+				t.Errorf("in %q the links are %q, want %q", tt.line, got, tt.want)
+			}
+		}
+		if got := get[[]string](w, `[...new Set([...$("log").querySelectorAll("a")].map((a) => {
+			const style = getComputedStyle(a);
+			return [a.rel, a.target, a.getAttributeNames().sort(), style.direction, style.unicodeBidi, a.getAttribute("href") == a.textContent].join(" ");
+		}))]`); !slices.Equal(got, []string{"noopener noreferrer nofollow _blank dir,href,rel,target ltr isolate true"}) {
+			t.Errorf("the links have %q", got)
+		}
+		// In a line of Hebrew the address reads from left to right, in its place.
+		if got := get[string](w, `(() => {
+			const a = [...$("log").querySelectorAll("a")].find((a) => a.parentNode.textContent.startsWith("ראו")), text = a.firstChild;
+			const at = (node, i) => { const range = document.createRange(); range.setStart(node, i); range.setEnd(node, i + 1); return range.getBoundingClientRect().left; };
+			return [at(a.previousSibling, 0) > at(text, 20), at(text, 0) < at(text, 8), at(text, 8) < at(text, 20), at(a.nextSibling, 3) < at(text, 0)].join();
+		})()`); got != "true,true,true,true" {
+			t.Errorf("the address in a line of Hebrew: %s", got)
+		}
+
+		get[bool](w, `mayBeLost("https://example.org/") ?? true`)
+		w.until(lastLine + `.includes("arrived: https://example.org/")`)
+		if get[bool](w, `!!document.querySelector(".notice a")`) {
+			t.Error("there is a link in a notice")
+		}
+	})
+}
+
+// In the test above nothing is followed.
+func TestALinkOpensItsAddressInANewTab(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, "localhost:0")
+	asked := make(chan http.Header, 10)
+	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { asked <- r.Header }))
+	t.Cleanup(other.Close)
+	p := openTab(t, s)
+	say(t, s.dial(t), "see "+other.URL+"/x.")
+	p.until(`$("log").querySelector("a")`)
+	w := &window{t, &chrome{tab: p}}
+	w.click(`document.querySelector("#log a")`)
+	select {
+	case header := <-asked:
+		if got := header.Get("Referer"); got != "" {
+			t.Errorf("the other server is told of %q, want nothing of us", got)
+		}
+	case <-time.After(patience):
+		t.Fatal("the link was not followed")
+	}
+	p.until(`$("status").textContent == "Connected" && sockets.length == 1`)
+	p.wantQuietConsole()
+}
+
 func TestTheLogStaysWhereTheReaderPutIt(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
@@ -520,8 +603,8 @@ func TestAHiddenTabLosesNothingAndKeepsItInBounds(t *testing.T) {
 	show := p.hide()
 	talk(t, s, 7000)
 	p.until("arrived == 7000")
-	if got := eval[string](p, "document.title"); got != "● Chat" {
-		t.Errorf("title %q, want it to tell that there is something new", got)
+	if got := eval[string](p, "document.title"); got != "(7000) Chat" {
+		t.Errorf("title %q, want it to count what is new", got)
 	}
 	if got := eval[int](p, `batch.childElementCount + $("log").childElementCount`); got != 5000 {
 		t.Errorf("the hidden tab keeps %d lines, want 5000", got)
@@ -697,7 +780,7 @@ func TestItFitsScreensOfAnyWidth(t *testing.T) {
 			s.stop(t)
 		}
 		p.until(fmt.Sprintf(`$("status").textContent == %q`, status))
-		for _, size := range [][2]int64{{320, 256}, {320, 568}, {360, 640}, {360, 300}, {1280, 800}, {2560, 1440}} {
+		for _, size := range [][2]int64{{320, 256}, {320, 568}, {360, 640}, {360, 300}, {640, 160}, {580, 256}, {1280, 800}, {2560, 1440}} {
 			do(p, chromedp.EmulateViewport(size[0], size[1]))
 			p.until(fmt.Sprintf("innerWidth == %d && innerHeight == %d", size[0], size[1]))
 			if got := eval[string](p, `[document.documentElement, ...document.querySelectorAll("*")]
@@ -826,8 +909,8 @@ func TestScreenshots(t *testing.T) {
 		dir = "screenshots"
 	}
 	for scheme, sizes := range map[string][][2]int64{
-		"light": {{640, 520}, {320, 480}, {1920, 1000}},
-		"dark":  {{360, 664}, {640, 400}},
+		"light": {{640, 524}, {320, 480}, {1920, 1000}},
+		"dark":  {{360, 710}, {640, 400}},
 	} {
 		if !*screenshots {
 			sizes = sizes[:1]
@@ -873,13 +956,24 @@ func TestScreenshots(t *testing.T) {
 				}
 			}
 			hold(conversation)
-			s.stop(t)
-			p.until(`$("status").textContent.includes("restarting")`)
-			s = startServer(t, s.addr)
-			p.until(`$("status").textContent == "Connected"`)
-			eval[bool](p, "later += 20_000; true")
-			hold(afterwards)
+			eval[bool](p, "sockets.at(-1).send = () => {}; true") // what is sent now gets lost
+			p.send("Ready when you are.")
+			p.until(`$("log").querySelector(".pending")`)
+			s.signal(t, syscall.SIGKILL)
+			s.wait(t)
+			p.until(`$("log").textContent.includes("may not have arrived")`)
 			p.insert("Shall we do the next one on ")
+			shoot("lost")
+			s = startServer(t, s.addr)
+			p.until(`$("status").textContent == "Connected" && !batch.hasChildNodes()`)
+			show := p.hide()
+			for _, text := range afterwards {
+				say(t, s.dial(t), text)
+				p.until(fmt.Sprintf("batch.lastChild?.lastChild?.textContent == %q", text))
+				eval[bool](p, "later += 40_000; true")
+			}
+			show()
+			p.until("!batch.hasChildNodes()")
 			shoot("chat")
 
 			eval[bool](p, `$("msg").value = ""; true`)
@@ -907,17 +1001,15 @@ func TestScreenshots(t *testing.T) {
 var conversation = []string{
 	"Ilse: Morning! The new server is up.",
 	"Grete: Nice. How many clients did you try?",
-	"Ilse: Three hundred, and nobody was dropped.",
+	"Ilse: Hundreds, and none was dropped (https://example.org/42).",
 	"And does it take <b>markup</b>?",
-	"Ilse: Only as text, as you can see.",
 	"שרה: שלום לכולם!",
-	"Grete: Ready when you are.",
-	"Ilse: I'll restart it now, mind the gap.",
+	"Ilse: Only as text. I'll pull its plug now, mind the gap.",
 }
 
 var afterwards = []string{
 	"Tom O'Malley: Back already?",
-	"Grete: Two seconds, and my draft is still here.",
+	"Ilse: In two seconds. Are you ready for the next one?",
 }
 
 // fakeClock begins in the morning and goes on when a test changes later.

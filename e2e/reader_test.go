@@ -12,6 +12,7 @@ import (
 	"github.com/chromedp/cdproto/emulation"
 	"github.com/chromedp/chromedp"
 	"github.com/chromedp/chromedp/kb"
+	"github.com/gorilla/websocket"
 )
 
 // denied makes the browser deny storage to the page, as browsers do: by throwing.
@@ -200,6 +201,28 @@ func TestTheCounterIsDescribedNotAnnounced(t *testing.T) {
 	}
 }
 
+func TestWhoHasNotJoinedIsToldNothingOfTheRoom(t *testing.T) {
+	t.Parallel()
+	const claim = `getComputedStyle($("log"), "::before").content`
+	s := startServer(t, "localhost:0")
+	t.Run("refused", func(t *testing.T) {
+		p := newTab(t)
+		do(p, chromedp.Navigate(fakeServer(t, s, func(int, func() *websocket.Conn) {})))
+		p.until(`sockets[0]?.readyState == WebSocket.CLOSED`)
+		if got := eval[string](p, claim); got != "none" {
+			t.Errorf("where /ws is refused, the log says %s, want nothing", got)
+		}
+	})
+	t.Run("without JavaScript", func(t *testing.T) {
+		p := newTab(t)
+		call(p, emulation.SetScriptExecutionDisabled, emulation.SetScriptExecutionDisabledParams{Value: true})
+		do(p, chromedp.Navigate("http://"+s.addr+"/"))
+		if got := eval[string](p, claim); got != "none" {
+			t.Errorf("without JavaScript the log says %s, want nothing", got)
+		}
+	})
+}
+
 func TestAnEmptyLogDoesNotClaimThatNobodySpoke(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
@@ -373,10 +396,318 @@ func TestItNeedsNothingNew(t *testing.T) {
 	}
 	p.wantQuietConsole()
 	style := eval[string](p, `document.querySelector("style").textContent`)
-	if got := regexp.MustCompile(`light-dark|color-mix|oklch|@layer|@container|@scope|@property|&|text-wrap|field-sizing`).FindString(style); got != "" {
+	if got := regexp.MustCompile(`anywhere|light-dark|color-mix|oklch|@layer|@container|@scope|@property|&|text-wrap|field-sizing`).FindString(style); got != "" {
 		t.Errorf("the style uses %s", got)
 	}
 	if !regexp.MustCompile(`height: \d+vh;\s+height: \d+dvh;`).MatchString(style) {
 		t.Error("a browser without dvh is given no height")
 	}
+}
+
+func TestNameAndDraftSurviveTheWayBack(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		get[bool](w, `$("name").focus() ?? true`)
+		w.typeText("Grete")
+		w.press(enter)
+		w.insert("hello")
+		w.press(enter)
+		w.until(lastLine + ` == "Grete: hello"`)
+		w.insert("not yet")
+		w.must(w.engine.visit("about:blank"))
+		w.must(w.engine.back())
+		w.until(connected + ` && $("msg").value == "not yet" && document.activeElement == $("msg")`)
+		w.until(`$("name").value == "Grete"`)
+		w.rest()
+		w.press(enter)
+		w.until(lastLine + ` == "Grete: not yet"`)
+	})
+}
+
+func TestANameIsKeptFromItsFirstLetter(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		get[bool](w, `$("name").focus() ?? true`)
+		w.typeText("Gr")
+		w.open(s.addr)
+		w.until(`$("name").value == "Gr"`)
+	})
+}
+
+func TestEnterInTheNameGoesToTheMessage(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		w.insert("a draft")
+		get[bool](w, `$("name").focus() ?? true`)
+		w.typeText("Il:se")
+		w.press(enter)
+		w.until(`document.activeElement == $("msg") && $("name").value == "Il se"`)
+		if got := get[string](w, `$("msg").value + $("log").textContent`); got != "a draft" {
+			t.Errorf("draft and log are %q, want the draft alone", got)
+		}
+		w.press(enter)
+		w.until(lastLine + ` == "Il se: a draft"`)
+	})
+}
+
+func TestWhatIsTypedReachesTheMessageAndKeysStillScroll(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.resize(700, 500)
+		w.open(s.addr)
+		discuss(t, s, 100)
+		w.until(lastLine + ` == "That is all." && ` + atEnd)
+		w.scroll(-500)
+		say(t, s.dial(t), "news")
+		w.until(`!$("jump").hidden`)
+		w.click(`$("jump")`)
+		w.until(atEnd)
+
+		for _, scrolling := range []struct{ key, until string }{
+			{home, `$("log").scrollTop == 0`},
+			{" ", `$("log").scrollTop > 100`},
+			{end, atEnd},
+			{pageUp, "!(" + atEnd + ")"},
+		} {
+			get[bool](w, `(window.moved = performance.now(), $("log").addEventListener("scroll", () => moved = performance.now())) ?? true`)
+			w.press(scrolling.key)
+			w.until(scrolling.until + " && performance.now() - moved > 200") // a browser scrolls smoothly
+		}
+		w.pressWith(control, "x")
+		if got := get[string](w, `document.activeElement.id + $("msg").value`); got != "log" {
+			t.Errorf("after keys that scroll, and a command, focus and draft are %q, want the log's and none", got)
+		}
+		w.typeText("hé 1")
+		w.until(`document.activeElement == $("msg") && $("msg").value == "hé 1"`)
+		w.press(enter)
+		w.until(lastLine + ` == "hé 1"`)
+		w.until(atEnd)
+	})
+}
+
+func TestDirectionsFollowTheText(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		for _, id := range []string{"msg", "name"} {
+			if got := get[string](w, fmt.Sprintf(`($(%[1]q).value = "שלום", getComputedStyle($(%[1]q)).direction)`, id)); got != "rtl" {
+				t.Errorf("with Hebrew in it %s reads %s, want rtl", id, got)
+			}
+			get[string](w, fmt.Sprintf(`$(%q).value = ""`, id))
+		}
+		conn := s.dial(t)
+		for line, want := range map[string]string{
+			"Grete: שלום לכולם": "right", "שרה: hello": "left", "שרה: שלום": "right", "hello, שלום": "left",
+			"שלום https://example.org/ שלום": "right", "https://example.org/שלום": "left",
+		} {
+			say(t, conn, line)
+			w.until(fmt.Sprintf(lastLine+" == %q", line))
+			got := get[string](w, `(() => {
+				const box = $("log").lastChild.lastChild.getBoundingClientRect(), range = document.createRange();
+				range.selectNodeContents($("log").lastChild.lastChild);
+				const text = range.getBoundingClientRect();
+				return [Math.abs(text.left - box.left) < 2 && "left", Math.abs(text.right - box.right) < 2 && "right"].filter(Boolean).join();
+			})()`)
+			if got != want {
+				t.Errorf("%q stands at the %s, want at the %s", line, got, want)
+			}
+		}
+	})
+}
+
+func TestALongWordIsBroken(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.resize(500, 500)
+		w.open(s.addr)
+		conn := s.dial(t)
+		say(t, conn, strings.Repeat("W", 120))
+		say(t, conn, strings.Repeat("W", 30)+": https://example.org/"+strings.Repeat("W", 120))
+		w.until(lastLine + `.includes("https")`)
+		if got := get[int](w, `$("log").scrollWidth - $("log").clientWidth`); got != 0 {
+			t.Errorf("a long word makes the log %d pixels too wide", got)
+		}
+	})
+}
+
+// markedLine is the line under the mark, if a reader sees one.
+const markedLine = `(document.querySelector("#log hr")?.offsetHeight ?
+	document.querySelector("#log hr").nextElementSibling.lastChild.textContent : "")`
+
+func TestTheMarkShowsWhereOneLeftOff(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		conn := s.dial(t)
+		say(t, conn, "seen")
+		w.until(lastLine + ` == "seen"`)
+		say(t, conn, "seen, too")
+		w.until(lastLine + ` == "seen, too"`)
+		wantMark := func(title, line string) {
+			t.Helper()
+			if got := get[string](w, "document.title"); got != title {
+				t.Errorf("title %q, want %q", got, title)
+			}
+			if got := get[string](w, markedLine); got != line {
+				t.Errorf("the mark stands above %q, want %q", got, line)
+			}
+		}
+		wantMark("Chat", "")
+		w.pretendHidden(true)
+		w.pretendHidden(false)
+		wantMark("Chat", "")
+
+		w.pretendHidden(true)
+		for _, text := range []string{"one", "two", "three"} {
+			say(t, conn, text)
+		}
+		w.until(lastLine + ` == "three"`)
+		wantMark("(3) Chat", "one")
+		w.pretendHidden(false)
+		wantMark("Chat", "one")
+		say(t, conn, "four")
+		w.until(lastLine + ` == "four"`)
+		wantMark("Chat", "one")
+		if got := get[float64](w, `document.querySelector("#log hr").getBoundingClientRect().width / $("log").lastChild.getBoundingClientRect().width`); got != 1 {
+			t.Errorf("the mark takes %v of a line's width, want it across", got)
+		}
+
+		w.pretendHidden(true)
+		wantMark("Chat", "")
+		say(t, conn, "five")
+		w.until(lastLine + ` == "five"`)
+		wantMark("(1) Chat", "five")
+		w.pretendHidden(false)
+		w.pretendHidden(true)
+		w.pretendHidden(false)
+		wantMark("Chat", "")
+	})
+}
+
+func TestNoticesAreNotCountedButMarked(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		w.pretendHidden(true)
+		s.stop(t)
+		w.until(lastLine + ` == "The server is restarting."`)
+		s = startServer(t, s.addr)
+		w.until(connected)
+		say(t, s.dial(t), "hello")
+		w.until(lastLine + ` == "hello"`)
+		if got := get[string](w, "document.title + ': ' + "+markedLine); got != "(1) Chat: The server is restarting." {
+			t.Errorf("title and marked line are %q", got)
+		}
+	})
+}
+
+func TestTheMarksComingAndGoingMoveNothing(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.resize(700, 500)
+		w.open(s.addr)
+		discuss(t, s, 100)
+		w.until(lastLine + ` == "That is all." && ` + atEnd)
+		w.pretendHidden(true)
+		discuss(t, s, 50)
+		w.until(lastLine + ` == "That is all." && document.querySelector("#log hr") && ` + atEnd)
+		w.pretendHidden(false)
+		w.scroll(-100)
+		want := get[string](w, reading)
+		w.pretendHidden(true) // the mark above goes
+		w.wantPlace(want, "as the mark went")
+		discuss(t, s, 10)
+		w.until(`document.querySelector("#log hr") && !$("jump").hidden`)
+		w.pretendHidden(false)
+		w.wantPlace(want, "as the mark came")
+	})
+}
+
+// copied notes what the page puts into the clipboard, or null if it leaves that to the
+// browser.
+const copied = `(window.clip ??= (document.addEventListener("copy", (event) =>
+	clip = { text: event.defaultPrevented ? event.clipboardData.getData("text/plain") : null }), { text: "nothing yet" }))`
+
+func TestWhatIsCopiedIsWhatWasSaid(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		conn := s.dial(t)
+		for _, text := range []string{"Grete: hello", "Ilse: see https://example.org/.", "no name"} {
+			say(t, conn, text)
+		}
+		w.send("mine")
+		w.until(lastLine + ` == "mine"`)
+		s.stop(t)
+		w.until(lastLine + ` == "The server is restarting."`)
+		get[object](w, copied)
+		for _, tt := range []struct{ name, from, to, want string }{
+			{"all", `[$("log"), 0]`, `[$("log"), 5]`, "Grete: hello\nIlse: see https://example.org/.\nno name\nmine\nThe server is restarting."},
+			{"parts of two", `[$("log").children[0].lastChild.lastChild, 2]`, `[$("log").children[1].lastChild.firstChild.firstChild, 2]`, "hello\nIl"},
+			{"one, with its time", `[$("log").children[0], 0]`, `[$("log").children[1], 0]`, "Grete: hello"},
+			{"the page", `[document.body, 0]`, `[document.body, document.body.childNodes.length]`, "Grete: hello\nIlse: see https://example.org/.\nno name\nmine\nThe server is restarting."},
+			{"a part of one", `[$("log").children[2].lastChild.firstChild, 0]`, `[$("log").children[2].lastChild.firstChild, 2]`, ""},
+		} {
+			get[bool](w, fmt.Sprintf(`($("log").focus(), clip.text = "nothing yet", getSelection().setBaseAndExtent(...%s, ...%s)) ?? true`, tt.from, tt.to))
+			w.pressWith(control, "c")
+			w.until(`clip.text != "nothing yet"`)
+			if got := get[string](w, `clip.text ?? ""`); got != tt.want {
+				t.Errorf("%s: copied %q, want %q", tt.name, got, tt.want)
+			}
+		}
+
+		// Firefox lets a selection in the log stand beside one in the input.
+		get[bool](w, `(getSelection().setBaseAndExtent($("log"), 0, $("log"), 3), $("msg").value = "draft", $("msg").focus(), $("msg").select(), clip.text = "nothing yet", true)`)
+		w.pressWith(control, "c")
+		w.until(`clip.text != "nothing yet"`)
+		if got := get[string](w, `clip.text ?? ""`); got != "" {
+			t.Errorf("copied %q from the input, want that left to the browser", got)
+		}
+	})
+}
+
+func TestTheLogStandsStillWhileSomethingIsSelected(t *testing.T) {
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.resize(700, 500)
+		w.open(s.addr)
+		discuss(t, s, 50)
+		w.until(lastLine + ` == "That is all." && ` + atEnd)
+		line := func(n int) string { return fmt.Sprintf(`$("log").children[%d].lastChild.firstChild`, n) }
+		const span = `$("log").children[50].lastChild`
+		conn := s.dial(t)
+		w.mouse(w.moveTo(span, 0.01), pointerDown, w.moveTo(span, 0.05))
+		w.until("!getSelection().isCollapsed")
+		want := get[string](w, reading)
+		for i := range 20 {
+			say(t, conn, fmt.Sprint("meanwhile ", i))
+		}
+		w.until(lastLine + ` == "meanwhile 19" && !$("jump").hidden`)
+		w.wantPlace(want, "as lines came while something was selected")
+		w.mouse(w.moveTo(span, 0.08), pointerUp)
+		if got := get[string](w, "getSelection().toString()"); got == "" || !strings.Contains("That is all.", got) {
+			t.Errorf("selected %q, want part of the line where the mouse went down", got)
+		}
+		say(t, conn, "and now")
+		w.until(lastLine + ` == "and now"`)
+		w.wantPlace(want, "after the mouse had gone up")
+
+		// What is selected in the input, or nothing, holds nobody back.
+		w.click(`$("jump")`)
+		w.until(atEnd)
+		say(t, conn, "on")
+		w.until(lastLine + ` == "on" && ` + atEnd)
+		get[bool](w, fmt.Sprintf("getSelection().setBaseAndExtent(%s, 0, %s, 3) ?? true", line(60), line(60)))
+		say(t, conn, "held")
+		w.until(lastLine + ` == "held" && !$("jump").hidden`)
+		w.send("to speak is to go to the end")
+		w.until(lastLine + ` == "to speak is to go to the end" && ` + atEnd)
+		w.insert("draft")
+		get[bool](w, `$("msg").select() ?? true`)
+		say(t, conn, "further")
+		w.until(lastLine + ` == "further" && ` + atEnd)
+	})
 }

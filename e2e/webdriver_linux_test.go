@@ -66,6 +66,15 @@ func inEveryEngine(t *testing.T, test func(t *testing.T, w *window)) {
 	}
 }
 
+// inThreeEngines runs a test in these and in Chromium, there in a tab of its own.
+func inThreeEngines(t *testing.T, test func(t *testing.T, w *window)) {
+	t.Run("Chromium", func(t *testing.T) {
+		t.Parallel()
+		test(t, &window{t, &chrome{tab: newTab(t)}})
+	})
+	inEveryEngine(t, test)
+}
+
 // must fails the test if there is an error.
 func (w *window) must(err error) {
 	w.t.Helper()
@@ -118,7 +127,12 @@ func (w *window) insert(text string) {
 // Keys. https://www.w3.org/TR/webdriver2/#keyboard-actions
 const (
 	backspace = "\ue003"
+	tabKey    = "\ue004"
 	enter     = "\ue007"
+	control   = "\ue009"
+	pageUp    = "\ue00e"
+	end       = "\ue010"
+	home      = "\ue011"
 )
 
 func (w *window) press(key string) {
@@ -127,6 +141,59 @@ func (w *window) press(key string) {
 		{"type": "keyDown", "value": key},
 		{"type": "keyUp", "value": key},
 	}}))
+}
+
+// pressWith presses a key while a modifier is down.
+func (w *window) pressWith(modifier, key string) {
+	w.t.Helper()
+	w.must(w.engine.act(object{"type": "key", "id": "keyboard", "actions": []object{
+		{"type": "keyDown", "value": modifier},
+		{"type": "keyDown", "value": key},
+		{"type": "keyUp", "value": key},
+		{"type": "keyUp", "value": modifier},
+	}}))
+}
+
+// typeText types text, a key for each character.
+func (w *window) typeText(text string) {
+	w.t.Helper()
+	for _, char := range text {
+		w.press(string(char))
+	}
+}
+
+// What a mouse does, besides moving.
+var (
+	pointerDown = object{"type": "pointerDown", "button": 0}
+	pointerUp   = object{"type": "pointerUp", "button": 0}
+)
+
+// moveTo is the mouse's way to an element, given as JavaScript; part says how far from
+// its left edge, of its width.
+func (w *window) moveTo(element string, part float64) object {
+	w.t.Helper()
+	at := get[[2]int](w, fmt.Sprintf(`(({ left, top, width, height }) => [
+		Math.round(left + %v * width), Math.round(top + height / 2)])(%s.getBoundingClientRect())`, part, element))
+	return object{"type": "pointerMove", "x": at[0], "y": at[1]}
+}
+
+func (w *window) mouse(actions ...object) {
+	w.t.Helper()
+	w.must(w.engine.act(object{"type": "pointer", "id": "mouse", "parameters": object{"pointerType": "mouse"}, "actions": actions}))
+}
+
+// click clicks an element, given as JavaScript.
+func (w *window) click(element string) {
+	w.t.Helper()
+	w.mouse(w.moveTo(element, 0.5), pointerDown, pointerUp)
+}
+
+// pretendHidden makes the page believe that its tab is hidden, or no longer. Of the
+// three engines only Chromium can be told to hide one.
+func (w *window) pretendHidden(hidden bool) {
+	w.t.Helper()
+	get[bool](w, fmt.Sprintf(`(Object.defineProperty(document, "hidden", { value: %v, configurable: true }),
+		document.dispatchEvent(new Event("visibilitychange")))`, hidden))
 }
 
 // send inserts text and presses Enter.
