@@ -15,7 +15,6 @@ import (
 	_ "embed"
 	"encoding/base64"
 	"flag"
-	"io"
 	"log"
 	"net"
 	"net/http"
@@ -128,6 +127,6 @@ func serveHome(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
 		w.Header().Set("X-Content-Type-Options", "nosniff")
 		w.Header().Set("Content-Security-Policy", contentSecurityPolicy)
-		io.WriteString(w, home)
+		w.Write([]byte(home))
 	}
 }
