@@ -417,7 +417,9 @@ func TestNameAndDraftSurviveTheWayBack(t *testing.T) {
 		w.insert("not yet")
 		w.must(w.engine.visit("about:blank"))
 		w.must(w.engine.back())
-		w.until(connected + ` && $("msg").value == "not yet" && document.activeElement == $("msg")`)
+		// A page that comes out of the browser's cache says for a moment what it said before.
+		w.until(connected + ` && socket.readyState == WebSocket.OPEN`)
+		w.until(`$("msg").value == "not yet" && document.activeElement == $("msg")`)
 		w.until(`$("name").value == "Grete"`)
 		w.rest()
 		w.press(enter)
