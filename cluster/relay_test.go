@@ -64,20 +64,29 @@ func stopNATS(t testing.TB, s *server.Server) (restart func()) {
 type node struct {
 	*Relay
 	url  string
+	log  *logBook
 	stop func() // ends it as SIGTERM does, and returns when it has ended
 }
 
-// startNode starts a node on a loopback port, which ends with the test.
-func startNode(t testing.TB, natsURL, subject string) *node {
+// startRelay joins a hub that does not run to the room. Somebody has to call leave.
+func startRelay(t testing.TB, natsURL, subject string) (*Relay, *logBook) {
 	t.Helper()
 	nc, err := connect(natsURL, "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	relay, err := join(newHub(), nc, subject)
+	book := new(logBook)
+	relay, err := join(newHub(), nc, subject, log.New(book, "", 0))
 	if err != nil {
 		t.Fatal(err)
 	}
+	return relay, book
+}
+
+// startNode starts a node on a loopback port, which ends with the test.
+func startNode(t testing.TB, natsURL, subject string) *node {
+	t.Helper()
+	relay, book := startRelay(t, natsURL, subject)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -92,7 +101,7 @@ func startNode(t testing.TB, natsURL, subject string) *node {
 		}
 	})
 	t.Cleanup(stop)
-	return &node{relay, "ws://" + listener.Addr().String() + "/ws", stop}
+	return &node{relay, "ws://" + listener.Addr().String() + "/ws", book, stop}
 }
 
 // startRoom starts a NATS server and n nodes.
@@ -228,7 +237,7 @@ func eventually(t testing.TB, what string, done func() bool) {
 	}
 }
 
-// A logBook is what the program has logged.
+// A logBook is what a node has logged.
 type logBook struct {
 	mu   sync.Mutex
 	text strings.Builder
@@ -254,13 +263,14 @@ func (l *logBook) wait(t testing.TB, text string, n int) {
 	})
 }
 
-// captureLog collects what is logged until the test ends.
-func captureLog(t testing.TB) *logBook {
+// wantNothingLost checks that no node has logged that it lost a message.
+func wantNothingLost(t testing.TB, nodes []*node) {
 	t.Helper()
-	book := new(logBook)
-	log.SetOutput(book)
-	t.Cleanup(func() { log.SetOutput(io.Discard) })
-	return book
+	for _, node := range nodes {
+		if got := node.log.String(); strings.Contains(got, "lost a message") {
+			t.Errorf("log is %q, want nothing lost", got)
+		}
+	}
 }
 
 func TestCopiesAreTheRootsToTheByte(t *testing.T) {
@@ -380,7 +390,7 @@ func TestOneOrderOnANodeAndEachSendersOrderEverywhere(t *testing.T) {
 
 func TestWhatIsSaidWhileNATSIsAwayIsDeliveredOnReturn(t *testing.T) {
 	const each = 100
-	book := captureLog(t)
+	t.Parallel()
 	s, nodes := startRoom(t, 3)
 	var clients []*client
 	for _, node := range nodes {
@@ -415,22 +425,22 @@ func TestWhatIsSaidWhileNATSIsAwayIsDeliveredOnReturn(t *testing.T) {
 		})
 	}
 	group.Wait()
-	book.wait(t, "NATS is back", len(nodes))
-	if got := book.String(); strings.Contains(got, "lost a message") {
-		t.Errorf("log is %q, want nothing lost", got)
+	for _, node := range nodes {
+		node.log.wait(t, "NATS is back", 1)
 	}
+	wantNothingLost(t, nodes)
 	clients[0].say(t, "as before")
 	clients[1].want(t, "as before")
 }
 
 func TestNATSIsSoughtWithoutEndAlsoWhileItRefusesTheNode(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	s, nodes := startRoom(t, 1)
 	listener := nodes[0].dial(t)
 	port := s.Addr().(*net.TCPAddr).Port
 	stopNATS(t, s)
 	refusing := natsWith(t, &server.Options{Port: port, Authorization: "a token"})
-	book.wait(t, "× "+nats.ErrAuthorization.Error(), 2) // a second apart: several attempts
+	nodes[0].log.wait(t, "× "+nats.ErrAuthorization.Error(), 2) // a second apart: several attempts
 	stopNATS(t, refusing)()
 	listener.say(t, "back again")
 	listener.want(t, "back again")
@@ -441,7 +451,7 @@ func TestNATSIsSoughtWithoutEndAlsoWhileItRefusesTheNode(t *testing.T) {
 
 func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
 	const total = 3 * outboxSize
-	book := captureLog(t)
+	t.Parallel()
 	s, nodes := startRoom(t, 2)
 	near, far := nodes[0].dial(t), nodes[1].dial(t)
 	restart := stopNATS(t, s)
@@ -457,7 +467,7 @@ func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
 		}
 	}()
 	waitUntilSlowed(t, &taken)
-	if got, most := taken.Load(), int64(2*outboxSize); got > most {
+	if got, most := taken.Load(), int64(outboxSize); got > most {
 		t.Errorf("%d messages wait, want at most %d", got, most)
 	}
 
@@ -480,19 +490,26 @@ func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
 			t.Error("did not hear the one that had to wait")
 		}
 	}
-	if got := book.String(); strings.Contains(got, "lost a message") {
-		t.Errorf("log is %q, want nothing lost", got)
-	}
+	wantNothingLost(t, nodes)
 }
 
 func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		hub := newHub()
 		front := *hub
 		front.broadcast = make(chan []byte)
-		relay := &Relay{hub: hub, front: &front, batches: make(chan [][]byte), over: make(chan struct{})}
+		relay := &Relay{
+			hub:      hub,
+			front:    &front,
+			nc:       awayFromNATS(t),
+			sub:      new(nats.Subscription),
+			over:     make(chan struct{}),
+			log:      log.Default(),
+			troubles: make(map[string]int),
+		}
 		go hub.run()
-		go relay.collect()
+		relay.running.Go(relay.run)
 		pipes := make(pipeListener)
 		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { serveWs(&front, w, r) })}
 		go server.Serve(pipes)
@@ -520,16 +537,31 @@ func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *test
 		}
 
 		// It has left, but what it said has not.
-		<-relay.batches
-		if got := <-relay.batches; len(got) != 1 || string(got[0]) != "held up" {
-			t.Errorf("got %q, want what the client said", got)
-		}
 		quiet.Close()
 		<-gaveUp
-		close(hub.stop)
-		close(relay.over)
+		hub.stop()
+		relay.leave()
+		if got := string(relay.outbox[len(relay.outbox)-1]); got != "held up" {
+			t.Errorf("%q is the last one that waits, want what the client said", got)
+		}
 	})
 }
+
+// awayFromNATS returns a connection that seeks NATS in vain, and needs no network.
+func awayFromNATS(t testing.TB) *nats.Conn {
+	t.Helper()
+	nc, err := nats.Connect("nats://192.0.2.1", nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1),
+		nats.ReconnectBufSize(-1), nats.SetCustomDialer(noNetwork{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return nc
+}
+
+// noNetwork is a dialer that reaches nobody.
+type noNetwork struct{}
+
+func (noNetwork) Dial(_, _ string) (net.Conn, error) { return nil, errors.New("no network") }
 
 // ping pings every interval, as python's websockets does, and returns when the
 // answer takes longer than timeout, or the connection ends.
@@ -585,7 +617,7 @@ func (l pipeListener) dial(t testing.TB) *client {
 }
 
 func TestMessagesOnTheirWayWhenTheConnectionBreaksAreCountedAndNotRepeated(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	s := natsServer(t, 0)
 	wire := newWire(t, s.Addr().String())
 	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
@@ -597,12 +629,12 @@ func TestMessagesOnTheirWayWhenTheConnectionBreaksAreCountedAndNotRepeated(t *te
 	near.front.broadcast <- []byte("never arrives")
 	wire.wait(t, toNATS, "never arrives")
 	wire.mend()
-	book.wait(t, "1 × may have lost a message", 1)
+	near.log.wait(t, "1 × may have lost a message", 1)
 	wire.cut(fromNATS)
 	near.front.broadcast <- []byte("arrives")
 	listener.want(t, "arrives")
 	wire.mend()
-	book.wait(t, "1 × may have lost a message", 2)
+	near.log.wait(t, "1 × may have lost a message", 2)
 
 	near.front.broadcast <- []byte("end")
 	listener.want(t, "end")
@@ -716,14 +748,15 @@ func (w *wire) mend() {
 }
 
 func TestNodeSpeaksAMomentAfterNATSIsBack(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	s, nodes := startRoom(t, 2)
 	listener := nodes[1].dial(t)
 	restart := stopNATS(t, s)
 	awaitNoNATS(t, nodes)
 	nodes[0].front.broadcast <- []byte("said while NATS was away")
 	restart()
-	book.wait(t, "NATS is back", 2)
+	nodes[0].log.wait(t, "NATS is back", 1)
+	nodes[1].log.wait(t, "NATS is back", 1)
 	back := time.Now()
 	listener.want(t, "said while NATS was away")
 	if waited := time.Since(back); waited < settleWait/2 {
@@ -731,7 +764,7 @@ func TestNodeSpeaksAMomentAfterNATSIsBack(t *testing.T) {
 	}
 
 	nodes[0].nc.ForceReconnect()
-	book.wait(t, "NATS is back", 3)
+	nodes[0].log.wait(t, "NATS is back", 2)
 	back = time.Now()
 	eventually(t, "the moment is over", func() bool { return time.Since(back) > settleWait })
 	before := time.Now()
@@ -744,7 +777,7 @@ func TestNodeSpeaksAMomentAfterNATSIsBack(t *testing.T) {
 
 func TestWhatANodeMissesIsCountedOnceOthersSpeakAgain(t *testing.T) {
 	const total = 20_000
-	book := captureLog(t)
+	t.Parallel()
 	s := natsWith(t, &server.Options{MaxPending: 1 << 20})
 	wire := newWire(t, s.Addr().String())
 	near := startNode(t, s.ClientURL(), "chat")
@@ -758,34 +791,36 @@ func TestWhatANodeMissesIsCountedOnceOthersSpeakAgain(t *testing.T) {
 	}
 	eventually(t, "NATS cuts the node off", func() bool { return s.NumSlowConsumers() > 0 })
 	wire.blocked[fromNATS].Unlock()
-	book.wait(t, "this node has missed what others said meanwhile", 1)
+	far.log.wait(t, "this node has missed what others said meanwhile", 1)
 	near.front.broadcast <- []byte("end")
 	heard := listener.hearUntil(t, "end")
-	book.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total-len(heard)), 1)
+	far.log.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total-len(heard)), 1)
 }
 
 func TestNATSThatDoesNotAnswerIsLeft(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	s := natsServer(t, 0)
 	wire := newWire(t, s.Addr().String())
 	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
 	listener := startNode(t, s.ClientURL(), "chat").dial(t)
 	wire.cut(toNATS)
 	near.front.broadcast <- []byte("never arrives")
-	book.wait(t, "NATS is away: "+nats.ErrTimeout.Error(), 1) // answerWait later
+	near.log.wait(t, "NATS is away: "+nats.ErrTimeout.Error(), 1) // answerWait later
 	wire.mend()
 	near.front.broadcast <- []byte("arrives")
 	listener.want(t, "arrives")
-	book.wait(t, "1 × may have lost a message", 1)
+	near.log.wait(t, "1 × may have lost a message", 1)
 }
 
 func TestNodesOnOneNATSClusterAreOneRoomThatOutlivesAServer(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	servers, _ := natsCluster(t, false)
+	var nodes []*node
 	var clients []*client
 	for _, s := range servers {
 		node := startNode(t, s.ClientURL(), "chat")
 		eventually(t, "the node knows all servers", func() bool { return len(node.nc.Servers()) == len(servers) })
+		nodes = append(nodes, node)
 		clients = append(clients, node.dial(t))
 	}
 	everybodyHears := func(line string) {
@@ -797,11 +832,12 @@ func TestNodesOnOneNATSClusterAreOneRoomThatOutlivesAServer(t *testing.T) {
 	}
 	everybodyHears("hello")
 	stopNATS(t, servers[0])
-	book.wait(t, "NATS is back", 1)
+	nodes[0].log.wait(t, "NATS is back", 1)
 	everybodyHears("still here")
 }
 
 func TestNodeThatIsNewAtANATSClusterMissesNothing(t *testing.T) {
+	t.Parallel()
 	servers, wires := natsCluster(t, true)
 	old := []*node{startNode(t, servers[0].ClientURL(), "chat"), startNode(t, servers[1].ClientURL(), "chat")}
 
@@ -879,6 +915,7 @@ func TestShutdownTakesWhatClientsSaidToNATSFirst(t *testing.T) {
 }
 
 func TestShutdownWaitsForNATSToComeBack(t *testing.T) {
+	t.Parallel()
 	s, nodes := startRoom(t, 2)
 	leaver, listener := nodes[0].dial(t), nodes[1].dial(t)
 	restart := stopNATS(t, s)
@@ -895,7 +932,7 @@ func TestShutdownWaitsForNATSToComeBack(t *testing.T) {
 }
 
 func TestShutdownWithoutNATSLetsSendersGoAndLogsHowMuchIsLost(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	s, nodes := startRoom(t, 1)
 	leaver := nodes[0].dial(t)
 	stopNATS(t, s)
@@ -910,13 +947,14 @@ func TestShutdownWithoutNATSLetsSendersGoAndLogsHowMuchIsLost(t *testing.T) {
 	})
 	waitUntilSlowed(t, &taken)
 	leaver.say(t, "nor this")
+	stopping := time.Now()
 	nodes[0].stop()
+	if took := time.Since(stopping); took > drainWait+shutdownWait {
+		t.Errorf("it took %v to stop, as somebody was left behind", took)
+	}
 	leaver.wantClose(t, websocket.CloseGoingAway)
 	group.Wait()
-	got := book.String()
-	if strings.Contains(got, "leaving clients behind") {
-		t.Errorf("log is %q, want nobody left behind", got)
-	}
+	got := nodes[0].log.String()
 	lost := int(taken.Load())
 	want := fmt.Sprintf("%d × lost a message: NATS was away", lost)
 	withLeavers := fmt.Sprintf("%d × lost a message: NATS was away", lost+1) // if it was read before the end
@@ -981,7 +1019,7 @@ func TestRollingRestartLosesNothingForAClientOfTheOtherNode(t *testing.T) {
 
 func TestFloodOnOneNodeDropsNobodyOnAnother(t *testing.T) {
 	const total = 30_000
-	book := captureLog(t)
+	t.Parallel()
 	_, nodes := startRoom(t, 2)
 	want := numbered("flood", total)
 	var group sync.WaitGroup
@@ -1006,87 +1044,155 @@ func TestFloodOnOneNodeDropsNobodyOnAnother(t *testing.T) {
 		}
 	}
 	group.Wait()
-	if got := book.String(); strings.Contains(got, "lost a message") {
-		t.Errorf("log is %q, want nothing lost", got)
-	}
+	wantNothingLost(t, nodes)
 }
 
-func TestSendersAreSlowedWhenTheirNodeIsBehind(t *testing.T) {
-	relay := joinWithoutHub(t, natsServer(t, 0).ClientURL())
-	var taken atomic.Int64
-	var group sync.WaitGroup
-	group.Go(func() {
-		for range 2 * outboxSize {
-			relay.front.broadcast <- []byte("the hub does not take this")
-			taken.Add(1)
-		}
-	})
-	waitUntilSlowed(t, &taken)
-	if pending, _, err := relay.sub.Pending(); err != nil || pending > 4*inboxCrowded {
-		t.Errorf("%d messages (%v) wait for the hub, want about %d", pending, err, inboxCrowded)
+func TestSendersWaitForWhatWasSaidBefore(t *testing.T) {
+	t.Parallel()
+	const flood = 500
+	s := natsServer(t, 0)
+	relay, _ := joinWithoutHub(t, s.ClientURL())
+	nc, err := nats.Connect(s.ClientURL())
+	if err != nil {
+		t.Fatal(err)
 	}
-	close(relay.hub.stop) // so that the outbox takes the rest
-	group.Wait()
+	defer nc.Close()
+	for _, line := range numbered("theirs", flood) {
+		nc.Publish("chat", []byte(line))
+	}
+	nc.Flush()
+	var taken atomic.Int64
+	go func() {
+		for {
+			select {
+			case relay.front.broadcast <- message:
+				taken.Add(1)
+			case <-relay.over:
+				return
+			}
+		}
+	}()
+	for _, want := range numbered("theirs", flood) {
+		if got := string(<-relay.hub.broadcast); got != want {
+			t.Fatalf("the hub is told %q, want %q", got, want)
+		}
+	}
+	if got, most := taken.Load(), int64(windowSize+1); got > most {
+		t.Errorf("%d messages were taken before the first of them came back, want at most %d", got, most)
+	}
 }
 
 // joinWithoutHub returns a relay whose hub does not run, so that it takes
 // nothing, until the test ends.
-func joinWithoutHub(t *testing.T, url string) *Relay {
+func joinWithoutHub(t *testing.T, url string) (*Relay, *logBook) {
 	t.Helper()
-	nc, err := connect(url, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	relay, err := join(newHub(), nc, "chat")
-	if err != nil {
-		t.Fatal(err)
-	}
+	relay, book := startRelay(t, url, "chat")
 	t.Cleanup(relay.leave)
-	return relay
+	return relay, book
 }
 
 func TestWhatANodeIsTooSlowForIsCountedInTheLog(t *testing.T) {
-	const total, kept = 1000, 10
-	book := captureLog(t)
+	t.Parallel()
+	const total = inboxSize + 1000
 	s := natsServer(t, 0)
-	slow := joinWithoutHub(t, s.ClientURL())
-	slow.sub.SetPendingLimits(kept, -1)
+	slow, book := joinWithoutHub(t, s.ClientURL())
 	fast := startNode(t, s.ClientURL(), "chat")
-	for _, line := range numbered("flood", total) {
-		fast.front.broadcast <- []byte(line)
+	listener := fast.dial(t)
+	lines := numbered("flood", total)
+	go func() {
+		for _, line := range lines {
+			fast.front.broadcast <- []byte(line)
+		}
+	}()
+	listener.hearUntil(t, lines[total-1])
+	slow.nc.Flush() // All have come, or been dropped.
+	dropped, _ := slow.sub.Dropped()
+	if dropped == 0 {
+		t.Fatal("nothing was dropped")
 	}
-	book.wait(t, nats.ErrSlowConsumer.Error(), 1)
-	eventually(t, "all have come", func() bool {
-		dropped, _ := slow.sub.Dropped()
-		return dropped >= total-kept-1
-	})
-	go slow.hub.run()
-	eventually(t, "the node is no longer behind", func() bool {
-		pending, _, _ := slow.sub.Pending()
-		return pending == 0
-	})
-	dropped, err := slow.sub.Dropped()
-	if err != nil {
-		t.Fatal(err)
+
+	// Now its hub begins to take what it is told.
+	heard := 0
+	go func() { fast.front.broadcast <- []byte("end") }()
+	for line := ""; line != "end"; heard++ {
+		line = string(<-slow.hub.broadcast)
 	}
-	fast.front.broadcast <- []byte("end")
-	book.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", dropped), 1)
+	book.wait(t, fmt.Sprintf("NATS: %d × lost a message from NATS: too many waited for the hub\n", dropped), 1)
+	book.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total+1-heard), 1)
+}
+
+func TestMessageThatComesAfterLaterOnesIsOldAndNoGap(t *testing.T) {
+	const hello = ""
+	tests := []struct {
+		name, node string
+		said       int
+		text       string
+		fresh      bool
+		missed     int
+	}{
+		{"the first of a node that has said much", "a", 7, "seven", true, 0},
+		{"the next", "a", 8, "eight", true, 0},
+		{"the same once more", "a", 8, "eight", false, 0},
+		{"hello", "a", 9, hello, true, 0},
+		{"after hello", "a", 9, "nine", true, 0},
+		{"two are missing", "a", 12, "twelve", true, 2},
+		{"one of the two, late", "a", 10, "ten", false, 0},
+		{"hello, late", "a", 8, hello, false, 0},
+		{"an old one does not set the count back", "a", 13, "thirteen", true, 0},
+		{"hello tells of one that is missing", "a", 15, hello, true, 1},
+		{"that one, late", "a", 14, "fourteen", false, 0},
+		{"of another node, which has said little", "b", 0, "zero", true, 0},
+		{"and the one after it", "b", 1, "one", true, 0},
+	}
+	relay := countingRelay()
+	for _, test := range tests {
+		message := &nats.Msg{Header: numberedBy(test.node, test.said), Data: []byte(test.text)}
+		if got := relay.count(message); got != test.fresh {
+			t.Errorf("%s: new is %t, want %t", test.name, got, test.fresh)
+		}
+		if got := relay.troubles["missed a message"]; got != test.missed {
+			t.Errorf("%s: %d missed, want %d", test.name, got, test.missed)
+		}
+		clear(relay.troubles)
+	}
+}
+
+// countingRelay returns a relay that can count messages, and do nothing else.
+func countingRelay() *Relay {
+	return &Relay{name: "mine", heard: make(map[string]uint64), troubles: make(map[string]int)}
+}
+
+// numberedBy returns the header of a message of node, which had said as many before.
+func numberedBy(node string, said any) nats.Header {
+	return nats.Header{"Node": {node}, "Said": {fmt.Sprint(said)}}
 }
 
 func TestOtherSoftwareCannotMakeTheNodeCountWithoutEnd(t *testing.T) {
-	relay := joinWithoutHub(t, natsServer(t, 0).ClientURL())
-	for n := range 2 * mostNodes {
-		relay.count(nats.Header{"Said": {fmt.Sprint(n, 1)}})
+	relay := countingRelay()
+	relay.said = 1
+	relay.count(&nats.Msg{Header: numberedBy(relay.name, 0), Data: message})
+	for n := range 3 * mostNodes {
+		relay.count(&nats.Msg{Header: numberedBy(fmt.Sprint(n), 1)})
 	}
-	if got := len(relay.latest); got > mostNodes {
-		t.Errorf("remembers %d nodes, want at most %d", got, mostNodes)
+	if got := len(relay.heard); got > mostNodes+1 {
+		t.Errorf("remembers %d nodes, want at most %d and itself", got, mostNodes)
 	}
-	for _, said := range []string{"", "1", "1 2 3", "-1 5", "1 99999999999999999999", "x y"} {
-		relay.count(nats.Header{"Said": {said}})
+	if got := relay.onTheWay(); got != 0 {
+		t.Errorf("%d of its own messages are on their way, want none", got)
+	}
+	clear(relay.heard)
+	for _, said := range []string{"", "1 2", "-1", "1.5", "99999999999999999999", "x"} {
+		if message := (&nats.Msg{Header: numberedBy("other", said)}); !relay.count(message) || len(relay.heard) > 0 {
+			t.Errorf("a message with the number %q is counted, or not delivered", said)
+		}
+	}
+	if relay.count(&nats.Msg{Header: numberedBy(strings.Repeat("x", headerSize+1), 1)}); len(relay.heard) > 0 {
+		t.Error("remembers a node whose name is too long")
 	}
 }
 
 func TestMessageFromOtherSoftwareIsCleanedOrRefused(t *testing.T) {
+	t.Parallel()
 	tests := []struct{ name, sent, want, logged string }{
 		{"several lines", "one\ntwo\r\nthree", "one two  three", "cleaned a message from NATS"},
 		{"escape sequences", "\x1b[2J\x07bell\x00", "[2J bell", "cleaned a message from NATS"},
@@ -1097,24 +1203,24 @@ func TestMessageFromOtherSoftwareIsCleanedOrRefused(t *testing.T) {
 		{"one byte too long", strings.Repeat("x", maxMessageSize+1), "", "refused a message"},
 		{"200 kB", strings.Repeat("x", 200<<10), "", "refused a message"},
 	}
-	s, nodes := startRoom(t, 1)
-	listener := nodes[0].dial(t)
-	nc, err := nats.Connect(s.ClientURL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			book := captureLog(t)
+			t.Parallel()
+			s, nodes := startRoom(t, 1)
+			listener := nodes[0].dial(t)
+			nc, err := nats.Connect(s.ClientURL())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer nc.Close()
 			nc.Publish("chat", []byte(test.sent))
 			nc.Publish("chat", []byte("end"))
 			if test.want != "" {
 				listener.want(t, test.want)
 			}
 			listener.want(t, "end")
-			nodes[0].logTroubles()
-			if got := book.String(); !strings.Contains(got, "NATS: 1 × "+test.logged) || strings.Count(got, "\n") != 1 {
+			nodes[0].stop()
+			if got := nodes[0].log.String(); !strings.Contains(got, "NATS: 1 × "+test.logged) || strings.Count(got, "\n") != 1 {
 				t.Errorf("log is %q, want one line with %q", got, test.logged)
 			}
 		})
@@ -1122,7 +1228,7 @@ func TestMessageFromOtherSoftwareIsCleanedOrRefused(t *testing.T) {
 }
 
 func TestOtherSoftwareCannotFillTheLog(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	s, nodes := startRoom(t, 1)
 	listener := nodes[0].dial(t)
 	nc, err := nats.Connect(s.ClientURL())
@@ -1138,12 +1244,13 @@ func TestOtherSoftwareCannotFillTheLog(t *testing.T) {
 	listener.want(t, "end")
 	nodes[0].stop()
 	most := 2 + int(time.Since(start)/reportPeriod)
-	if got := strings.Count(book.String(), "refused a message"); got == 0 || got > most {
+	if got := strings.Count(nodes[0].log.String(), "refused a message"); got == 0 || got > most {
 		t.Errorf("%d lines in the log, want 1 to %d", got, most)
 	}
 }
 
 func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
+	t.Parallel()
 	key := func(pair nkeys.KeyPair, err error) (nkeys.KeyPair, string) {
 		if err != nil {
 			t.Fatal(err)
@@ -1184,7 +1291,7 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := join(newHub(), nc, "secrets"); !errors.Is(err, nats.ErrPermissionViolation) {
+	if _, err := join(newHub(), nc, "secrets", log.Default()); !errors.Is(err, nats.ErrPermissionViolation) {
 		t.Errorf("a room that the credentials are not for: got %v, want %v", err, nats.ErrPermissionViolation)
 	}
 	nc.Close()
@@ -1192,7 +1299,7 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	relay, err := join(newHub(), nc, "chat")
+	relay, err := join(newHub(), nc, "chat", log.Default())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1200,6 +1307,7 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 }
 
 func TestJoinReturnsWhyItCannot(t *testing.T) {
+	t.Parallel()
 	s := natsServer(t, 0)
 	small := natsWith(t, &server.Options{MaxPayload: maxMessageSize})
 	plain := natsWith(t, &server.Options{NoHeaderSupport: true})
@@ -1222,7 +1330,7 @@ func TestJoinReturnsWhyItCannot(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := join(newHub(), nc, test.subject); err == nil || !strings.Contains(err.Error(), test.want) {
+		if _, err := join(newHub(), nc, test.subject, log.Default()); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%.40q: got %v, want an error with %q", test.subject, err, test.want)
 		}
 		nc.Close()
