@@ -1,18 +1,18 @@
 package main
 
 import (
+	"bytes"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"sync/atomic"
+	"testing"
 	"time"
 
-	"bytes"
-	"fmt"
 	"github.com/gorilla/websocket"
-	"sync"
-	"testing"
 )
 
 // message is about as long as people write them.

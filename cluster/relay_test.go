@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log"
@@ -36,6 +37,8 @@ func TestMain(m *testing.M) {
 		main()
 		os.Exit(0)
 	}
+	flag.Parse()
+	flag.Set("test.parallel", "16") // Most of their time they wait, for NATS to come back.
 	log.SetOutput(io.Discard)
 	os.Exit(m.Run())
 }
@@ -1167,6 +1170,46 @@ func numberedBy(node string, said any) nats.Header {
 	return nats.Header{"Node": {node}, "Said": {fmt.Sprint(said)}}
 }
 
+func TestWhatANATSServerKeptBackIsNotDeliveredLate(t *testing.T) {
+	t.Parallel()
+	const kept = 100
+	servers, wires := natsCluster(t, true)
+	near, far := startNode(t, servers[2].ClientURL(), "chat"), startNode(t, servers[0].ClientURL(), "chat")
+	talker, listener := near.dial(t), far.dial(t)
+	talker.say(t, "before")
+	listener.want(t, "before")
+	talker.want(t, "before")
+
+	// Their NATS servers do not reach each other until near has changed to far's.
+	for _, wire := range wires {
+		wire.blocked[fromNATS].Lock()
+		wire.blocked[toNATS].Lock()
+	}
+	for _, line := range numbered("kept back", kept) {
+		near.front.broadcast <- []byte(line)
+		talker.want(t, line)
+	}
+	near.nc.SetServerPool([]string{servers[0].ClientURL()})
+	near.nc.ForceReconnect()
+	near.log.wait(t, "NATS is back", 1)
+	near.front.broadcast <- []byte("afterwards")
+	listener.want(t, "afterwards")
+
+	received := far.nc.Stats().InMsgs
+	for _, wire := range wires {
+		wire.blocked[fromNATS].Unlock()
+		wire.blocked[toNATS].Unlock()
+	}
+	eventually(t, "what was kept back has come", func() bool { return far.nc.Stats().InMsgs >= received+kept })
+	near.front.broadcast <- []byte("end")
+	listener.want(t, "end")
+	far.stop()
+	want := fmt.Sprintf("NATS: %d × missed a message\n", kept)
+	if got := far.log.String(); !strings.Contains(got, want) || strings.Count(got, "missed a message") != 1 {
+		t.Errorf("log is %q, want %q in it, and no other message missed", got, want)
+	}
+}
+
 func TestOtherSoftwareCannotMakeTheNodeCountWithoutEnd(t *testing.T) {
 	relay := countingRelay()
 	relay.said = 1
@@ -1306,6 +1349,56 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 	relay.leave()
 }
 
+// allowed are options of a NATS server that lets everybody publish and subscribe
+// on these subjects only.
+func allowed(publish, subscribe string) *server.Options {
+	return &server.Options{
+		NoAuthUser: "anybody",
+		Users: []*server.User{{Username: "anybody", Permissions: &server.Permissions{
+			Publish:   &server.SubjectPermission{Allow: []string{publish}},
+			Subscribe: &server.SubjectPermission{Allow: []string{subscribe}},
+		}}},
+	}
+}
+
+// reload has s go on with these options.
+func reload(t *testing.T, s *server.Server, options *server.Options) {
+	t.Helper()
+	options.Host, options.Port = "127.0.0.1", s.Addr().(*net.TCPAddr).Port
+	options.NoLog, options.NoSigs = true, true
+	if err := s.ReloadOptions(options); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestNodeThatWasNotAllowedToHearHearsAgain(t *testing.T) {
+	t.Parallel()
+	s := natsWith(t, allowed("chat", "chat"))
+	node := startNode(t, s.ClientURL(), "chat")
+	c := node.dial(t)
+	reload(t, s, allowed("chat", "nothing"))
+	node.log.wait(t, "permissions violation", 1)
+	reload(t, s, allowed("chat", "chat")) // of which NATS tells nobody
+	eventually(t, "the node is not ready", func() bool { return !node.ready.Load() })
+	eventually(t, "the node is ready", node.ready.Load)
+	c.say(t, "hello")
+	c.want(t, "hello")
+}
+
+func TestWhatIsSaidWhileNATSDoesNotAllowItWaits(t *testing.T) {
+	t.Parallel()
+	s := natsWith(t, allowed("chat", "chat"))
+	node := startNode(t, s.ClientURL(), "chat")
+	c := node.dial(t)
+	reload(t, s, allowed("nothing", "chat"))
+	eventually(t, "the node is not ready", func() bool { return !node.ready.Load() })
+	node.log.wait(t, "permissions violation", 1)
+	c.say(t, "hello")
+	reload(t, s, allowed("chat", "chat"))
+	c.want(t, "hello")
+	eventually(t, "the node is ready", node.ready.Load)
+}
+
 func TestJoinReturnsWhyItCannot(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t, 0)
@@ -1324,6 +1417,8 @@ func TestJoinReturnsWhyItCannot(t *testing.T) {
 		{s, strings.Repeat("x", maxSubjectSize+1), "cannot name a room"},
 		{small, "chat", "has to accept messages of 640 bytes"},
 		{plain, "chat", "with headers"},
+		{natsWith(t, allowed("nothing", "chat")), "chat", "Permissions Violation for Publish"},
+		{natsWith(t, allowed("chat", "nothing")), "chat", "Permissions Violation for Subscription"},
 	}
 	for _, test := range tests {
 		nc, err := connect(test.nats.ClientURL(), "")
