@@ -23,7 +23,7 @@ type Hub struct {
 	broadcast  chan []byte  // what clean returns, of at most maxMessageSize bytes
 	register   chan *Client // not after stop: whoever registers selects on stopped, too
 	unregister chan *Client // to be dropped
-	left       chan *Client // needs the hub no longer
+	left       chan *Client // will send no more
 
 	// stop makes run send everybody away and end. Anybody may call it, any number
 	// of times. It closes stopped.
@@ -59,7 +59,6 @@ func (h *Hub) run() {
 		case client := <-h.unregister:
 			h.drop(client, unregistered)
 		case client := <-h.left:
-			h.drop(client, unregistered)
 			delete(present, client)
 		case message := <-h.broadcast:
 			h.deliver(message)
@@ -77,6 +76,7 @@ func (h *Hub) deliver(message []byte) {
 	crowded := false
 	for client := range h.clients {
 		h.queue(client, message)
+		// One that has just been dropped does not count.
 		crowded = crowded || len(client.send) > cap(client.send)/2 && h.clients[client]
 	}
 	if crowded {
