@@ -6,13 +6,16 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/gorilla/websocket"
+	"github.com/nats-io/nats-server/v2/server"
 )
 
 // message is about as long as people write them.
@@ -176,4 +179,132 @@ func serveHub(b *testing.B) string {
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) }))
 	b.Cleanup(func() { hub.stop(); server.Close() })
 	return strings.Replace(server.URL, "http", "ws", 1)
+}
+
+// BenchmarkLargeRoom measures what one node takes for many people who hear five
+// messages a second: processor time for each delivery, the kernel's for both ends
+// included; how long the hub's one goroutine is busy with a message, which bounds
+// how many there can be; and the time from a message's being said to its arrival
+// at a client, of which a hundred note it. The others do not read: what they are
+// sent fits into their sockets.
+func BenchmarkLargeRoom(b *testing.B) {
+	for _, clients := range []int{1000, 4000, 8000} {
+		b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
+			_, nodes := startRoom(b, 1)
+			const listeners, rounds = 100, 25
+			for range clients - listeners {
+				nodes[0].dial(b)
+			}
+			arrivals := make(chan time.Time, listeners)
+			for range listeners {
+				listener := nodes[0].dial(b)
+				go func() {
+					for {
+						if _, err := listener.hear(); err != nil {
+							return
+						}
+						arrivals <- time.Now()
+					}
+				}()
+			}
+			var late []time.Duration
+			var busy time.Duration
+			before := processorTime(b)
+			for b.Loop() {
+				for range rounds {
+					start := time.Now()
+					nodes[0].front.broadcast <- message
+					for range listeners {
+						late = append(late, (<-arrivals).Sub(start))
+					}
+					time.Sleep(200*time.Millisecond - time.Since(start))
+				}
+			}
+			used := processorTime(b) - before
+			for range rounds {
+				nodes[0].hub.broadcast <- message
+				start := time.Now()
+				nodes[0].hub.unregister <- new(Client) // taken when the hub is done with message
+				busy += time.Since(start)
+				for range listeners {
+					<-arrivals
+				}
+				time.Sleep(50 * time.Millisecond)
+			}
+			slices.Sort(late)
+			b.ReportMetric(float64(used.Microseconds())/float64(b.N*rounds*clients), "CPU-µs/delivery")
+			b.ReportMetric(float64(busy.Microseconds())/rounds/1000, "hub-ms/message")
+			b.ReportMetric(float64(late[len(late)/2].Microseconds())/1000, "p50-ms")
+			b.ReportMetric(float64(late[len(late)*99/100].Microseconds())/1000, "p99-ms")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+// processorTime returns how much processor time this process has used.
+func processorTime(b *testing.B) time.Duration {
+	b.Helper()
+	var usage syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+}
+
+// BenchmarkNATS counts what NATS servers get and pass on, to nodes and to each
+// other, for each message that is said on one of several nodes, and how many
+// messages a second all nodes hear then.
+func BenchmarkNATS(b *testing.B) {
+	for _, room := range []struct{ servers, nodes int }{{1, 1}, {1, 4}, {1, 16}, {3, 4}, {3, 16}} {
+		b.Run(fmt.Sprintf("servers=%d/nodes=%d", room.servers, room.nodes), func(b *testing.B) {
+			var servers []*server.Server
+			if room.servers == 1 {
+				servers = append(servers, natsServer(b, 0))
+			} else {
+				servers, _ = natsCluster(b, false)
+			}
+			var listeners []*client
+			var nodes []*node
+			for n := range room.nodes {
+				node := startNode(b, servers[n%len(servers)].ClientURL(), "chat")
+				nodes = append(nodes, node)
+				listeners = append(listeners, node.dial(b))
+			}
+			in, out := traffic(b, servers)
+			start := time.Now()
+			said := 0
+			for b.Loop() {
+				for range windowSize {
+					nodes[0].front.broadcast <- message
+				}
+				said += windowSize
+				for _, listener := range listeners {
+					for range windowSize {
+						if _, err := listener.hear(); err != nil {
+							b.Fatal(err)
+						}
+					}
+				}
+			}
+			took := time.Since(start)
+			inAfter, outAfter := traffic(b, servers)
+			b.ReportMetric(float64(inAfter-in)/float64(said), "in/message")
+			b.ReportMetric(float64(outAfter-out)/float64(said), "out/message")
+			b.ReportMetric(float64(said)/took.Seconds(), "messages/s")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+// traffic returns how many messages servers have got, and sent, in all.
+func traffic(b *testing.B, servers []*server.Server) (in, out int64) {
+	b.Helper()
+	for _, s := range servers {
+		varz, err := s.Varz(nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		in, out = in+varz.InMsgs, out+varz.OutMsgs
+	}
+	return in, out
 }

@@ -5,12 +5,13 @@
 //
 //	cluster [-addr host:port] [-nats url,...] [-creds file] [-subject name]
 //
-// Each node serves a page for browsers at / and the WebSocket endpoint at /ws.
-// Without -nats it starts a NATS server of its own, on a loopback port, and
-// logs how a second node joins; that is for trying it, as the room then lives
-// no longer than this node. SIGINT or SIGTERM sends the node's clients away,
-// hands what they have said to NATS, and ends the node with status 0; a second
-// one ends it at once.
+// Each node serves a page for browsers at /, the WebSocket endpoint at /ws, and
+// at /ready what a load balancer asks: whether the node can take clients. It
+// listens once it has joined the others. Without -nats it starts a NATS server
+// of its own, on a loopback port, and logs how a second node joins; that is for
+// trying it, as the room then lives no longer than this node. SIGINT or SIGTERM
+// sends the node's clients away, hands what they have said to NATS, and ends the
+// node with status 0; a second one ends it at once.
 //
 // hub.go, client.go and home.html are those of the chat server for one machine,
 // to the byte; relay.go is what joins its hub to NATS. This file repeats much of

@@ -201,6 +201,14 @@ func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
 	}
 }
 
+func TestArgumentThatIsNoFlagIsRefused(t *testing.T) {
+	t.Parallel()
+	p := start(t, "-addr", "127.0.0.1:0", "nats://127.0.0.1:4222")
+	if status, log := p.wait(); status != 2 || !strings.Contains(log, "-nats url") {
+		t.Errorf("got status %d and log %q, want status 2 and how to call it", status, log)
+	}
+}
+
 func TestAPasswordMayHoldAnythingIfItIsEscaped(t *testing.T) {
 	const password = `p/a#s?s, "w%o@r:d`
 	guarded := natsWith(t, &server.Options{Username: "bob", Password: password})

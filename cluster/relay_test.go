@@ -556,6 +556,54 @@ func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *test
 	})
 }
 
+func TestConnectionIsGivenUpOnlyIfNothingThatMayBeLateWaits(t *testing.T) {
+	t.Parallel()
+	nc, err := connect(natsServer(t, 0).ClientURL(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	longAgo := time.Now().Add(-2 * answerWait)
+	tests := []struct {
+		name           string
+		settled        bool
+		heardAt        time.Time
+		waiting        int
+		ready, givesUp bool
+	}{
+		{"all is well", true, time.Now(), 0, true, false},
+		{"the hub is behind", true, longAgo, 1, false, false},
+		{"NATS has just come back", false, longAgo, 0, false, false},
+		{"nothing comes back", true, longAgo, 0, false, true},
+	}
+	for _, test := range tests {
+		before := nc.Stats().Reconnects
+		r := &Relay{nc: nc, inbox: make(chan *nats.Msg, 1), settled: test.settled, inRoom: test.settled, heardAt: test.heardAt}
+		for range test.waiting {
+			r.inbox <- new(nats.Msg)
+		}
+		r.check()
+		if got := r.ready.Load(); got != test.ready {
+			t.Errorf("%s: ready is %t, want %t", test.name, got, test.ready)
+		}
+		if got := nc.IsReconnecting() || nc.Stats().Reconnects > before; got != test.givesUp {
+			t.Errorf("%s: the connection is given up: %t, want %t", test.name, got, test.givesUp)
+		}
+	}
+}
+
+func TestNodeThatNobodyTalksOnStaysReady(t *testing.T) {
+	t.Parallel()
+	_, nodes := startRoom(t, 1)
+	start := time.Now()
+	eventually(t, "longer than NATS may take to answer", func() bool {
+		if !nodes[0].ready.Load() {
+			t.Fatalf("not ready after %v", time.Since(start))
+		}
+		return time.Since(start) > answerWait+2*reportPeriod
+	})
+}
+
 // awayFromNATS returns a connection that seeks NATS in vain, and needs no network.
 func awayFromNATS(t testing.TB) *nats.Conn {
 	t.Helper()
@@ -811,16 +859,20 @@ func TestWhatANodeMissesIsCountedOnceOthersSpeakAgain(t *testing.T) {
 func TestNATSThatDoesNotAnswerIsLeft(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t, 0)
-	wire := newWire(t, s.Addr().String())
-	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
+	wires := []*wire{newWire(t, s.Addr().String()), newWire(t, s.Addr().String())}
+	talking, silent := startNode(t, "nats://"+wires[0].Addr().String(), "chat"), startNode(t, "nats://"+wires[1].Addr().String(), "chat")
 	listener := startNode(t, s.ClientURL(), "chat").dial(t)
-	wire.cut(toNATS)
-	near.front.broadcast <- []byte("never arrives")
-	near.log.wait(t, "NATS is away: "+nats.ErrTimeout.Error(), 1) // answerWait later
-	wire.mend()
-	near.front.broadcast <- []byte("arrives")
+	for _, wire := range wires {
+		wire.cut(toNATS)
+	}
+	talking.front.broadcast <- []byte("never arrives")
+	for i, node := range []*node{talking, silent} {
+		node.log.wait(t, "NATS is away: "+nats.ErrTimeout.Error(), 1) // answerWait later
+		wires[i].mend()
+	}
+	talking.front.broadcast <- []byte("arrives")
 	listener.want(t, "arrives")
-	near.log.wait(t, "1 × may have lost a message", 1)
+	talking.log.wait(t, "1 × may have lost a message", 1)
 }
 
 func TestNodesOnOneNATSClusterAreOneRoomThatOutlivesAServer(t *testing.T) {
@@ -1057,8 +1109,7 @@ func TestFloodOnOneNodeDropsNobodyOnAnother(t *testing.T) {
 }
 
 func TestSendersWaitForWhatWasSaidBefore(t *testing.T) {
-	t.Parallel()
-	const flood = 500
+	const others = inboxSize / 2
 	s := natsServer(t, 0)
 	relay, _ := joinWithoutHub(t, s.ClientURL())
 	nc, err := nats.Connect(s.ClientURL())
@@ -1066,28 +1117,26 @@ func TestSendersWaitForWhatWasSaidBefore(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer nc.Close()
-	for _, line := range numbered("theirs", flood) {
+	for _, line := range numbered("theirs", others) {
 		nc.Publish("chat", []byte(line))
 	}
 	nc.Flush()
-	var taken atomic.Int64
-	go func() {
-		for {
-			select {
-			case relay.front.broadcast <- message:
-				taken.Add(1)
-			case <-relay.over:
-				return
+	relay.nc.Flush() // now they are in the inbox
+
+	taken := 0
+	for heard := 0; heard < others; {
+		select {
+		case relay.front.broadcast <- message:
+			taken++
+		case line := <-relay.hub.broadcast:
+			if want := fmt.Sprint("theirs ", heard); string(line) != want {
+				t.Fatalf("the hub is told %q, want %q", line, want)
 			}
-		}
-	}()
-	for _, want := range numbered("theirs", flood) {
-		if got := string(<-relay.hub.broadcast); got != want {
-			t.Fatalf("the hub is told %q, want %q", got, want)
+			heard++
 		}
 	}
-	if got, most := taken.Load(), int64(windowSize+1); got > most {
-		t.Errorf("%d messages were taken before the first of them came back, want at most %d", got, most)
+	if most := windowSize + 1; taken > most {
+		t.Errorf("%d messages were taken before the first of them came back, want at most %d", taken, most)
 	}
 }
 
