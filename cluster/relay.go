@@ -22,13 +22,13 @@ import (
 )
 
 const (
-	// Messages that wait here while NATS is away before their senders are slowed:
-	// 4 MB.
+	// Messages that wait here while NATS is away, 4 MB, before their senders are
+	// slowed.
 	outboxSize = 8 << 10
 
 	// Messages that may be on their way to NATS and back before their senders are
-	// slowed: what can be lost when the connection breaks. More would make everybody
-	// hear later when many talk; with fewer, a distant NATS would slow them.
+	// slowed. They can be lost when the connection breaks. With more, everybody would
+	// hear later when many talk; with fewer, a distant NATS would slow those who do.
 	windowSize = 32
 
 	// Messages from NATS that wait here for the hub before more are lost. As every
@@ -84,9 +84,10 @@ const notBack = "may have lost a message: it has not come back from NATS"
 // the node's clients: each message takes the same way once, wherever its sender
 // is.
 //
-// As a node's own messages come back to it, it knows that it can say and hear,
-// and how far behind it is: while windowSize of them are on their way it says no
-// more. Hello is a message without text, which is said to hear it come back.
+// A node's own messages come back to it. So it knows that it can say and hear
+// something. While windowSize of them are on their way it says no more: when the
+// hub is behind, those who talk have to wait. Hello is a message without text,
+// which is said only to hear it come back.
 type Relay struct {
 	// The node's hub, which tells the clients.
 	hub *Hub
@@ -115,8 +116,8 @@ type Relay struct {
 	// Owned by run, and before that by join:
 	outbox  [][]byte          // what clients have said, for NATS
 	settled bool              // NATS is there, and has been for settleWait
-	inRoom  bool              // and this node has heard itself since
-	heardAt time.Time         // when it last did
+	inRoom  bool              // this node has heard itself since it settled
+	heardAt time.Time         // when it last did, or NATS went or came
 	said    uint64            // how many messages this node has said
 	heard   map[string]uint64 // how many each node has said, as far as this one knows
 	dropped int               // messages for which the inbox had no room
@@ -207,7 +208,8 @@ func join(hub *Hub, nc *nats.Conn, subject string, logger *log.Logger) (*Relay, 
 	if r.sub, err = nc.ChanSubscribe(subject, r.inbox); err != nil {
 		return nil, err
 	}
-	// Before NATS answers it says what it does not allow, and brings hello back.
+	// Before NATS answers the flush, it says what it does not allow, and brings back
+	// the hello.
 	err = cmp.Or(r.say(nil), nc.FlushTimeout(answerWait), nc.LastError())
 	for len(r.inbox) > 0 {
 		r.count(<-r.inbox) // there are no clients yet who could hear it
@@ -235,10 +237,11 @@ func (r *Relay) leave() {
 // that they have said has come back. Once the connection is closed, what has not
 // come back is lost.
 func (r *Relay) run() {
-	ticks, hellos := time.Tick(reportPeriod), time.Tick(helloPeriod)
-	var settled <-chan time.Time
+	ticks, hello := time.Tick(reportPeriod), time.After(helloPeriod)
 	stopped, over := r.front.stopped, r.over
 	for over != nil || len(r.outbox)+r.onTheWay() > 0 && !r.nc.IsClosed() {
+		// Clients wait while the outbox is full. While the node is in the room, one
+		// message, which waits for the window, is enough for that.
 		in := r.front.broadcast
 		if stopped != nil && (len(r.outbox) >= outboxSize || len(r.outbox) > 0 && r.inRoom) {
 			in = nil // a nil channel is never ready
@@ -249,11 +252,10 @@ func (r *Relay) run() {
 		case message := <-r.inbox:
 			r.deliver(message)
 		case <-r.statuses: // NATS has gone or come
-			r.settled, r.inRoom, settled = false, false, time.After(settleWait)
-		case <-settled:
-			r.settled, r.heardAt = r.nc.IsConnected(), time.Now()
-			r.say(nil)
-		case <-hellos:
+			r.settled, r.inRoom, r.heardAt = false, false, time.Now()
+			hello = time.After(settleWait)
+		case <-hello:
+			r.settled, hello = r.nc.IsConnected(), time.After(helloPeriod)
 			r.say(nil)
 		case <-ticks:
 			r.check()
@@ -290,7 +292,7 @@ func (r *Relay) onTheWay() int {
 }
 
 // check gives up a connection on which nothing comes back: NATS may be gone
-// without a word, or no longer let this node say or hear anything. It is called
+// without a word, or no longer let this node say or hear anything. run calls it
 // every reportPeriod.
 func (r *Relay) check() {
 	late := time.Since(r.heardAt) > answerWait
@@ -333,17 +335,17 @@ func (r *Relay) count(message *nats.Msg) (isNew bool) {
 	if err != nil || len(name) > headerSize {
 		return true
 	}
-	before, known := r.heard[name]
-	if known && said < before {
+	already, known := r.heard[name]
+	if known && said < already {
 		return false
 	}
 	missed := "missed a message"
 	if name == r.name {
 		missed = notBack
-		r.inRoom, r.heardAt = r.settled, time.Now()
+		r.inRoom, r.heardAt = r.settled, time.Now() // it may have waited here since NATS went
 	}
 	if known {
-		r.note(missed, int(said-before))
+		r.note(missed, int(said-already))
 	} else if len(r.heard) > mostNodes {
 		maps.DeleteFunc(r.heard, func(name string, _ uint64) bool { return name != r.name })
 	}
