@@ -41,6 +41,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
 )
 
 // pageTimeout is the time allowed to send a request, to take the answer, and to
@@ -115,9 +116,10 @@ func run(ctx context.Context, addr, urls, creds, subject string) error {
 	return serve(ctx, listener, relay)
 }
 
-// serve serves chat to those who connect to listener, until ctx is done or
-// listener fails. Then it has the hub send everybody away, and when they have
-// gone, after shutdownWait at the latest, it has the relay leave.
+// serve serves chat to those who connect to listener, until ctx is done, listener
+// fails, or NATS sends the node away for good. Then it has the hub send everybody
+// away, and when they have gone, after shutdownWait at the latest, it has the relay
+// leave.
 func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	hub := relay.hub
 	empty := make(chan struct{})
@@ -128,10 +130,15 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(relay.front, w, r) })
 	mux.HandleFunc("/ready", func(w http.ResponseWriter, r *http.Request) { serveReady(relay, w) })
 	server := &http.Server{Handler: mux, ReadTimeout: pageTimeout, WriteTimeout: pageTimeout}
-	context.AfterFunc(ctx, func() { server.Close() }) // WebSockets are the hub's to close.
+	context.AfterFunc(ctx, func() { server.Close() })              // WebSockets are the hub's to close.
+	// NATS is sought without end, but for a few errors after which nats.go gives up.
+	relay.nc.SetClosedHandler(func(*nats.Conn) { server.Close() })
 	err := server.Serve(listener)
 	if err == http.ErrServerClosed {
 		err = nil
+		if relay.nc.IsClosed() {
+			err = fmt.Errorf("NATS has sent this node away for good: %w", relay.nc.LastError())
+		}
 	}
 
 	log.Print("shutting down")

@@ -152,6 +152,21 @@ func TestSIGTERMWhileNATSIsAwayEndsWithStatus0(t *testing.T) {
 	}
 }
 
+func TestNodeThatNATSSendsAwayForGoodEndsWithStatus1(t *testing.T) {
+	t.Parallel()
+	wire := newWire(t, natsServer(t, 0).Addr().String())
+	p := start(t, "-addr", "127.0.0.1:0", "-nats", "nats://"+wire.Addr().String())
+	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
+	wire.mu.Lock()
+	fmt.Fprint(wire.conns[0], "-ERR 'this is the end'\r\n")
+	wire.mu.Unlock()
+	c.wantClose(t, websocket.CloseGoingAway)
+	c.Close()
+	if status, log := p.wait(); status != 1 || !strings.Contains(log, "this is the end") {
+		t.Errorf("got status %d and log %q, want status 1 and why", status, log)
+	}
+}
+
 func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
 	t.Parallel()
 	nats := natsServer(t, 0)
