@@ -130,7 +130,7 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(relay.front, w, r) })
 	mux.HandleFunc("/ready", func(w http.ResponseWriter, r *http.Request) { serveReady(relay, w) })
 	server := &http.Server{Handler: mux, ReadTimeout: pageTimeout, WriteTimeout: pageTimeout}
-	context.AfterFunc(ctx, func() { server.Close() })              // WebSockets are the hub's to close.
+	context.AfterFunc(ctx, func() { server.Close() }) // WebSockets are the hub's to close.
 	// NATS is sought without end, but for a few errors after which nats.go gives up.
 	relay.nc.SetClosedHandler(func(*nats.Conn) { server.Close() })
 	err := server.Serve(listener)

@@ -162,7 +162,9 @@ func TestHAProxySendsPeopleOnlyToNodesThatHearTheOthers(t *testing.T) {
 				}
 			}
 			trouble.makes(t, two, wire)
+			since := time.Now()
 			haproxy.wait(t, "Server nodes/two is DOWN")
+			t.Logf("HAProxy has noticed after %v", time.Since(since))
 			everybodyTalks()
 			trouble.mends(t, two, wire)
 			haproxy.wait(t, "Server nodes/two is UP")
