@@ -922,10 +922,11 @@ func natsCluster(t testing.TB, wired bool) (servers []*server.Server, wires []*w
 	t.Helper()
 	var routes []string
 	for n := range 3 {
-		s := natsWith(t, &server.Options{
-			Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT, NoAdvertise: wired},
-			Routes:  server.RoutesFromStr(strings.Join(routes, ",")),
-		})
+		cluster := server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT, NoAdvertise: wired}
+		if wired && n == 2 {
+			cluster.Advertise = "127.0.0.1:1" // so that the others do not connect to it themselves
+		}
+		s := natsWith(t, &server.Options{Cluster: cluster, Routes: server.RoutesFromStr(strings.Join(routes, ","))})
 		servers = append(servers, s)
 		routes = append(routes, "nats://"+s.ClusterAddr().String())
 		if wired && n == 1 {
