@@ -1113,11 +1113,7 @@ func TestSendersWaitForWhatWasSaidBefore(t *testing.T) {
 	const others = inboxSize / 2
 	s := natsServer(t, 0)
 	relay, _ := joinWithoutHub(t, s.ClientURL())
-	nc, err := nats.Connect(s.ClientURL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
+	nc := otherSoftware(t, s)
 	for _, line := range numbered("theirs", others) {
 		nc.Publish("chat", []byte(line))
 	}
@@ -1289,6 +1285,17 @@ func TestOtherSoftwareCannotMakeTheNodeCountWithoutEnd(t *testing.T) {
 	}
 }
 
+// otherSoftware connects to s something that is no node, until the test ends.
+func otherSoftware(t *testing.T, s *server.Server) *nats.Conn {
+	t.Helper()
+	nc, err := nats.Connect(s.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	return nc
+}
+
 func TestMessageFromOtherSoftwareIsCleanedOrRefused(t *testing.T) {
 	t.Parallel()
 	tests := []struct{ name, sent, want, logged string }{
@@ -1306,11 +1313,7 @@ func TestMessageFromOtherSoftwareIsCleanedOrRefused(t *testing.T) {
 			t.Parallel()
 			s, nodes := startRoom(t, 1)
 			listener := nodes[0].dial(t)
-			nc, err := nats.Connect(s.ClientURL())
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer nc.Close()
+			nc := otherSoftware(t, s)
 			nc.Publish("chat", []byte(test.sent))
 			nc.Publish("chat", []byte("end"))
 			if test.want != "" {
@@ -1329,11 +1332,7 @@ func TestOtherSoftwareCannotFillTheLog(t *testing.T) {
 	t.Parallel()
 	s, nodes := startRoom(t, 1)
 	listener := nodes[0].dial(t)
-	nc, err := nats.Connect(s.ClientURL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
+	nc := otherSoftware(t, s)
 	start := time.Now()
 	for range 1000 {
 		nc.Publish("chat", []byte("\xff"))
