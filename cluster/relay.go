@@ -27,12 +27,13 @@ const (
 	outboxSize = 8 << 10
 
 	// Messages that may be on their way to NATS and back before their senders are
-	// slowed. They can be lost when the connection breaks. With more, everybody would
-	// hear later when many talk; with fewer, a distant NATS would slow those who do.
+	// slowed, and those that wait for the hub count, too. They can be lost when the
+	// connection breaks. With more, everybody would hear later when many talk; with
+	// fewer, a distant NATS would slow those who do.
 	windowSize = 32
 
 	// Messages from NATS that wait here for the hub before more are lost. As every
-	// node has a window, only a hub that is slower than others gets that far behind.
+	// node has a window, only a hub that is slower than theirs gets that far behind.
 	inboxSize = 8 << 10
 
 	// Time between two attempts to reach NATS again; as much again is added at
@@ -265,7 +266,10 @@ func (r *Relay) run() {
 		case <-over:
 			over = nil
 		}
-		for len(r.outbox) > 0 && r.inRoom && r.onTheWay() < windowSize && r.say(r.outbox[0]) == nil {
+		// The hub may be behind with what others say: then the window is smaller, but a
+		// node that is slower than the others can still say one message after the other.
+		window := max(1, windowSize-len(r.inbox))
+		for len(r.outbox) > 0 && r.inRoom && r.onTheWay() < window && r.say(r.outbox[0]) == nil {
 			r.outbox = r.outbox[1:]
 		}
 	}
