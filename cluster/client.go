@@ -24,14 +24,16 @@ const (
 	// a message to be complete once it has begun.
 	pongWait = 60 * time.Second
 
-	// Time between two pings to the peer; below pongWait, so that a live peer
-	// always has something to answer in time.
+	// Time between two pings to the peer; below pongWait, so that a live peer has
+	// something to answer in time. One that takes nothing for the rest of pongWait
+	// is dropped before its ping arrives.
 	pingPeriod = pongWait * 9 / 10
 
 	// Time allowed to the peer to answer our close frame with its own.
 	closeWait = time.Second
 
-	// Maximum size in bytes of a message from the peer.
+	// Maximum size in bytes of a message from the peer. If you raise it, raise
+	// maxBatchSize to a multiple of it, and tell home.html.
 	maxMessageSize = 512
 
 	// Maximum size in bytes of a WebSocket message to the peer: what common
@@ -60,6 +62,7 @@ var newline = []byte{'\n'}
 // section 7.4.
 type goodbye = websocket.CloseError
 
+// The server's own goodbyes.
 var (
 	shuttingDown = &goodbye{Code: websocket.CloseGoingAway, Text: "the server is shutting down"}
 	unregistered = &goodbye{Code: websocket.CloseNormalClosure, Text: "the server has ended this connection"}
@@ -70,11 +73,12 @@ var (
 	fellBehind   = &goodbye{Code: websocket.CloseTryAgainLater, Text: "read as fast as the others write"}
 )
 
-// Connections share write buffers, as only those need one that are being written
-// to. A buffer holds a whole batch, which thus is one frame.
+// Each connection keeps its read buffer: a small one, as longer messages pass
+// through it in parts. They share write buffers, as only those need one that are
+// being written to. A write buffer holds a whole batch, which thus is one frame.
 var upgrader = websocket.Upgrader{
 	HandshakeTimeout: writeWait,
-	ReadBufferSize:   maxMessageSize,
+	ReadBufferSize:   512,
 	WriteBufferSize:  maxBatchSize,
 	WriteBufferPool:  new(sync.Pool),
 	Subprotocols:     []string{heartbeat},
@@ -82,10 +86,14 @@ var upgrader = websocket.Upgrader{
 
 // A Client stands between one WebSocket connection and the hub.
 type Client struct {
-	hub  *Hub
+	hub *Hub
+
+	// Nil until the handshake has been answered, which is after the client has
+	// registered: run must not use it.
 	conn *websocket.Conn
 
-	// From the hub to writePump. Closed by the hub when the client has to go.
+	// From run, through its method queue, to writePump. Run closes it when the client
+	// has to go. To send here from anywhere else is to panic if it is closed.
 	send chan []byte
 
 	// Why the client has to go. Whoever finds a reason sets it; the first counts.
@@ -95,17 +103,17 @@ type Client struct {
 	writing sync.WaitGroup
 
 	// Owned by readPump:
-	due       time.Time // when the next message or control frame is due
+	due       time.Time // when the peer is no longer ahead of its rate
 	receiving bool      // a message has begun and is not complete
 }
 
 // readPump takes what the peer says to the hub. It does all reads on conn. Once
 // there is a goodbye it reads on until the peer has answered it, but takes nothing
 // to the hub any more. It ends when nothing can be read: as a rule after the peer's
-// close frame, and at the latest closeWait after writePump.
+// close frame, and at the latest when writePump has conn closed.
 //
-// An idle client waits in NextReader, for which a stack of 2 KiB just suffices:
-// what else there is to do is done in methods, to keep this frame small.
+// An idle client waits in NextReader, within a stack of 2 KiB as long as this
+// frame is small: what else there is to do is done in methods.
 func (c *Client) readPump() {
 	c.conn.SetPingHandler(func(data string) error {
 		c.pace()
@@ -114,6 +122,8 @@ func (c *Client) readPump() {
 		return nil
 	})
 	c.conn.SetPongHandler(func(string) error { c.pace(); return nil })
+	// The answer to a close frame is writePump's, behind what is queued.
+	c.conn.SetCloseHandler(func(int, string) error { return nil })
 	for {
 		// Reset the deadline here: handing the last message to the hub may have
 		// taken long, and the peer is not to blame for that.
@@ -123,54 +133,50 @@ func (c *Client) readPump() {
 			c.leave(err)
 			return
 		}
-		if c.goodbye.Load() == nil {
-			c.receive(messageType, r)
-		}
+		c.receive(messageType, r)
 	}
 }
 
 // pace takes note of a message that begins, or of a control frame. It gives the
-// peer pongWait for what comes next, and sleeps until this one is due at the
-// allowed rate, so that TCP slows the peer down.
+// peer pongWait for what comes next, and sleeps if the peer is ahead of its rate
+// by more than a burst, so that TCP slows it down.
 func (c *Client) pace() {
 	if c.goodbye.Load() != nil {
-		return // The answer comes behind what the peer is still sending.
+		return // Skip what the peer is still sending: its answer comes after that.
 	}
-	now := time.Now()
 	if !c.receiving { // A ping in the middle of a message gives it no more time.
-		c.conn.SetReadDeadline(now.Add(pongWait))
+		c.conn.SetReadDeadline(time.Now().Add(pongWait))
 	}
-	if earliest := now.Add(-rateBurst * rateInterval); c.due.Before(earliest) {
-		c.due = earliest
-	}
-	c.due = c.due.Add(rateInterval)
-	time.Sleep(c.due.Sub(now))
+	ahead := max(0, time.Until(c.due)) + rateInterval
+	c.due = time.Now().Add(ahead)
+	time.Sleep(ahead - rateBurst*rateInterval)
 }
 
 // receive takes the message in r to the hub as one clean line, unless it is
-// blank. A message that breaks a rule dismisses the client.
+// blank, or comes after the goodbye. One that breaks a rule ends the client.
 func (c *Client) receive(messageType int, r io.Reader) {
 	c.pace()
 	c.receiving = true
 	message, err := io.ReadAll(io.LimitReader(r, maxMessageSize+1))
 	c.receiving = false
+	line := clean(message)
 	switch {
-	case err != nil: // NextReader will return it, too.
+	case err != nil || c.goodbye.Load() != nil: // If it is err, NextReader returns it, too.
 	case len(message) > maxMessageSize:
-		c.dismiss(tooBig)
+		c.unregister(tooBig)
 	case messageType != websocket.TextMessage:
-		c.dismiss(notText)
+		c.unregister(notText)
 	case !utf8.Valid(message):
-		c.dismiss(notUTF8)
-	default:
-		if line := clean(message); len(line) > 0 {
-			c.hub.broadcast <- line
-		}
+		c.unregister(notUTF8)
+	case len(line) > 0:
+		c.hub.broadcast <- line
 	}
 }
 
-// clean makes one line of message: control characters, which end lines and
-// drive terminals, become spaces, and white space around it goes.
+// clean makes one line of UTF-8 of message: control characters, which end lines
+// and drive terminals, become spaces, bytes that are not UTF-8 become U+FFFD, and
+// white space around it goes. What the server says itself has to be clean, too,
+// or browsers may disconnect.
 func clean(message []byte) []byte {
 	return bytes.TrimSpace(bytes.Map(func(r rune) rune {
 		if unicode.IsControl(r) {
@@ -180,9 +186,10 @@ func clean(message []byte) []byte {
 	}, message))
 }
 
-// dismiss takes the client out of the hub, which closes send, so that writePump
-// says goodbye. Only readPump may call it, once or more often.
-func (c *Client) dismiss(why *goodbye) {
+// unregister has run drop the client, whose peer is told why. It waits for run, so
+// run must not call it. Nor may anybody else once readPump has ended, as run may
+// have ended, too.
+func (c *Client) unregister(why *goodbye) {
 	c.goodbye.CompareAndSwap(nil, why)
 	c.hub.unregister <- c
 }
@@ -190,22 +197,28 @@ func (c *Client) dismiss(why *goodbye) {
 // leave ends the client after reading has failed with err. It closes conn when
 // writePump has said goodbye.
 func (c *Client) leave(err error) {
-	why, closed := err.(*websocket.CloseError) // the peer's own goodbye, or 1006 if it is gone without
-	if timeout, ok := err.(net.Error); ok && timeout.Timeout() {
+	why, gone := err.(*goodbye) // the peer's own, or 1006 if the connection ended without one
+	if network, ok := err.(net.Error); ok && network.Timeout() {
 		why = tooSlow
-	} else if !closed {
+	} else if ok {
+		why, gone = &goodbye{Code: websocket.CloseAbnormalClosure, Text: err.Error()}, true
+	} else if !gone {
 		why = &goodbye{Code: websocket.CloseProtocolError, Text: err.Error()}
 	}
-	c.dismiss(why)
-	why = c.goodbye.Load()
-	if websocket.IsUnexpectedCloseError(why, websocket.CloseNormalClosure,
+	ended := "dropped"
+	if c.goodbye.CompareAndSwap(nil, why) && gone {
+		ended = "left"
+	}
+	c.hub.unregister <- c
+	if why := c.goodbye.Load(); websocket.IsUnexpectedCloseError(why, websocket.CloseNormalClosure,
 		websocket.CloseGoingAway, websocket.CloseNoStatusReceived) {
-		log.Printf("%v: %q", c.conn.RemoteAddr(), why) // quoted, as the peer may have chosen the words
+		log.Printf("%v: %s with %q", c.conn.RemoteAddr(), ended, why) // quoted, as the peer may have chosen the words
 	}
 	c.writing.Wait()
-	if !closed {
+	if !gone {
 		// The peer may still be sending. To close a TCP connection with input
-		// unread is to reset it, and the reset can destroy the close frame.
+		// unread is to reset it, and the reset can destroy the close frame. The
+		// input can no longer be parsed: wait until the peer closes its side, too.
 		if half, ok := c.conn.NetConn().(interface{ CloseWrite() error }); ok {
 			half.CloseWrite()
 		}
@@ -217,21 +230,22 @@ func (c *Client) leave(err error) {
 }
 
 // writePump takes what the hub says to the peer, and pings it. It does all
-// writes of messages on conn. It ends when the hub has closed send, after what is
-// queued and the goodbye, or when a write fails. readPump then has closeWait to
-// read the peer's answer and close conn. After that conn is closed in any case,
-// which ends readPump too.
+// writes of messages on conn. It says goodbye when run has closed send and what
+// was queued is written, and gives up when a write fails. After that readPump has
+// closeWait to read the peer's answer; then conn is closed in any case, which ends
+// readPump, too. (A TLS connection may take five seconds more to close.)
 func (c *Client) writePump() {
-	defer func() {
-		time.AfterFunc(closeWait, func() { c.conn.Close() })
-	}()
-	pings := time.Tick(pingPeriod)
+	defer c.discard()
+	defer time.AfterFunc(closeWait, func() { c.conn.Close() })
+	pings := time.NewTicker(pingPeriod)
+	defer pings.Stop()
 	var err error
 	for err == nil {
 		select {
 		case message, ok := <-c.send:
 			c.conn.SetWriteDeadline(time.Now().Add(writeWait))
 			if !ok {
+				c.goodbye.CompareAndSwap(nil, unregistered) // if somebody has closed send by hand
 				// 1006 is no code to send. RFC 6455 section 7.4.1.
 				if why := c.goodbye.Load(); why.Code != websocket.CloseAbnormalClosure {
 					c.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(why.Code, why.Text))
@@ -239,7 +253,7 @@ func (c *Client) writePump() {
 				return
 			}
 			err = c.writeBatch(message)
-		case <-pings:
+		case <-pings.C:
 			c.conn.SetWriteDeadline(time.Now().Add(writeWait))
 			err = c.conn.WriteMessage(websocket.PingMessage, nil)
 			if err == nil && c.conn.Subprotocol() == heartbeat {
@@ -252,6 +266,13 @@ func (c *Client) writePump() {
 	} // else readPump finds out what is wrong with conn
 }
 
+// discard empties send until run closes it, so that nobody waits who sends to a
+// client that takes nothing any more.
+func (c *Client) discard() {
+	for range c.send {
+	}
+}
+
 // writeBatch sends message, and what has queued up behind it, in one frame.
 func (c *Client) writeBatch(message []byte) error {
 	w, err := c.conn.NextWriter(websocket.TextMessage)
@@ -259,37 +280,36 @@ func (c *Client) writeBatch(message []byte) error {
 		return err
 	}
 	w.Write(message)
-	for size := len(message); len(c.send) > 0 && size+len(newline)+maxMessageSize <= maxBatchSize; {
+	for room := maxBatchSize - len(message); len(c.send) > 0 && room >= len(newline)+maxMessageSize; {
 		message = <-c.send
 		w.Write(newline)
 		w.Write(message)
-		size += len(newline) + len(message)
+		room -= len(newline) + len(message)
 	}
 	return w.Close()
 }
 
 // serveWs makes the request a WebSocket connection and its peer a client of
-// hub. It returns at once: the pumps go on in goroutines of their own, so that
-// what the request holds can be freed.
+// hub. It returns once the handshake is answered: the pumps go on in goroutines
+// of their own, so that what the request holds can be freed.
 func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
 	// The client joins before the handshake is answered, so that its peer
 	// misses nothing that is said once it knows that it is connected.
 	client := &Client{hub: hub, send: make(chan []byte, sendQueueSize)}
 	select {
 	case hub.register <- client:
-	case <-hub.stop:
+	case <-hub.stopped:
 		http.Error(w, shuttingDown.Text, http.StatusServiceUnavailable)
 		return
 	}
 	conn, err := upgrader.Upgrade(w, r, nil)
 	if err != nil {
 		log.Printf("%s: %q", r.RemoteAddr, err)
+		go client.discard()
 		hub.unregister <- client
 		hub.left <- client
 		return
 	}
-	// The answer to a close frame is writePump's, behind what is queued.
-	conn.SetCloseHandler(func(int, string) error { return nil })
 	client.conn = conn
 	client.writing.Go(client.writePump)
 	go client.readPump()

@@ -5,12 +5,13 @@
 //
 //	cluster [-addr host:port] [-nats url,...] [-creds file] [-subject name]
 //
-// Each node serves a page for browsers at / and the WebSocket endpoint at /ws.
-// Without -nats it starts a NATS server of its own, on a loopback port, and
-// logs how a second node joins; that is for trying it, as the room then lives
-// no longer than this node. SIGINT or SIGTERM sends the node's clients away,
-// hands what they have said to NATS, and ends the node with status 0; a second
-// one ends it at once.
+// Each node serves a page for browsers at /, the WebSocket endpoint at /ws, and
+// at /ready what a load balancer asks: whether the node can take clients. It
+// listens once it has joined the others. Without -nats it starts a NATS server
+// of its own, on a loopback port, and logs how a second node joins; that is for
+// trying it, as the room then lives no longer than this node. SIGINT or SIGTERM
+// sends the node's clients away, hands what they have said to NATS, and ends the
+// node with status 0; a second one ends it at once.
 //
 // hub.go, client.go and home.html are those of the chat server for one machine,
 // to the byte; relay.go is what joins its hub to NATS. This file repeats much of
@@ -40,20 +41,16 @@ import (
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
 )
 
-const (
-	// Time allowed to send a request's header: short, as a client that sends nothing
-	// holds a connection. The timer for it takes up to a fifth of a handshake's
-	// processor time.
-	readHeaderTimeout = 3 * time.Second
+// pageTimeout is the time allowed to send a request, to take the answer, and to
+// send the next request. Longer than that nobody holds a connection for nothing.
+const pageTimeout = 10 * time.Second
 
-	// Time allowed to take a page, or to ask for the next one.
-	pageTimeout = 10 * time.Second
-
-	// Time allowed to everybody together to leave when the server shuts down.
-	shutdownWait = 5 * time.Second
-)
+// shutdownWait is the time allowed to everybody together to leave when the server
+// shuts down.
+const shutdownWait = 5 * time.Second
 
 var (
 	addr    = flag.String("addr", ":8080", "listen on `host:port`")
@@ -66,10 +63,14 @@ var (
 var home string
 
 func main() {
-	flag.Parse()
+	if flag.Parse(); flag.NArg() > 0 {
+		flag.Usage()
+		os.Exit(2)
+	}
 	signals, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	ctx, cancel := context.WithCancel(context.Background())
-	// In this order, so that a second signal ends the process at once.
+	// After the first signal, stop catching them before the shutdown begins: then a
+	// second one ends the process at once.
 	context.AfterFunc(signals, func() { stop(); cancel() })
 	if err := run(ctx, *addr, *urls, *creds, *subject); err != nil {
 		log.Fatal(err)
@@ -77,15 +78,9 @@ func main() {
 }
 
 // run serves chat on addr, in the room that is called subject, until ctx is
-// done. It returns an error if it cannot listen there, or no longer can, and if
-// it cannot join the room.
+// done. It returns an error if it cannot join the room, and if it cannot listen
+// there, or no longer can.
 func run(ctx context.Context, addr, urls, creds, subject string) error {
-	listener, err := net.Listen("tcp", addr)
-	if err != nil {
-		return err
-	}
-	defer listener.Close()
-	address := listener.Addr().(*net.TCPAddr)
 	embedded := urls == ""
 	if embedded {
 		nats, err := startNATS(0)
@@ -99,26 +94,32 @@ func run(ctx context.Context, addr, urls, creds, subject string) error {
 	if err != nil {
 		return err
 	}
-	relay, err := join(newHub(), nc, subject)
+	defer nc.Close()
+	relay, err := join(newHub(), nc, subject, log.Default())
 	if err != nil {
-		nc.Close()
+		return err
+	}
+	// Listen only now: whoever is connected can say and hear something.
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
 		return err
 	}
 	if embedded {
 		log.Printf("started a NATS server; a second node joins with: go run . -addr :%d -nats %s -subject %s",
-			address.Port+1, urls, subject)
+			listener.Addr().(*net.TCPAddr).Port+1, urls, subject)
 	}
-	host := address.String()
-	if address.IP.IsUnspecified() {
-		host = fmt.Sprintf("localhost:%d", address.Port)
+	host, port, _ := net.SplitHostPort(listener.Addr().String())
+	if net.ParseIP(host).IsUnspecified() {
+		host = "localhost"
 	}
-	log.Printf("listening on http://%s/", host)
+	log.Printf("listening on http://%s/", net.JoinHostPort(host, port))
 	return serve(ctx, listener, relay)
 }
 
-// serve serves chat to those who connect to listener, until ctx is done or
-// listener fails. Then it has the hub send everybody away, and when they have
-// gone, after shutdownWait at the latest, it has the relay leave.
+// serve serves chat to those who connect to listener, until ctx is done, listener
+// fails, or NATS sends the node away for good. Then it has the hub send everybody
+// away, and when they have gone, after shutdownWait at the latest, it has the relay
+// leave.
 func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	hub := relay.hub
 	empty := make(chan struct{})
@@ -127,22 +128,21 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", serveHome)
 	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(relay.front, w, r) })
-	server := &http.Server{
-		Handler:           mux,
-		ReadHeaderTimeout: readHeaderTimeout,
-		ReadTimeout:       pageTimeout,
-		WriteTimeout:      pageTimeout,
-	}
-	defer server.Close()
-	// This makes Serve return. Shutdown waits for nobody, as ctx is done.
-	context.AfterFunc(ctx, func() { server.Shutdown(ctx) })
+	mux.HandleFunc("/ready", func(w http.ResponseWriter, r *http.Request) { serveReady(relay, w) })
+	server := &http.Server{Handler: mux, ReadTimeout: pageTimeout, WriteTimeout: pageTimeout}
+	context.AfterFunc(ctx, func() { server.Close() }) // WebSockets are the hub's to close.
+	// NATS is sought without end, but for a few errors after which nats.go gives up.
+	relay.nc.SetClosedHandler(func(*nats.Conn) { server.Close() })
 	err := server.Serve(listener)
 	if err == http.ErrServerClosed {
 		err = nil
+		if relay.nc.IsClosed() {
+			err = fmt.Errorf("NATS has sent this node away for good: %w", relay.nc.LastError())
+		}
 	}
 
 	log.Print("shutting down")
-	close(hub.stop)
+	hub.stop()
 	select {
 	case <-empty:
 	case <-time.After(shutdownWait):
@@ -150,6 +150,16 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	}
 	relay.leave()
 	return err
+}
+
+// serveReady tells a load balancer whether this node can take clients: not while
+// they would hear nothing. Load balancers ask often, so that it logs nothing.
+func serveReady(relay *Relay, w http.ResponseWriter) {
+	if relay.ready.Load() {
+		io.WriteString(w, "ready\n")
+	} else {
+		http.Error(w, "NATS is away, or does not bring back what this node says", http.StatusServiceUnavailable)
+	}
 }
 
 // startNATS starts a NATS server on a loopback port, on any free one if port is 0.
@@ -171,16 +181,19 @@ func startNATS(port int) (*server.Server, error) {
 	return s, nil
 }
 
-// contentSecurityPolicy allows the page its own script and style, by their
-// hashes, and its own server; nothing else. https://www.w3.org/TR/CSP3/
+// contentSecurityPolicy allows the page its own script and style, by their hashes,
+// the icon in it, its own server, and WebSockets; nothing else. These may go to any
+// server, as Safari before 16 does not count them to 'self': only that script opens
+// one. https://www.w3.org/TR/CSP3/
 var contentSecurityPolicy = "default-src 'none'; script-src " + hashSource("script") +
-	"; style-src " + hashSource("style") + "; img-src data:; connect-src 'self'" +
+	"; style-src " + hashSource("style") + "; img-src data:; connect-src 'self' ws: wss:" +
 	"; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 // hashSource returns the CSP hash source of what stands in home's one element
-// of that name.
+// of that name. Browsers hash it with the line ends \n, also if git has made these
+// \r\n.
 func hashSource(element string) string {
-	_, content, _ := strings.Cut(home, "<"+element+">")
+	_, content, _ := strings.Cut(strings.ReplaceAll(home, "\r\n", "\n"), "<"+element+">")
 	content, _, _ = strings.Cut(content, "</"+element+">")
 	hash := sha256.Sum256([]byte(content))
 	return "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "'"
@@ -189,17 +202,16 @@ func hashSource(element string) string {
 // serveHome answers with the page at /, and with an error elsewhere.
 func serveHome(w http.ResponseWriter, r *http.Request) {
 	log.Printf("%s: %s %q", r.RemoteAddr, r.Method, r.URL)
-	if r.URL.Path != "/" {
+	switch {
+	case r.URL.Path != "/":
 		http.NotFound(w, r)
-		return
-	}
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+	case r.Method != http.MethodGet && r.Method != http.MethodHead:
 		w.Header().Set("Allow", "GET, HEAD")
 		http.Error(w, "method not allowed", http.StatusMethodNotAllowed)
-		return
+	default:
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		w.Header().Set("Content-Security-Policy", contentSecurityPolicy)
+		io.WriteString(w, home)
 	}
-	w.Header().Set("Content-Type", "text/html; charset=utf-8")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
-	w.Header().Set("Content-Security-Policy", contentSecurityPolicy)
-	io.WriteString(w, home)
 }

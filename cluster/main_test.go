@@ -6,6 +6,8 @@ import (
 	"context"
 	"encoding/pem"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -135,6 +137,7 @@ func TestSIGTERMSendsClientsAwayAndEndsWithStatus0(t *testing.T) {
 }
 
 func TestSIGTERMWhileNATSIsAwayEndsWithStatus0(t *testing.T) {
+	t.Parallel()
 	nats := natsServer(t, 0)
 	p := start(t, "-addr", "127.0.0.1:0", "-nats", nats.ClientURL())
 	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
@@ -149,7 +152,23 @@ func TestSIGTERMWhileNATSIsAwayEndsWithStatus0(t *testing.T) {
 	}
 }
 
+func TestNodeThatNATSSendsAwayForGoodEndsWithStatus1(t *testing.T) {
+	t.Parallel()
+	wire := newWire(t, natsServer(t, 0).Addr().String())
+	p := start(t, "-addr", "127.0.0.1:0", "-nats", "nats://"+wire.Addr().String())
+	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
+	wire.mu.Lock()
+	fmt.Fprint(wire.conns[0], "-ERR 'this is the end'\r\n")
+	wire.mu.Unlock()
+	c.wantClose(t, websocket.CloseGoingAway)
+	c.Close()
+	if status, log := p.wait(); status != 1 || !strings.Contains(log, "this is the end") {
+		t.Errorf("got status %d and log %q, want status 1 and why", status, log)
+	}
+}
+
 func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
+	t.Parallel()
 	nats := natsServer(t, 0)
 	busy := natsServer(t, 0).Addr().String()
 	gone := natsServer(t, 0)
@@ -161,6 +180,7 @@ func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
 	}
 	unreachable := "no server can be reached"
 	guarded := natsWith(t, &server.Options{Username: "bob", Password: "hunter2"})
+	deaf, mute := natsWith(t, allowed("chat", "nothing")), natsWith(t, allowed("nothing", "chat"))
 	tests := []test{
 		{"nobody at the NATS URL", []string{"-nats", strings.Replace(gone.ClientURL(), "//", "//bob:hunter2@", 1)}, unreachable},
 		{"nobody at any of the NATS URLs", []string{"-nats", gone.ClientURL() + "," + gone.ClientURL()}, unreachable},
@@ -172,6 +192,8 @@ func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
 		{"a space", []string{"-nats", nats.ClientURL(), "-subject", "two words"}, `"two words" cannot name a room`},
 		{"a tab, at a server of its own", []string{"-subject", "chat\t"}, `"chat\t" cannot name a room`},
 		{"5,000 characters", []string{"-nats", nats.ClientURL(), "-subject", strings.Repeat("x", 5000)}, "at most 255 bytes"},
+		{"leave to publish only", []string{"-nats", deaf.ClientURL()}, `Permissions Violation for Subscription to "chat"`},
+		{"leave to subscribe only", []string{"-nats", mute.ClientURL()}, `Permissions Violation for Publish to "chat"`},
 		{"a port in use", []string{"-addr", busy, "-nats", nats.ClientURL()}, "address already in use"},
 	}
 	for _, special := range "/#?, \"%[]\\\n" {
@@ -194,6 +216,14 @@ func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
 	}
 }
 
+func TestArgumentThatIsNoFlagIsRefused(t *testing.T) {
+	t.Parallel()
+	p := start(t, "-addr", "127.0.0.1:0", "nats://127.0.0.1:4222")
+	if status, log := p.wait(); status != 2 || !strings.Contains(log, "-nats url") {
+		t.Errorf("got status %d and log %q, want status 2 and how to call it", status, log)
+	}
+}
+
 func TestAPasswordMayHoldAnythingIfItIsEscaped(t *testing.T) {
 	const password = `p/a#s?s, "w%o@r:d`
 	guarded := natsWith(t, &server.Options{Username: "bob", Password: password})
@@ -203,6 +233,82 @@ func TestAPasswordMayHoldAnythingIfItIsEscaped(t *testing.T) {
 		t.Fatal(err)
 	}
 	nc.Close()
+}
+
+func TestLoadBalancerIsToldWhetherTheNodeCanTakeClients(t *testing.T) {
+	t.Parallel()
+	s := natsServer(t, 0)
+	p := start(t, "-addr", "127.0.0.1:0", "-nats", s.ClientURL())
+	url := "http" + p.logged(t, `http(://.*/)`) + "ready"
+	eventuallyReady := func(want int) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("/ready answers %d", want), func() bool { return ready(t, url) == want })
+	}
+	for _, method := range []string{http.MethodGet, http.MethodHead} {
+		request, err := http.NewRequestWithContext(t.Context(), method, url, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response, err := http.DefaultClient.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			t.Errorf("%s: got %s, want 200", method, response.Status)
+		}
+	}
+	restart := stopNATS(t, s)
+	eventuallyReady(http.StatusServiceUnavailable)
+	restart()
+	eventuallyReady(http.StatusOK)
+	p.Process.Signal(syscall.SIGTERM)
+	if status, log := p.wait(); status != 0 || strings.Contains(log, "/ready") {
+		t.Errorf("got status %d and log %q, want status 0 and no word of what was asked", status, log)
+	}
+}
+
+// ready asks a node whether it is ready, and returns the status of the answer,
+// which has to give a reason if it is not.
+func ready(t *testing.T, url string) int {
+	t.Helper()
+	response, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	body, _ := io.ReadAll(response.Body)
+	if response.StatusCode != http.StatusOK && !strings.Contains(string(body), "NATS") {
+		t.Errorf("got %s and %q, want a reason", response.Status, body)
+	}
+	return response.StatusCode
+}
+
+func TestPortAnswersOnlyWhenTheNodeHasJoined(t *testing.T) {
+	t.Parallel()
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // takes connections, and says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := free.Addr().String()
+	free.Close()
+	p := start(t, "-addr", addr, "-nats", "nats://"+silent.Addr().String())
+	conn, err := silent.Accept() // The node is about to join, for two seconds to come.
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := net.Dial("tcp", addr); err == nil {
+		t.Error("the port answers, want that it is refused")
+	}
+	if status, log := p.wait(); status != 1 || !strings.Contains(log, "no server can be reached") {
+		t.Errorf("got status %d and log %q, want status 1 and that no server can be reached", status, log)
+	}
 }
 
 func TestNodeServesThePage(t *testing.T) {

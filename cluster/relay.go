@@ -1,15 +1,15 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log"
-	"math"
-	"math/rand/v2"
+	"maps"
 	"net/url"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,24 +22,19 @@ import (
 )
 
 const (
-	// Messages that wait here for NATS before their senders are slowed: 4 MB,
-	// and as much again that publish has in hand.
+	// Messages that wait here while NATS is away, 4 MB, before their senders are
+	// slowed.
 	outboxSize = 8 << 10
 
-	// Messages published before NATS has to say that it has them: what can be
-	// lost when the connection breaks.
-	batchSize = 256
+	// Messages that may be on their way to NATS and back before their senders are
+	// slowed, and those that wait for the hub count, too. They can be lost when the
+	// connection breaks. With more, everybody would hear later when many talk; with
+	// fewer, a distant NATS would slow those who do.
+	windowSize = 32
 
-	// Messages, and bytes, that wait here for the hub before more are lost: some
-	// seconds of more chat than anybody can read.
-	inboxSize  = 64 << 10
-	inboxBytes = 64 << 20
-
-	// Messages that wait here for the hub before publish gives it time to catch
-	// up, in breathers, and how many of these it gives at most for each batch: a
-	// flood from elsewhere must not silence this node.
-	inboxCrowded  = 1 << 10
-	mostBreathers = 1000
+	// Messages from NATS that wait here for the hub before more are lost. As every
+	// node has a window, only a hub that is slower than theirs gets that far behind.
+	inboxSize = 8 << 10
 
 	// Time between two attempts to reach NATS again; as much again is added at
 	// random, so that nodes do not come all at once.
@@ -55,7 +50,11 @@ const (
 	// of them with both cores kept busy.
 	spreadWait = 250 * time.Millisecond
 
-	// Time allowed to NATS to answer. One that takes longer is as good as away.
+	// Time between two hellos of a node.
+	helloPeriod = 5 * time.Second
+
+	// Time allowed to NATS to bring back what a node has said. One that takes longer
+	// is as good as away.
 	answerWait = 10 * time.Second
 
 	// Time allowed to NATS to take what is left when the node ends.
@@ -72,48 +71,57 @@ const (
 	// The most that a message's header takes, in bytes.
 	headerSize = 128
 
-	// Nodes whose last messages are remembered before all are forgotten: a node that
-	// restarts is a new one, and other software can make nodes up.
+	// Nodes that are remembered before all are forgotten: a node that restarts is a
+	// new one, and other software can make nodes up.
 	mostNodes = 1 << 10
 )
+
+// notBack is what is reported of a node's own messages that it has not heard: NATS
+// may have them or not. To say them again could deliver them twice.
+const notBack = "may have lost a message: it has not come back from NATS"
 
 // A Relay makes the hubs of several nodes one room. What a node's clients say
 // goes to NATS, and what NATS says, this node's own messages among it, goes to
 // the node's clients: each message takes the same way once, wherever its sender
 // is.
+//
+// A node's own messages come back to it. So it knows that it can say and hear
+// something. While windowSize of them are on their way it says no more: when the
+// hub is behind, those who talk have to wait. Hello is a message without text,
+// which is said only to hear it come back.
 type Relay struct {
 	// The node's hub, which tells the clients.
 	hub *Hub
 
 	// What clients take for their hub: to join and leave it is to join and leave
-	// hub, but what they broadcast is collected here.
+	// hub, but what they broadcast comes here.
 	front *Hub
 
-	nc      *nats.Conn
-	sub     *nats.Subscription
-	subject string
+	nc   *nats.Conn
+	sub  *nats.Subscription
+	name string // this node's
+	log  *log.Logger
 
-	// From collect to publish; closed by collect when it ends.
-	batches chan [][]byte
+	// From NATS to run.
+	inbox    chan *nats.Msg
+	statuses chan nats.Status
 
 	// Closed by leave: the clients have left, and nobody says anything any more.
 	over chan struct{}
 
-	goroutines sync.WaitGroup // collect and publish
+	running sync.WaitGroup // run
 
-	// The connection to NATS that publish may use, as settleWait has passed since it
-	// was made. A connection is known by how many there were before it.
-	settled atomic.Uint64
+	// From run to load balancers: what this node says comes back to it.
+	ready atomic.Bool
 
-	// This node's name. A message's header holds it and the message's number, so
-	// that other nodes can count what they miss.
-	name uint64
-
-	// Owned by publish: the number of this node's last message.
-	number uint64
-
-	// Owned by deliver: the number of the last message that came, by its node's name.
-	latest map[uint64]uint64
+	// Owned by run, and before that by join:
+	outbox  [][]byte          // what clients have said, for NATS
+	settled bool              // NATS is there, and has been for settleWait
+	inRoom  bool              // this node has heard itself since it settled
+	heardAt time.Time         // when it last did, or NATS went or came
+	said    uint64            // how many messages this node has said
+	heard   map[string]uint64 // how many each node has said, as far as this one knows
+	dropped int               // messages for which the inbox had no room
 
 	mu       sync.Mutex
 	troubles map[string]int // since the last report
@@ -126,11 +134,6 @@ func connect(urls, creds string) (*nats.Conn, error) {
 		nats.Name("chat"),
 		nats.NoCallbacksAfterClientClose(),
 
-		// A server that is gone without a word is found out in three answerWaits.
-		nats.PingInterval(answerWait),
-		nats.FlusherTimeout(answerWait),
-		nats.ReconnectOnFlusherError(),
-
 		// Without end, also while NATS does not know this node's credentials.
 		nats.MaxReconnects(-1),
 		nats.IgnoreAuthErrorAbort(),
@@ -140,11 +143,6 @@ func connect(urls, creds string) (*nats.Conn, error) {
 		// None: nats.go would send what it holds the moment it is connected,
 		// before other nodes are, and forget it if the connection broke again.
 		nats.ReconnectBufSize(-1),
-
-		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
-			// Without an error it is send that has given up.
-			log.Printf("NATS is away: %v; what is said meanwhile waits", cmp.Or(err, nats.ErrTimeout))
-		}),
 	}
 	if creds != "" {
 		options = append(options, nats.UserCredentials(creds))
@@ -156,16 +154,13 @@ func connect(urls, creds string) (*nats.Conn, error) {
 	// The text of err may repeat a URL, and with it a password: say what is wrong
 	// in words that cannot.
 	why := "no server can be reached that accepts this node and its credentials"
-	var malformed *url.Error
-	var file *fs.PathError
-	switch {
-	case errors.As(err, &malformed):
+	if _, ok := errors.AsType[*url.Error](err); ok {
 		why = "a URL is malformed; in a name or password write %2F for /, %23 for #, %2C for a comma and so on"
-	case errors.As(err, &file):
+	} else if file, ok := errors.AsType[*fs.PathError](err); ok {
 		why = file.Error()
-	case errors.Is(err, nats.ErrAuthorization):
+	} else if errors.Is(err, nats.ErrAuthorization) {
 		why = "the credentials are not accepted"
-	case errors.Is(err, nats.ErrTLS):
+	} else if errors.Is(err, nats.ErrTLS) {
 		why = "TLS fails; this machine may not know the authority of the server's certificate"
 	}
 	return nil, errors.New("cannot join NATS: " + why)
@@ -173,11 +168,12 @@ func connect(urls, creds string) (*nats.Conn, error) {
 
 // join makes hub part of the room that is called subject. When it returns, hub
 // will be told what anybody says in the room from then on. It returns an error
-// if the subject cannot name a room, or NATS does not let this node use it.
+// if the subject cannot name a room, or NATS does not let this node say and hear
+// something there. What goes wrong later, logger says.
 //
 // Whoever calls join runs hub, gives the relay's front to clients, and in the
 // end calls leave.
-func join(hub *Hub, nc *nats.Conn, subject string) (*Relay, error) {
+func join(hub *Hub, nc *nats.Conn, subject string, logger *log.Logger) (*Relay, error) {
 	if len(subject) > maxSubjectSize || !server.IsValidLiteralSubject(subject) || strings.ContainsFunc(subject, unicode.IsSpace) {
 		return nil, fmt.Errorf("%.40q cannot name a room: a NATS subject of at most %d bytes can, without white space and wildcards",
 			subject, maxSubjectSize)
@@ -191,27 +187,40 @@ func join(hub *Hub, nc *nats.Conn, subject string) (*Relay, error) {
 		hub:      hub,
 		front:    &front,
 		nc:       nc,
-		subject:  subject,
-		batches:  make(chan [][]byte),
+		name:     rand.Text(),
+		log:      logger,
+		inbox:    make(chan *nats.Msg, inboxSize),
+		statuses: nc.StatusChanged(nats.CONNECTED, nats.RECONNECTING),
 		over:     make(chan struct{}),
-		name:     rand.Uint64(),
-		latest:   make(map[uint64]uint64),
+		settled:  true,
+		heard:    make(map[string]uint64),
 		troubles: make(map[string]int),
 	}
 	nc.SetErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { r.note(err.Error(), 1) })
-	nc.SetReconnectHandler(r.back)
-	r.settled.Store(nc.Stats().Reconnects)
+	nc.SetDisconnectErrHandler(func(_ *nats.Conn, err error) {
+		// Without an error it is check that has given up.
+		logger.Printf("NATS is away: %v; what is said meanwhile waits", cmp.Or(err, nats.ErrTimeout))
+	})
+	nc.SetReconnectHandler(func(*nats.Conn) {
+		nc.FlushTimeout(answerWait) // so that NATS knows again that this node listens
+		logger.Printf("NATS is back: %s; this node has missed what others said meanwhile", nc.ConnectedAddr())
+	})
 	var err error
-	if r.sub, err = nc.Subscribe(subject, r.deliver); err != nil {
+	if r.sub, err = nc.ChanSubscribe(subject, r.inbox); err != nil {
 		return nil, err
 	}
-	r.sub.SetPendingLimits(inboxSize, inboxBytes)
-	if err := cmp.Or(nc.FlushTimeout(answerWait), nc.LastError()); err != nil {
-		return nil, err
+	// Before NATS answers the flush, it says what it does not allow, and brings back
+	// the hello.
+	err = cmp.Or(r.say(nil), nc.FlushTimeout(answerWait), nc.LastError())
+	for len(r.inbox) > 0 {
+		r.count(<-r.inbox) // there are no clients yet who could hear it
+	}
+	if !r.inRoom {
+		return nil, cmp.Or(err, errors.New("NATS does not bring back what this node says"))
 	}
 	time.Sleep(spreadWait)
-	r.goroutines.Go(r.collect)
-	r.goroutines.Go(r.publish)
+	r.ready.Store(true)
+	r.running.Go(r.run)
 	return r, nil
 }
 
@@ -221,121 +230,94 @@ func join(hub *Hub, nc *nats.Conn, subject string) (*Relay, error) {
 func (r *Relay) leave() {
 	close(r.over)
 	defer time.AfterFunc(drainWait, r.nc.Close).Stop()
-	r.goroutines.Wait()
-	r.logTroubles()
+	r.running.Wait()
 	r.nc.Close()
 }
 
-// collect takes what clients say, and hands it to publish when that has time. A
-// full outbox slows them: it takes no more until publish has taken it. It ends
-// when the clients have left and publish has taken everything.
-func (r *Relay) collect() {
-	defer close(r.batches)
-	var batch [][]byte
-	size, stop, over := outboxSize, r.front.stop, r.over
-	for over != nil || len(batch) > 0 {
-		in, out := r.front.broadcast, r.batches
-		if len(batch) >= size {
+// run is the relay's one goroutine. It ends when the clients have left and all
+// that they have said has come back. Once the connection is closed, what has not
+// come back is lost.
+func (r *Relay) run() {
+	ticks, hello := time.Tick(reportPeriod), time.After(helloPeriod)
+	stopped, over := r.front.stopped, r.over
+	for over != nil || len(r.outbox)+r.onTheWay() > 0 && !r.nc.IsClosed() {
+		// Clients wait while the outbox is full. While the node is in the room, one
+		// message, which waits for the window, is enough for that.
+		in := r.front.broadcast
+		if stopped != nil && (len(r.outbox) >= outboxSize || len(r.outbox) > 0 && r.inRoom) {
 			in = nil // a nil channel is never ready
-		}
-		if len(batch) == 0 {
-			out = nil
 		}
 		select {
 		case message := <-in:
-			batch = append(batch, message)
-		case out <- batch:
-			batch = nil
-		case <-stop:
-			// Each client has at most one more message to say before it can leave.
-			size, stop = math.MaxInt, nil
+			r.outbox = append(r.outbox, message)
+		case message := <-r.inbox:
+			r.deliver(message)
+		case <-r.statuses: // NATS has gone or come
+			r.settled, r.inRoom, r.heardAt = false, false, time.Now()
+			hello = time.After(settleWait)
+		case <-hello:
+			r.settled, hello = r.nc.IsConnected(), time.After(helloPeriod)
+			r.say(nil)
+		case <-ticks:
+			r.check()
+			r.report()
+		case <-stopped:
+			stopped = nil // Each client has at most one more message to say before it can leave.
 		case <-over:
 			over = nil
 		}
-	}
-}
-
-// publish takes to NATS what clients say, in their order. While NATS is away it
-// waits. It ends when collect has ended and all is said; once the connection is
-// closed, what is not said yet is lost.
-func (r *Relay) publish() {
-	for batch := range r.batches {
-		for len(batch) > 0 && !r.nc.IsClosed() {
-			for n := 0; n < mostBreathers && r.crowded(); n++ {
-				time.Sleep(breather)
-			}
-			connection := r.nc.Stats().Reconnects
-			if connection != r.settled.Load() {
-				time.Sleep(breather) // the other nodes may not be back yet
-				continue
-			}
-			n, err := r.send(batch[:min(len(batch), batchSize)])
-			if err != nil || r.nc.Stats().Reconnects != connection {
-				// To send them again could deliver them twice.
-				r.note("may have lost a message: the connection broke while it was on its way", n)
-			}
-			batch = batch[n:]
-		}
-		r.note("lost a message: NATS was away, and this node has ended", len(batch))
-	}
-}
-
-// back is called by nats.go when NATS is back. It has publish go on settleWait
-// later, when the other nodes are back, too.
-func (r *Relay) back(nc *nats.Conn) {
-	connection := nc.Stats().Reconnects
-	time.AfterFunc(settleWait, func() { r.settled.Store(connection) })
-	nc.FlushTimeout(answerWait) // so that NATS knows again that this node listens
-	log.Printf("NATS is back: %s; this node has missed what others said meanwhile", nc.ConnectedAddr())
-}
-
-// crowded reports whether the hub is behind with what NATS says. Other nodes'
-// hubs hear the same and may be as far behind, and as NATS slows nobody down,
-// the node that talks has to wait.
-func (r *Relay) crowded() bool {
-	pending, _, err := r.sub.Pending()
-	return err == nil && pending > inboxCrowded
-}
-
-// send sends messages, as far as it can, and returns how many when NATS has
-// answered that it has taken them, however long that takes. If the connection
-// broke meanwhile, NATS may have missed any of these, and has seen nothing of
-// the others. An error says that it broke, too, but not every break is an error.
-func (r *Relay) send(messages [][]byte) (n int, err error) {
-	for n < len(messages) && err == nil {
-		// An error means that the message, at the end of what was to be written,
-		// was not, or not completely.
-		header := nats.Header{"Said": {fmt.Sprint(r.name, r.number+1)}}
-		if err = r.nc.PublishMsg(&nats.Msg{Subject: r.subject, Header: header, Data: messages[n]}); err == nil {
-			n++
-			r.number++
+		// The hub may be behind with what others say: then the window is smaller, but a
+		// node that is slower than the others can still say one message after the other.
+		window := max(1, windowSize-len(r.inbox))
+		for len(r.outbox) > 0 && r.inRoom && r.onTheWay() < window && r.say(r.outbox[0]) == nil {
+			r.outbox = r.outbox[1:]
 		}
 	}
-	for {
-		flushed := r.nc.FlushTimeout(answerWait)
-		if flushed == nil {
-			return n, err
-		}
-		if r.nc.IsClosed() {
-			return n, flushed
-		}
-		if errors.Is(flushed, nats.ErrTimeout) {
-			r.nc.ForceReconnect()
-		}
+	r.note(notBack, r.onTheWay())
+	r.note("lost a message: NATS was away, and this node has ended", len(r.outbox))
+	r.report()
+}
+
+// say says message in the room; without text it is hello. The header says which
+// node says it, and how many messages this has said before, so that others can
+// count what they miss. An error means that NATS has not got all of it.
+func (r *Relay) say(message []byte) error {
+	header := nats.Header{"Node": {r.name}, "Said": {fmt.Sprint(r.said)}}
+	err := r.nc.PublishMsg(&nats.Msg{Subject: r.sub.Subject, Header: header, Data: message})
+	if err == nil && len(message) > 0 {
+		r.said++
+	}
+	return err
+}
+
+// onTheWay returns how many of this node's messages have not come back.
+func (r *Relay) onTheWay() int {
+	return max(0, int(r.said-r.heard[r.name]))
+}
+
+// check gives up a connection on which nothing comes back: NATS may be gone
+// without a word, or no longer let this node say or hear anything. run calls it
+// every reportPeriod.
+func (r *Relay) check() {
+	late := time.Since(r.heardAt) > answerWait
+	r.ready.Store(r.inRoom && !late)
+	if late && r.settled && len(r.inbox) == 0 { // what is late may be in the inbox
+		r.nc.ForceReconnect()
 	}
 }
 
 // deliver takes one message from NATS to the hub. Other software may talk on
-// the subject, so that what clients may not say is refused here again. It is
-// called by nats.go, for one message after the other.
+// the subject, so that what clients may not say is refused here again.
 func (r *Relay) deliver(message *nats.Msg) {
-	r.count(message.Header)
+	if !r.count(message) {
+		return
+	}
 	if len(message.Data) > maxMessageSize || !utf8.Valid(message.Data) {
 		r.note("refused a message from NATS: it was too long, or not valid UTF-8", 1)
 		return
 	}
 	line := clean(message.Data)
-	if !bytes.Equal(line, message.Data) {
+	if string(line) != string(message.Data) {
 		r.note("cleaned a message from NATS: it was not one line of text", 1)
 	}
 	if len(line) == 0 {
@@ -347,42 +329,56 @@ func (r *Relay) deliver(message *nats.Msg) {
 	}
 }
 
-// count notes how many messages of a node have not come: those whose numbers lie
-// between the last one that came and this one. Other software does not number
-// its messages.
-func (r *Relay) count(header nats.Header) {
-	var name, number uint64
-	if _, err := fmt.Sscan(header.Get("Said"), &name, &number); err != nil {
-		return
+// count reports whether message is new: one that a NATS server has kept back may
+// come after later ones. It notes how many messages of the same node have not
+// come: those between the last one that came and this one. Other software does
+// not number its messages.
+func (r *Relay) count(message *nats.Msg) (isNew bool) {
+	name := message.Header.Get("Node")
+	said, err := strconv.ParseUint(message.Header.Get("Said"), 10, 64)
+	if err != nil || len(name) > headerSize {
+		return true
 	}
-	if last, known := r.latest[name]; known && number > last {
-		r.note("missed a message", int(number-last-1))
+	already, known := r.heard[name]
+	if known && said < already {
+		return false
 	}
-	if len(r.latest) == mostNodes {
-		clear(r.latest)
+	missed := "missed a message"
+	if name == r.name {
+		missed = notBack
+		r.inRoom, r.heardAt = r.settled, time.Now() // it may have waited here since NATS went
 	}
-	r.latest[name] = number
+	if known {
+		r.note(missed, int(said-already))
+	} else if len(r.heard) > mostNodes {
+		maps.DeleteFunc(r.heard, func(name string, _ uint64) bool { return name != r.name })
+	}
+	if len(message.Data) > 0 {
+		said++
+	}
+	r.heard[name] = said
+	return true
 }
 
-// note has the log say, within reportPeriod, that what happened n times. Any
-// goroutine may call it.
+// note has the next report say that what happened n times. Any goroutine may
+// call it.
 func (r *Relay) note(what string, n int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if n > 0 {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		if len(r.troubles) == 0 {
-			time.AfterFunc(reportPeriod, r.logTroubles)
-		}
 		r.troubles[what] += n
 	}
 }
 
-// logTroubles logs what went wrong since it was last called.
-func (r *Relay) logTroubles() {
+// report logs what went wrong since it was last called.
+func (r *Relay) report() {
+	dropped, _ := r.sub.Dropped()
+	r.note("lost a message from NATS: too many waited for the hub", dropped-r.dropped)
+	r.dropped = dropped
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for what, n := range r.troubles {
-		log.Printf("NATS: %d × %s", n, what)
+		r.log.Printf("NATS: %d × %s", n, what)
 	}
 	clear(r.troubles)
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log"
@@ -36,6 +37,10 @@ func TestMain(m *testing.M) {
 		main()
 		os.Exit(0)
 	}
+	flag.Parse()
+	// What runs in parallel waits most of the time, for NATS to come back. What keeps
+	// the machine busy does not.
+	flag.Set("test.parallel", "16")
 	log.SetOutput(io.Discard)
 	os.Exit(m.Run())
 }
@@ -64,20 +69,29 @@ func stopNATS(t testing.TB, s *server.Server) (restart func()) {
 type node struct {
 	*Relay
 	url  string
+	log  *logBook
 	stop func() // ends it as SIGTERM does, and returns when it has ended
 }
 
-// startNode starts a node on a loopback port, which ends with the test.
-func startNode(t testing.TB, natsURL, subject string) *node {
+// startRelay joins a hub that does not run to the room. Somebody has to call leave.
+func startRelay(t testing.TB, natsURL, subject string) (*Relay, *logBook) {
 	t.Helper()
 	nc, err := connect(natsURL, "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	relay, err := join(newHub(), nc, subject)
+	book := new(logBook)
+	relay, err := join(newHub(), nc, subject, log.New(book, "", 0))
 	if err != nil {
 		t.Fatal(err)
 	}
+	return relay, book
+}
+
+// startNode starts a node on a loopback port, which ends with the test.
+func startNode(t testing.TB, natsURL, subject string) *node {
+	t.Helper()
+	relay, book := startRelay(t, natsURL, subject)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -92,7 +106,7 @@ func startNode(t testing.TB, natsURL, subject string) *node {
 		}
 	})
 	t.Cleanup(stop)
-	return &node{relay, "ws://" + listener.Addr().String() + "/ws", stop}
+	return &node{relay, "ws://" + listener.Addr().String() + "/ws", book, stop}
 }
 
 // startRoom starts a NATS server and n nodes.
@@ -228,7 +242,7 @@ func eventually(t testing.TB, what string, done func() bool) {
 	}
 }
 
-// A logBook is what the program has logged.
+// A logBook is what a node has logged.
 type logBook struct {
 	mu   sync.Mutex
 	text strings.Builder
@@ -254,13 +268,14 @@ func (l *logBook) wait(t testing.TB, text string, n int) {
 	})
 }
 
-// captureLog collects what is logged until the test ends.
-func captureLog(t testing.TB) *logBook {
+// wantNothingLost checks that no node has logged that it lost a message.
+func wantNothingLost(t testing.TB, nodes []*node) {
 	t.Helper()
-	book := new(logBook)
-	log.SetOutput(book)
-	t.Cleanup(func() { log.SetOutput(io.Discard) })
-	return book
+	for _, node := range nodes {
+		if got := node.log.String(); strings.Contains(got, "lost a message") {
+			t.Errorf("log is %q, want nothing lost", got)
+		}
+	}
 }
 
 func TestCopiesAreTheRootsToTheByte(t *testing.T) {
@@ -380,7 +395,7 @@ func TestOneOrderOnANodeAndEachSendersOrderEverywhere(t *testing.T) {
 
 func TestWhatIsSaidWhileNATSIsAwayIsDeliveredOnReturn(t *testing.T) {
 	const each = 100
-	book := captureLog(t)
+	t.Parallel()
 	s, nodes := startRoom(t, 3)
 	var clients []*client
 	for _, node := range nodes {
@@ -415,22 +430,22 @@ func TestWhatIsSaidWhileNATSIsAwayIsDeliveredOnReturn(t *testing.T) {
 		})
 	}
 	group.Wait()
-	book.wait(t, "NATS is back", len(nodes))
-	if got := book.String(); strings.Contains(got, "lost a message") {
-		t.Errorf("log is %q, want nothing lost", got)
+	for _, node := range nodes {
+		node.log.wait(t, "NATS is back", 1)
 	}
+	wantNothingLost(t, nodes)
 	clients[0].say(t, "as before")
 	clients[1].want(t, "as before")
 }
 
 func TestNATSIsSoughtWithoutEndAlsoWhileItRefusesTheNode(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	s, nodes := startRoom(t, 1)
 	listener := nodes[0].dial(t)
 	port := s.Addr().(*net.TCPAddr).Port
 	stopNATS(t, s)
 	refusing := natsWith(t, &server.Options{Port: port, Authorization: "a token"})
-	book.wait(t, "× "+nats.ErrAuthorization.Error(), 2) // a second apart: several attempts
+	nodes[0].log.wait(t, "× "+nats.ErrAuthorization.Error(), 2) // a second apart: several attempts
 	stopNATS(t, refusing)()
 	listener.say(t, "back again")
 	listener.want(t, "back again")
@@ -440,8 +455,7 @@ func TestNATSIsSoughtWithoutEndAlsoWhileItRefusesTheNode(t *testing.T) {
 }
 
 func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
-	const total = 3 * outboxSize
-	book := captureLog(t)
+	const total = outboxSize + 1000
 	s, nodes := startRoom(t, 2)
 	near, far := nodes[0].dial(t), nodes[1].dial(t)
 	restart := stopNATS(t, s)
@@ -457,42 +471,54 @@ func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
 		}
 	}()
 	waitUntilSlowed(t, &taken)
-	if got, most := taken.Load(), int64(2*outboxSize); got > most {
+	if got, most := taken.Load(), int64(outboxSize); got > most {
 		t.Errorf("%d messages wait, want at most %d", got, most)
 	}
 
 	// This one has to wait behind them, and is not cut.
 	near.say(t, "patient")
 	restart()
+	var group sync.WaitGroup
 	for _, c := range []*client{near, far} {
-		var heard []string
-		for range total + 1 {
-			line, err := c.hear()
-			if err != nil {
-				t.Fatalf("heard %d lines and then %v", len(heard), err)
+		group.Go(func() {
+			var heard []string
+			for range total + 1 {
+				line, err := c.hear()
+				if err != nil {
+					t.Errorf("heard %d lines and then %v", len(heard), err)
+					return
+				}
+				heard = append(heard, line)
 			}
-			heard = append(heard, line)
-		}
-		if got := from("flood", heard); !slices.Equal(got, want) {
-			t.Errorf("heard %d of %d messages in their order", len(got), total)
-		}
-		if !slices.Contains(heard, "patient") {
-			t.Error("did not hear the one that had to wait")
-		}
+			if got := from("flood", heard); !slices.Equal(got, want) {
+				t.Errorf("heard %d of %d messages in their order", len(got), total)
+			}
+			if !slices.Contains(heard, "patient") {
+				t.Error("did not hear the one that had to wait")
+			}
+		})
 	}
-	if got := book.String(); strings.Contains(got, "lost a message") {
-		t.Errorf("log is %q, want nothing lost", got)
-	}
+	group.Wait()
+	wantNothingLost(t, nodes)
 }
 
 func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		hub := newHub()
 		front := *hub
 		front.broadcast = make(chan []byte)
-		relay := &Relay{hub: hub, front: &front, batches: make(chan [][]byte), over: make(chan struct{})}
+		relay := &Relay{
+			hub:      hub,
+			front:    &front,
+			nc:       awayFromNATS(t),
+			sub:      new(nats.Subscription),
+			over:     make(chan struct{}),
+			log:      log.Default(),
+			troubles: make(map[string]int),
+		}
 		go hub.run()
-		go relay.collect()
+		relay.running.Go(relay.run)
 		pipes := make(pipeListener)
 		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { serveWs(&front, w, r) })}
 		go server.Serve(pipes)
@@ -520,16 +546,79 @@ func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *test
 		}
 
 		// It has left, but what it said has not.
-		<-relay.batches
-		if got := <-relay.batches; len(got) != 1 || string(got[0]) != "held up" {
-			t.Errorf("got %q, want what the client said", got)
-		}
 		quiet.Close()
 		<-gaveUp
-		close(hub.stop)
-		close(relay.over)
+		hub.stop()
+		relay.leave()
+		if got := string(relay.outbox[len(relay.outbox)-1]); got != "held up" {
+			t.Errorf("%q is the last one that waits, want what the client said", got)
+		}
 	})
 }
+
+func TestConnectionIsGivenUpOnlyIfNothingThatMayBeLateWaits(t *testing.T) {
+	t.Parallel()
+	nc, err := connect(natsServer(t, 0).ClientURL(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	longAgo := time.Now().Add(-2 * answerWait)
+	tests := []struct {
+		name           string
+		settled        bool
+		heardAt        time.Time
+		waiting        int
+		ready, givesUp bool
+	}{
+		{"all is well", true, time.Now(), 0, true, false},
+		{"the hub is behind", true, longAgo, 1, false, false},
+		{"NATS has just come back", false, longAgo, 0, false, false},
+		{"nothing comes back", true, longAgo, 0, false, true},
+	}
+	for _, test := range tests {
+		before := nc.Stats().Reconnects
+		r := &Relay{nc: nc, inbox: make(chan *nats.Msg, 1), settled: test.settled, inRoom: test.settled, heardAt: test.heardAt}
+		for range test.waiting {
+			r.inbox <- new(nats.Msg)
+		}
+		r.check()
+		if got := r.ready.Load(); got != test.ready {
+			t.Errorf("%s: ready is %t, want %t", test.name, got, test.ready)
+		}
+		if got := nc.IsReconnecting() || nc.Stats().Reconnects > before; got != test.givesUp {
+			t.Errorf("%s: the connection is given up: %t, want %t", test.name, got, test.givesUp)
+		}
+	}
+}
+
+func TestNodeThatNobodyTalksOnStaysReady(t *testing.T) {
+	t.Parallel()
+	_, nodes := startRoom(t, 1)
+	start := time.Now()
+	eventually(t, "longer than NATS may take to answer", func() bool {
+		if !nodes[0].ready.Load() {
+			t.Fatalf("not ready after %v", time.Since(start))
+		}
+		return time.Since(start) > answerWait+2*reportPeriod
+	})
+}
+
+// awayFromNATS returns a connection that seeks NATS in vain, and needs no network.
+func awayFromNATS(t testing.TB) *nats.Conn {
+	t.Helper()
+	nc, err := nats.Connect("nats://192.0.2.1", nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1),
+		nats.ReconnectBufSize(-1), nats.SetCustomDialer(noNetwork{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return nc
+}
+
+// noNetwork is a dialer that reaches nobody.
+type noNetwork struct{}
+
+func (noNetwork) Dial(_, _ string) (net.Conn, error) { return nil, errors.New("no network") }
 
 // ping pings every interval, as python's websockets does, and returns when the
 // answer takes longer than timeout, or the connection ends.
@@ -585,7 +674,7 @@ func (l pipeListener) dial(t testing.TB) *client {
 }
 
 func TestMessagesOnTheirWayWhenTheConnectionBreaksAreCountedAndNotRepeated(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	s := natsServer(t, 0)
 	wire := newWire(t, s.Addr().String())
 	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
@@ -597,12 +686,12 @@ func TestMessagesOnTheirWayWhenTheConnectionBreaksAreCountedAndNotRepeated(t *te
 	near.front.broadcast <- []byte("never arrives")
 	wire.wait(t, toNATS, "never arrives")
 	wire.mend()
-	book.wait(t, "1 × may have lost a message", 1)
+	near.log.wait(t, "1 × may have lost a message", 1)
 	wire.cut(fromNATS)
 	near.front.broadcast <- []byte("arrives")
 	listener.want(t, "arrives")
 	wire.mend()
-	book.wait(t, "1 × may have lost a message", 2)
+	near.log.wait(t, "1 × may have lost a message", 2)
 
 	near.front.broadcast <- []byte("end")
 	listener.want(t, "end")
@@ -645,6 +734,7 @@ func newWire(t testing.TB, address string) *wire {
 				near.Close()
 				continue
 			}
+			far.(*net.TCPConn).SetReadBuffer(64 << 10) // so that NATS soon notices what is not read
 			w.mu.Lock()
 			w.conns = append(w.conns, near, far)
 			w.mu.Unlock()
@@ -716,14 +806,15 @@ func (w *wire) mend() {
 }
 
 func TestNodeSpeaksAMomentAfterNATSIsBack(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	s, nodes := startRoom(t, 2)
 	listener := nodes[1].dial(t)
 	restart := stopNATS(t, s)
 	awaitNoNATS(t, nodes)
 	nodes[0].front.broadcast <- []byte("said while NATS was away")
 	restart()
-	book.wait(t, "NATS is back", 2)
+	nodes[0].log.wait(t, "NATS is back", 1)
+	nodes[1].log.wait(t, "NATS is back", 1)
 	back := time.Now()
 	listener.want(t, "said while NATS was away")
 	if waited := time.Since(back); waited < settleWait/2 {
@@ -731,7 +822,7 @@ func TestNodeSpeaksAMomentAfterNATSIsBack(t *testing.T) {
 	}
 
 	nodes[0].nc.ForceReconnect()
-	book.wait(t, "NATS is back", 3)
+	nodes[0].log.wait(t, "NATS is back", 2)
 	back = time.Now()
 	eventually(t, "the moment is over", func() bool { return time.Since(back) > settleWait })
 	before := time.Now()
@@ -743,49 +834,56 @@ func TestNodeSpeaksAMomentAfterNATSIsBack(t *testing.T) {
 }
 
 func TestWhatANodeMissesIsCountedOnceOthersSpeakAgain(t *testing.T) {
-	const total = 20_000
-	book := captureLog(t)
+	const total = 12_000
 	s := natsWith(t, &server.Options{MaxPending: 1 << 20})
 	wire := newWire(t, s.Addr().String())
 	near := startNode(t, s.ClientURL(), "chat")
 	far := startNode(t, "nats://"+wire.Addr().String(), "chat")
 	listener := far.dial(t)
+	near.front.broadcast <- []byte("before")
+	listener.want(t, "before")
 
 	// The far one reads nothing until NATS cuts it off.
 	wire.blocked[fromNATS].Lock()
-	for _, line := range numbered(strings.Repeat("x", maxMessageSize/2), total) {
+	for _, line := range numbered(strings.Repeat("x", maxMessageSize-10), total) {
 		near.front.broadcast <- []byte(line)
 	}
 	eventually(t, "NATS cuts the node off", func() bool { return s.NumSlowConsumers() > 0 })
 	wire.blocked[fromNATS].Unlock()
-	book.wait(t, "this node has missed what others said meanwhile", 1)
+	far.log.wait(t, "this node has missed what others said meanwhile", 1)
 	near.front.broadcast <- []byte("end")
 	heard := listener.hearUntil(t, "end")
-	book.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total-len(heard)), 1)
+	far.log.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total-len(heard)), 1)
 }
 
 func TestNATSThatDoesNotAnswerIsLeft(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	s := natsServer(t, 0)
-	wire := newWire(t, s.Addr().String())
-	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
+	wires := []*wire{newWire(t, s.Addr().String()), newWire(t, s.Addr().String())}
+	talking, silent := startNode(t, "nats://"+wires[0].Addr().String(), "chat"), startNode(t, "nats://"+wires[1].Addr().String(), "chat")
 	listener := startNode(t, s.ClientURL(), "chat").dial(t)
-	wire.cut(toNATS)
-	near.front.broadcast <- []byte("never arrives")
-	book.wait(t, "NATS is away: "+nats.ErrTimeout.Error(), 1) // answerWait later
-	wire.mend()
-	near.front.broadcast <- []byte("arrives")
+	for _, wire := range wires {
+		wire.cut(toNATS)
+	}
+	talking.front.broadcast <- []byte("never arrives")
+	for i, node := range []*node{talking, silent} {
+		node.log.wait(t, "NATS is away: "+nats.ErrTimeout.Error(), 1) // answerWait later
+		wires[i].mend()
+	}
+	talking.front.broadcast <- []byte("arrives")
 	listener.want(t, "arrives")
-	book.wait(t, "1 × may have lost a message", 1)
+	talking.log.wait(t, "1 × may have lost a message", 1)
 }
 
 func TestNodesOnOneNATSClusterAreOneRoomThatOutlivesAServer(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	servers, _ := natsCluster(t, false)
+	var nodes []*node
 	var clients []*client
 	for _, s := range servers {
 		node := startNode(t, s.ClientURL(), "chat")
 		eventually(t, "the node knows all servers", func() bool { return len(node.nc.Servers()) == len(servers) })
+		nodes = append(nodes, node)
 		clients = append(clients, node.dial(t))
 	}
 	everybodyHears := func(line string) {
@@ -797,11 +895,12 @@ func TestNodesOnOneNATSClusterAreOneRoomThatOutlivesAServer(t *testing.T) {
 	}
 	everybodyHears("hello")
 	stopNATS(t, servers[0])
-	book.wait(t, "NATS is back", 1)
+	nodes[0].log.wait(t, "NATS is back", 1)
 	everybodyHears("still here")
 }
 
 func TestNodeThatIsNewAtANATSClusterMissesNothing(t *testing.T) {
+	t.Parallel()
 	servers, wires := natsCluster(t, true)
 	old := []*node{startNode(t, servers[0].ClientURL(), "chat"), startNode(t, servers[1].ClientURL(), "chat")}
 
@@ -823,10 +922,11 @@ func natsCluster(t testing.TB, wired bool) (servers []*server.Server, wires []*w
 	t.Helper()
 	var routes []string
 	for n := range 3 {
-		s := natsWith(t, &server.Options{
-			Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT, NoAdvertise: wired},
-			Routes:  server.RoutesFromStr(strings.Join(routes, ",")),
-		})
+		cluster := server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT, NoAdvertise: wired}
+		if wired && n == 2 {
+			cluster.Advertise = "127.0.0.1:1" // so that the others do not connect to it themselves
+		}
+		s := natsWith(t, &server.Options{Cluster: cluster, Routes: server.RoutesFromStr(strings.Join(routes, ","))})
 		servers = append(servers, s)
 		routes = append(routes, "nats://"+s.ClusterAddr().String())
 		if wired && n == 1 {
@@ -863,7 +963,6 @@ func natsWith(t testing.TB, options *server.Options) *server.Server {
 }
 
 func TestShutdownTakesWhatClientsSaidToNATSFirst(t *testing.T) {
-	t.Parallel()
 	const total = outboxSize
 	_, nodes := startRoom(t, 2)
 	leaver, listener := nodes[0].dial(t), nodes[1].dial(t)
@@ -879,6 +978,7 @@ func TestShutdownTakesWhatClientsSaidToNATSFirst(t *testing.T) {
 }
 
 func TestShutdownWaitsForNATSToComeBack(t *testing.T) {
+	t.Parallel()
 	s, nodes := startRoom(t, 2)
 	leaver, listener := nodes[0].dial(t), nodes[1].dial(t)
 	restart := stopNATS(t, s)
@@ -895,7 +995,7 @@ func TestShutdownWaitsForNATSToComeBack(t *testing.T) {
 }
 
 func TestShutdownWithoutNATSLetsSendersGoAndLogsHowMuchIsLost(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	s, nodes := startRoom(t, 1)
 	leaver := nodes[0].dial(t)
 	stopNATS(t, s)
@@ -910,13 +1010,14 @@ func TestShutdownWithoutNATSLetsSendersGoAndLogsHowMuchIsLost(t *testing.T) {
 	})
 	waitUntilSlowed(t, &taken)
 	leaver.say(t, "nor this")
+	stopping := time.Now()
 	nodes[0].stop()
+	if took := time.Since(stopping); took > drainWait+shutdownWait {
+		t.Errorf("it took %v to stop, as somebody was left behind", took)
+	}
 	leaver.wantClose(t, websocket.CloseGoingAway)
 	group.Wait()
-	got := book.String()
-	if strings.Contains(got, "leaving clients behind") {
-		t.Errorf("log is %q, want nobody left behind", got)
-	}
+	got := nodes[0].log.String()
 	lost := int(taken.Load())
 	want := fmt.Sprintf("%d × lost a message: NATS was away", lost)
 	withLeavers := fmt.Sprintf("%d × lost a message: NATS was away", lost+1) // if it was read before the end
@@ -981,7 +1082,6 @@ func TestRollingRestartLosesNothingForAClientOfTheOtherNode(t *testing.T) {
 
 func TestFloodOnOneNodeDropsNobodyOnAnother(t *testing.T) {
 	const total = 30_000
-	book := captureLog(t)
 	_, nodes := startRoom(t, 2)
 	want := numbered("flood", total)
 	var group sync.WaitGroup
@@ -1006,87 +1106,222 @@ func TestFloodOnOneNodeDropsNobodyOnAnother(t *testing.T) {
 		}
 	}
 	group.Wait()
-	if got := book.String(); strings.Contains(got, "lost a message") {
-		t.Errorf("log is %q, want nothing lost", got)
+	wantNothingLost(t, nodes)
+}
+
+func TestSendersWaitAlsoForWhatOthersSay(t *testing.T) {
+	const others = inboxSize / 2
+	s := natsServer(t, 0)
+	relay, _ := joinWithoutHub(t, s.ClientURL())
+	nc := otherSoftware(t, s)
+	for _, line := range numbered("theirs", others) {
+		nc.Publish("chat", []byte(line))
+	}
+	nc.Flush()
+	relay.nc.Flush() // now they are in the inbox
+
+	taken := 0
+	for heard := 0; heard < others/2; {
+		select {
+		case relay.front.broadcast <- message:
+			taken++
+		case line := <-relay.hub.broadcast:
+			if want := fmt.Sprint("theirs ", heard); string(line) != want {
+				t.Fatalf("the hub is told %q, want %q", line, want)
+			}
+			heard++
+		}
+	}
+	if taken > 2 { // one that is said, and one that waits
+		t.Errorf("%d messages were taken while more than the window's waited for the hub, want at most 2", taken)
 	}
 }
 
-func TestSendersAreSlowedWhenTheirNodeIsBehind(t *testing.T) {
-	relay := joinWithoutHub(t, natsServer(t, 0).ClientURL())
-	var taken atomic.Int64
-	var group sync.WaitGroup
-	group.Go(func() {
-		for range 2 * outboxSize {
-			relay.front.broadcast <- []byte("the hub does not take this")
-			taken.Add(1)
-		}
-	})
-	waitUntilSlowed(t, &taken)
-	if pending, _, err := relay.sub.Pending(); err != nil || pending > 4*inboxCrowded {
-		t.Errorf("%d messages (%v) wait for the hub, want about %d", pending, err, inboxCrowded)
+func TestWindowIsForWhatHasNotComeBack(t *testing.T) {
+	t.Parallel()
+	s := natsServer(t, 0)
+	wire := newWire(t, s.Addr().String())
+	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
+	listener := startNode(t, s.ClientURL(), "chat").dial(t)
+	wire.cut(fromNATS)
+	lines := numbered("said", 2*windowSize)
+	for _, line := range lines[:windowSize+1] {
+		near.front.broadcast <- []byte(line)
 	}
-	close(relay.hub.stop) // so that the outbox takes the rest
-	group.Wait()
+	listener.want(t, lines[:windowSize]...)
+	select {
+	case near.front.broadcast <- []byte("more"):
+		t.Error("a message is taken that goes beyond the window and the one that waits for it")
+	case <-time.After(reportPeriod):
+	}
+
+	// Those that have arrived are not said again.
+	wire.mend()
+	near.log.wait(t, fmt.Sprintf("%d × may have lost a message", windowSize), 1)
+	listener.want(t, lines[windowSize])
 }
 
 // joinWithoutHub returns a relay whose hub does not run, so that it takes
 // nothing, until the test ends.
-func joinWithoutHub(t *testing.T, url string) *Relay {
+func joinWithoutHub(t *testing.T, url string) (*Relay, *logBook) {
 	t.Helper()
-	nc, err := connect(url, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	relay, err := join(newHub(), nc, "chat")
-	if err != nil {
-		t.Fatal(err)
-	}
+	relay, book := startRelay(t, url, "chat")
 	t.Cleanup(relay.leave)
-	return relay
+	return relay, book
 }
 
 func TestWhatANodeIsTooSlowForIsCountedInTheLog(t *testing.T) {
-	const total, kept = 1000, 10
-	book := captureLog(t)
+	const total = inboxSize + 1000
 	s := natsServer(t, 0)
-	slow := joinWithoutHub(t, s.ClientURL())
-	slow.sub.SetPendingLimits(kept, -1)
+	slow, book := joinWithoutHub(t, s.ClientURL())
 	fast := startNode(t, s.ClientURL(), "chat")
-	for _, line := range numbered("flood", total) {
-		fast.front.broadcast <- []byte(line)
+	listener := fast.dial(t)
+	lines := numbered("flood", total)
+	go func() {
+		for _, line := range lines {
+			fast.front.broadcast <- []byte(line)
+		}
+	}()
+	listener.hearUntil(t, lines[total-1])
+	slow.nc.Flush() // All have come, or been dropped.
+	dropped, _ := slow.sub.Dropped()
+	if dropped == 0 {
+		t.Fatal("nothing was dropped")
 	}
-	book.wait(t, nats.ErrSlowConsumer.Error(), 1)
-	eventually(t, "all have come", func() bool {
-		dropped, _ := slow.sub.Dropped()
-		return dropped >= total-kept-1
-	})
-	go slow.hub.run()
-	eventually(t, "the node is no longer behind", func() bool {
-		pending, _, _ := slow.sub.Pending()
-		return pending == 0
-	})
-	dropped, err := slow.sub.Dropped()
-	if err != nil {
-		t.Fatal(err)
+
+	// Now its hub begins to take what it is told.
+	heard := 0
+	go func() { fast.front.broadcast <- []byte("end") }()
+	for line := ""; line != "end"; heard++ {
+		line = string(<-slow.hub.broadcast)
 	}
-	fast.front.broadcast <- []byte("end")
-	book.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", dropped), 1)
+	book.wait(t, fmt.Sprintf("NATS: %d × lost a message from NATS: too many waited for the hub\n", dropped), 1)
+	book.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total+1-heard), 1)
+}
+
+func TestMessageThatComesAfterLaterOnesIsOldAndNoGap(t *testing.T) {
+	const hello = ""
+	tests := []struct {
+		name, node string
+		said       int
+		text       string
+		fresh      bool
+		missed     int
+	}{
+		{"the first of a node that has said much", "a", 7, "seven", true, 0},
+		{"the next", "a", 8, "eight", true, 0},
+		{"the same once more", "a", 8, "eight", false, 0},
+		{"hello", "a", 9, hello, true, 0},
+		{"after hello", "a", 9, "nine", true, 0},
+		{"two are missing", "a", 12, "twelve", true, 2},
+		{"one of the two, late", "a", 10, "ten", false, 0},
+		{"hello, late", "a", 8, hello, false, 0},
+		{"an old one does not set the count back", "a", 13, "thirteen", true, 0},
+		{"hello tells of one that is missing", "a", 15, hello, true, 1},
+		{"that one, late", "a", 14, "fourteen", false, 0},
+		{"of another node, which has said little", "b", 0, "zero", true, 0},
+		{"and the one after it", "b", 1, "one", true, 0},
+	}
+	relay := countingRelay()
+	for _, test := range tests {
+		message := &nats.Msg{Header: numberedBy(test.node, test.said), Data: []byte(test.text)}
+		if got := relay.count(message); got != test.fresh {
+			t.Errorf("%s: new is %t, want %t", test.name, got, test.fresh)
+		}
+		if got := relay.troubles["missed a message"]; got != test.missed {
+			t.Errorf("%s: %d missed, want %d", test.name, got, test.missed)
+		}
+		clear(relay.troubles)
+	}
+}
+
+// countingRelay returns a relay that can count messages, and do nothing else.
+func countingRelay() *Relay {
+	return &Relay{name: "mine", heard: make(map[string]uint64), troubles: make(map[string]int)}
+}
+
+// numberedBy returns the header of a message of node, which had said as many before.
+func numberedBy(node string, said any) nats.Header {
+	return nats.Header{"Node": {node}, "Said": {fmt.Sprint(said)}}
+}
+
+func TestWhatANATSServerKeptBackIsNotDeliveredLate(t *testing.T) {
+	t.Parallel()
+	const kept = 100
+	servers, wires := natsCluster(t, true)
+	near, far := startNode(t, servers[2].ClientURL(), "chat"), startNode(t, servers[0].ClientURL(), "chat")
+	talker, listener := near.dial(t), far.dial(t)
+	talker.say(t, "before")
+	listener.want(t, "before")
+	talker.want(t, "before")
+
+	// Their NATS servers do not reach each other until near has changed to far's.
+	for _, wire := range wires {
+		wire.blocked[fromNATS].Lock()
+		wire.blocked[toNATS].Lock()
+	}
+	for _, line := range numbered("kept back", kept) {
+		near.front.broadcast <- []byte(line)
+		talker.want(t, line)
+	}
+	near.nc.SetServerPool([]string{servers[0].ClientURL()})
+	near.nc.ForceReconnect()
+	near.log.wait(t, "NATS is back", 1)
+	near.front.broadcast <- []byte("afterwards")
+	listener.want(t, "afterwards")
+
+	received := far.nc.Stats().InMsgs
+	for _, wire := range wires {
+		wire.blocked[fromNATS].Unlock()
+		wire.blocked[toNATS].Unlock()
+	}
+	eventually(t, "what was kept back has come", func() bool { return far.nc.Stats().InMsgs >= received+kept })
+	near.front.broadcast <- []byte("end")
+	listener.want(t, "end")
+	far.stop()
+	want := fmt.Sprintf("NATS: %d × missed a message\n", kept)
+	if got := far.log.String(); !strings.Contains(got, want) || strings.Count(got, "missed a message") != 1 {
+		t.Errorf("log is %q, want %q in it, and no other message missed", got, want)
+	}
 }
 
 func TestOtherSoftwareCannotMakeTheNodeCountWithoutEnd(t *testing.T) {
-	relay := joinWithoutHub(t, natsServer(t, 0).ClientURL())
-	for n := range 2 * mostNodes {
-		relay.count(nats.Header{"Said": {fmt.Sprint(n, 1)}})
+	relay := countingRelay()
+	relay.said = 1
+	relay.count(&nats.Msg{Header: numberedBy(relay.name, 0), Data: message})
+	for n := range 3 * mostNodes {
+		relay.count(&nats.Msg{Header: numberedBy(fmt.Sprint(n), 1)})
 	}
-	if got := len(relay.latest); got > mostNodes {
-		t.Errorf("remembers %d nodes, want at most %d", got, mostNodes)
+	if got := len(relay.heard); got > mostNodes+1 {
+		t.Errorf("remembers %d nodes, want at most %d and itself", got, mostNodes)
 	}
-	for _, said := range []string{"", "1", "1 2 3", "-1 5", "1 99999999999999999999", "x y"} {
-		relay.count(nats.Header{"Said": {said}})
+	if got := relay.onTheWay(); got != 0 {
+		t.Errorf("%d of its own messages are on their way, want none", got)
+	}
+	clear(relay.heard)
+	for _, said := range []string{"", "1 2", "-1", "1.5", "99999999999999999999", "x"} {
+		if message := (&nats.Msg{Header: numberedBy("other", said)}); !relay.count(message) || len(relay.heard) > 0 {
+			t.Errorf("a message with the number %q is counted, or not delivered", said)
+		}
+	}
+	if relay.count(&nats.Msg{Header: numberedBy(strings.Repeat("x", headerSize+1), 1)}); len(relay.heard) > 0 {
+		t.Error("remembers a node whose name is too long")
 	}
 }
 
+// otherSoftware connects to s something that is no node, until the test ends.
+func otherSoftware(t *testing.T, s *server.Server) *nats.Conn {
+	t.Helper()
+	nc, err := nats.Connect(s.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	return nc
+}
+
 func TestMessageFromOtherSoftwareIsCleanedOrRefused(t *testing.T) {
+	t.Parallel()
 	tests := []struct{ name, sent, want, logged string }{
 		{"several lines", "one\ntwo\r\nthree", "one two  three", "cleaned a message from NATS"},
 		{"escape sequences", "\x1b[2J\x07bell\x00", "[2J bell", "cleaned a message from NATS"},
@@ -1097,24 +1332,20 @@ func TestMessageFromOtherSoftwareIsCleanedOrRefused(t *testing.T) {
 		{"one byte too long", strings.Repeat("x", maxMessageSize+1), "", "refused a message"},
 		{"200 kB", strings.Repeat("x", 200<<10), "", "refused a message"},
 	}
-	s, nodes := startRoom(t, 1)
-	listener := nodes[0].dial(t)
-	nc, err := nats.Connect(s.ClientURL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			book := captureLog(t)
+			t.Parallel()
+			s, nodes := startRoom(t, 1)
+			listener := nodes[0].dial(t)
+			nc := otherSoftware(t, s)
 			nc.Publish("chat", []byte(test.sent))
 			nc.Publish("chat", []byte("end"))
 			if test.want != "" {
 				listener.want(t, test.want)
 			}
 			listener.want(t, "end")
-			nodes[0].logTroubles()
-			if got := book.String(); !strings.Contains(got, "NATS: 1 × "+test.logged) || strings.Count(got, "\n") != 1 {
+			nodes[0].stop()
+			if got := nodes[0].log.String(); !strings.Contains(got, "NATS: 1 × "+test.logged) || strings.Count(got, "\n") != 1 {
 				t.Errorf("log is %q, want one line with %q", got, test.logged)
 			}
 		})
@@ -1122,14 +1353,10 @@ func TestMessageFromOtherSoftwareIsCleanedOrRefused(t *testing.T) {
 }
 
 func TestOtherSoftwareCannotFillTheLog(t *testing.T) {
-	book := captureLog(t)
+	t.Parallel()
 	s, nodes := startRoom(t, 1)
 	listener := nodes[0].dial(t)
-	nc, err := nats.Connect(s.ClientURL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
+	nc := otherSoftware(t, s)
 	start := time.Now()
 	for range 1000 {
 		nc.Publish("chat", []byte("\xff"))
@@ -1138,12 +1365,13 @@ func TestOtherSoftwareCannotFillTheLog(t *testing.T) {
 	listener.want(t, "end")
 	nodes[0].stop()
 	most := 2 + int(time.Since(start)/reportPeriod)
-	if got := strings.Count(book.String(), "refused a message"); got == 0 || got > most {
+	if got := strings.Count(nodes[0].log.String(), "refused a message"); got == 0 || got > most {
 		t.Errorf("%d lines in the log, want 1 to %d", got, most)
 	}
 }
 
 func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
+	t.Parallel()
 	key := func(pair nkeys.KeyPair, err error) (nkeys.KeyPair, string) {
 		if err != nil {
 			t.Fatal(err)
@@ -1184,7 +1412,7 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := join(newHub(), nc, "secrets"); !errors.Is(err, nats.ErrPermissionViolation) {
+	if _, err := join(newHub(), nc, "secrets", log.Default()); !errors.Is(err, nats.ErrPermissionViolation) {
 		t.Errorf("a room that the credentials are not for: got %v, want %v", err, nats.ErrPermissionViolation)
 	}
 	nc.Close()
@@ -1192,14 +1420,65 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	relay, err := join(newHub(), nc, "chat")
+	relay, err := join(newHub(), nc, "chat", log.Default())
 	if err != nil {
 		t.Fatal(err)
 	}
 	relay.leave()
 }
 
+// allowed are options of a NATS server that lets everybody publish and subscribe
+// on these subjects only.
+func allowed(publish, subscribe string) *server.Options {
+	return &server.Options{
+		NoAuthUser: "anybody",
+		Users: []*server.User{{Username: "anybody", Permissions: &server.Permissions{
+			Publish:   &server.SubjectPermission{Allow: []string{publish}},
+			Subscribe: &server.SubjectPermission{Allow: []string{subscribe}},
+		}}},
+	}
+}
+
+// reload has s go on with these options.
+func reload(t *testing.T, s *server.Server, options *server.Options) {
+	t.Helper()
+	options.Host, options.Port = "127.0.0.1", s.Addr().(*net.TCPAddr).Port
+	options.NoLog, options.NoSigs = true, true
+	if err := s.ReloadOptions(options); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestNodeThatWasNotAllowedToHearHearsAgain(t *testing.T) {
+	t.Parallel()
+	s := natsWith(t, allowed("chat", "chat"))
+	node := startNode(t, s.ClientURL(), "chat")
+	c := node.dial(t)
+	reload(t, s, allowed("chat", "nothing"))
+	node.log.wait(t, "permissions violation", 1)
+	reload(t, s, allowed("chat", "chat")) // of which NATS tells nobody
+	eventually(t, "the node is not ready", func() bool { return !node.ready.Load() })
+	eventually(t, "the node is ready", node.ready.Load)
+	c.say(t, "hello")
+	c.want(t, "hello")
+}
+
+func TestWhatIsSaidWhileNATSDoesNotAllowItWaits(t *testing.T) {
+	t.Parallel()
+	s := natsWith(t, allowed("chat", "chat"))
+	node := startNode(t, s.ClientURL(), "chat")
+	c := node.dial(t)
+	reload(t, s, allowed("nothing", "chat"))
+	eventually(t, "the node is not ready", func() bool { return !node.ready.Load() })
+	node.log.wait(t, "permissions violation", 1)
+	c.say(t, "hello")
+	reload(t, s, allowed("chat", "chat"))
+	c.want(t, "hello")
+	eventually(t, "the node is ready", node.ready.Load)
+}
+
 func TestJoinReturnsWhyItCannot(t *testing.T) {
+	t.Parallel()
 	s := natsServer(t, 0)
 	small := natsWith(t, &server.Options{MaxPayload: maxMessageSize})
 	plain := natsWith(t, &server.Options{NoHeaderSupport: true})
@@ -1216,13 +1495,15 @@ func TestJoinReturnsWhyItCannot(t *testing.T) {
 		{s, strings.Repeat("x", maxSubjectSize+1), "cannot name a room"},
 		{small, "chat", "has to accept messages of 640 bytes"},
 		{plain, "chat", "with headers"},
+		{natsWith(t, allowed("nothing", "chat")), "chat", "Permissions Violation for Publish"},
+		{natsWith(t, allowed("chat", "nothing")), "chat", "Permissions Violation for Subscription"},
 	}
 	for _, test := range tests {
 		nc, err := connect(test.nats.ClientURL(), "")
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := join(newHub(), nc, test.subject); err == nil || !strings.Contains(err.Error(), test.want) {
+		if _, err := join(newHub(), nc, test.subject, log.Default()); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%.40q: got %v, want an error with %q", test.subject, err, test.want)
 		}
 		nc.Close()

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -9,6 +10,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -47,26 +50,25 @@ func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
 	for _, proxy := range []struct {
 		name, prefix string
 		oneIsEnough  bool // when the other server ends, clients get to this one
+		servers      func(t *testing.T) (one, two *server)
 		start        func(t *testing.T, addr, one, two string)
 	}{
-		{"nginx", "/chat/", false, func(t *testing.T, addr, one, _ string) {
+		{"nginx", "/chat/", false, func(t *testing.T) (one, two *server) {
+			return startServer(t, "127.0.0.1:0"), startServer(t, "127.0.0.1:0")
+		}, func(t *testing.T, addr, one, _ string) {
 			config := codeFrom(t, "../README.md", "location /chat/ {")
 			config = replace(t, config, "127.0.0.1:8080", one)
 			wantPatience(t, config, `proxy_read_timeout (\w+);`)
 			startProxy(t, "nginx-light", fmt.Sprintf(nginxConfig, addr, config), "/usr/sbin/nginx", "-e", "stderr", "-p", ".", "-c")
 		}},
-		{"HAProxy", "/", true, func(t *testing.T, addr, one, two string) {
-			config := codeFrom(t, "../cluster/README.md", "defaults")
-			config = replace(t, config, "bind :80", "bind "+addr)
-			config = replace(t, config, "10.0.0.1:8080", one)
-			config = replace(t, config, "10.0.0.2:8080", two)
-			wantPatience(t, config, `timeout tunnel +(\w+)`)
-			startProxy(t, "haproxy", config, "/usr/sbin/haproxy", "-db", "-f")
-		}},
+		{"HAProxy", "/", true, func(t *testing.T) (one, two *server) {
+			nats := startNATS(t)
+			return startNode(t, nats), startNode(t, nats)
+		}, func(t *testing.T, addr, one, two string) { startHAProxy(t, addr, one, two) }},
 	} {
 		t.Run(proxy.name, func(t *testing.T) {
 			t.Parallel()
-			one, two := startServer(t, "127.0.0.1:0"), startServer(t, "127.0.0.1:0")
+			one, two := proxy.servers(t)
 			addr := freeAddr(t)
 			proxy.start(t, addr, one.addr, two.addr)
 			awaitListener(t, addr)
@@ -121,6 +123,164 @@ func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
 			wantGoodbye(t, discard(busy), websocket.CloseGoingAway)
 		})
 	}
+}
+
+// HAProxy, as cluster/README.md sets it up, sends nobody to a node that hangs or
+// that has lost NATS, and sends people there again when it is well.
+func TestHAProxySendsPeopleOnlyToNodesThatHearTheOthers(t *testing.T) {
+	t.Parallel()
+	const people = 20
+	for _, trouble := range []struct {
+		name         string
+		makes, mends func(t *testing.T, two *server, wire *forwarder)
+	}{
+		{"hangs",
+			func(t *testing.T, two *server, _ *forwarder) { two.signal(t, syscall.SIGSTOP) },
+			func(t *testing.T, two *server, _ *forwarder) { two.signal(t, syscall.SIGCONT) }},
+		{"has lost NATS",
+			func(t *testing.T, two *server, wire *forwarder) { wire.cut(); two.waitForLog(t, "NATS is (away)") },
+			func(_ *testing.T, _ *server, wire *forwarder) { wire.mend() }},
+	} {
+		t.Run(trouble.name, func(t *testing.T) {
+			t.Parallel()
+			nats := startNATS(t)
+			wire := forward(t, nats)
+			one, two := startNode(t, nats), startNode(t, wire.Addr().String())
+			addr := freeAddr(t)
+			haproxy := startHAProxy(t, addr, one.addr, two.addr)
+			awaitListener(t, addr)
+			listener := one.dial(t)
+			listener.SetReadDeadline(time.Now().Add(3 * patience))
+			everybodyTalks := func() {
+				t.Helper()
+				for n := range people {
+					line := fmt.Sprint("from ", n)
+					say(t, dial(t, websocket.DefaultDialer, "ws://"+addr+"/ws"), line)
+					if _, got, err := listener.ReadMessage(); err != nil || string(got) != line {
+						t.Fatalf("a node hears %q and %v from those who come through the proxy, want %q", got, err, line)
+					}
+				}
+			}
+			trouble.makes(t, two, wire)
+			since := time.Now()
+			haproxy.wait(t, "Server nodes/two is DOWN")
+			t.Logf("HAProxy has noticed after %v", time.Since(since))
+			everybodyTalks()
+			trouble.mends(t, two, wire)
+			haproxy.wait(t, "Server nodes/two is UP")
+			everybodyTalks()
+			if got := two.log.String(); strings.Contains(got, "/ready") {
+				t.Errorf("the node logs that it is asked whether it is ready:\n%s", got)
+			}
+		})
+	}
+}
+
+// buildCluster builds the server for several machines, and returns its path.
+var buildCluster = sync.OnceValues(func() (string, error) {
+	path := binary + "-cluster"
+	build := exec.Command("go", "build", "-o", path, ".")
+	build.Dir = "../cluster"
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("go build: %v\n%s", err, out)
+	}
+	return path, nil
+})
+
+// startCluster starts the server for several machines with these arguments, until
+// the test ends.
+func startCluster(t *testing.T, args ...string) *server {
+	t.Helper()
+	path, err := buildCluster()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return startCommand(t, exec.Command(path, append(args, "-addr", "127.0.0.1:0")...))
+}
+
+// startNATS starts a NATS server, that of a node of its own, and returns where it
+// listens.
+func startNATS(t *testing.T) (addr string) {
+	t.Helper()
+	return startCluster(t).waitForLog(t, `-nats nats://(\S+)`)
+}
+
+// startNode starts a node of the room at the NATS server that listens on addr.
+func startNode(t *testing.T, addr string) *server {
+	t.Helper()
+	return startCluster(t, "-nats", "nats://"+addr)
+}
+
+// startHAProxy starts HAProxy as cluster/README.md sets it up, on addr, before two
+// nodes.
+func startHAProxy(t *testing.T, addr, one, two string) *output {
+	t.Helper()
+	config := codeFrom(t, "../cluster/README.md", "defaults")
+	config = replace(t, config, "bind :80", "bind "+addr)
+	config = replace(t, config, "10.0.0.1:8080", one)
+	config = replace(t, config, "10.0.0.2:8080", two)
+	wantPatience(t, config, `timeout tunnel +(\w+)`)
+	return startProxy(t, "haproxy", config, "/usr/sbin/haproxy", "-db", "-f")
+}
+
+// A forwarder passes what it gets on to an address, until it is cut.
+type forwarder struct {
+	net.Listener
+	mu    sync.Mutex
+	isCut bool
+	conns []net.Conn
+}
+
+// forward starts a forwarder to addr, which ends with the test.
+func forward(t *testing.T, addr string) *forwarder {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &forwarder{Listener: listener}
+	t.Cleanup(func() { listener.Close(); f.cut() })
+	go func() {
+		for {
+			near, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			far, err := net.Dial("tcp", addr)
+			if err != nil {
+				near.Close()
+				continue
+			}
+			f.mu.Lock()
+			f.conns = append(f.conns, near, far)
+			if f.isCut {
+				near.Close()
+				far.Close()
+			}
+			f.mu.Unlock()
+			go io.Copy(near, far)
+			go io.Copy(far, near)
+		}
+	}()
+	return f
+}
+
+// cut breaks what is connected, and what connects until it is mended.
+func (f *forwarder) cut() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.isCut = true
+	for _, conn := range f.conns {
+		conn.Close()
+	}
+	f.conns = nil
+}
+
+// mend has new connections work.
+func (f *forwarder) mend() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.isCut = false
 }
 
 // wantPatience checks that config has a time limit, the group of pattern, that a
@@ -186,8 +346,9 @@ func freeAddr(t testing.TB) string {
 }
 
 // startProxy runs a program of a Debian package in a folder of its own, until the
-// test ends. The name of the file with its configuration is its last argument.
-func startProxy(t *testing.T, pkg, config, name string, args ...string) {
+// test ends, and returns what it says. The name of the file with its configuration
+// is its last argument.
+func startProxy(t *testing.T, pkg, config, name string, args ...string) *output {
 	t.Helper()
 	dir := t.TempDir()
 	file := filepath.Join(dir, "config")
@@ -208,6 +369,20 @@ func startProxy(t *testing.T, pkg, config, name string, args ...string) {
 			t.Logf("%s says:\n%s", name, out)
 		}
 	})
+	return out
+}
+
+// wait waits until a process has written text.
+func (o *output) wait(t *testing.T, text string) {
+	t.Helper()
+	timeout := time.After(patience)
+	for !strings.Contains(o.String(), text) {
+		select {
+		case <-o.grown:
+		case <-timeout:
+			t.Fatalf("it has not said %q in %v:\n%s", text, patience, o)
+		}
+	}
 }
 
 // awaitListener waits until somebody listens on addr.
