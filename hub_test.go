@@ -104,10 +104,8 @@ func wantQueue(t *testing.T, client *Client, wantClosed bool, want ...string) {
 // A broadcast goes to every client. The hub never blocks on one: a client whose
 // queue is full is dropped.
 
-func TestEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) {
-	synctest.Test(t, testEveryClientGetsEachBroadcastAsItsOwnItem)
-}
-func testEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) {
+func TestEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) { synctest.Test(t, testBroadcast) }
+func testBroadcast(t *testing.T) {
 	hub, clients := startHub(t, 4, 4)
 	hub.broadcast <- []byte("one")
 	hub.broadcast <- []byte("two")
@@ -117,10 +115,8 @@ func testEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) {
 	}
 }
 
-func TestFullQueueDropsItsClientAlone(t *testing.T) {
-	synctest.Test(t, testFullQueueDropsItsClientAlone)
-}
-func testFullQueueDropsItsClientAlone(t *testing.T) {
+func TestFullQueueDropsItsClientAlone(t *testing.T) { synctest.Test(t, testFullQueue) }
+func testFullQueue(t *testing.T) {
 	hub, clients := startHub(t, 2, 3)
 	for _, message := range []string{"1", "2", "3"} {
 		hub.broadcast <- []byte(message)
@@ -136,8 +132,8 @@ func testFullQueueDropsItsClientAlone(t *testing.T) {
 	}
 }
 
-func TestUnregisterTwiceIsHarmless(t *testing.T) { synctest.Test(t, testUnregisterTwiceIsHarmless) }
-func testUnregisterTwiceIsHarmless(t *testing.T) {
+func TestUnregisterTwiceIsHarmless(t *testing.T) { synctest.Test(t, testUnregisterTwice) }
+func testUnregisterTwice(t *testing.T) {
 	hub, clients := startHub(t, 1, 1)
 	hub.unregister <- clients[0]
 	hub.unregister <- clients[0]
@@ -147,10 +143,8 @@ func testUnregisterTwiceIsHarmless(t *testing.T) {
 	wantQueue(t, clients[1], false, "still here")
 }
 
-func TestUnregisterOfAStrangerIsHarmless(t *testing.T) {
-	synctest.Test(t, testUnregisterOfAStrangerIsHarmless)
-}
-func testUnregisterOfAStrangerIsHarmless(t *testing.T) {
+func TestUnregisterOfAStrangerIsHarmless(t *testing.T) { synctest.Test(t, testUnregisterStranger) }
+func testUnregisterStranger(t *testing.T) {
 	hub, clients := startHub(t, 1)
 	hub.unregister <- &Client{hub: hub, send: make(chan []byte, 1)}
 	hub.broadcast <- []byte("still here")
@@ -161,10 +155,8 @@ func testUnregisterOfAStrangerIsHarmless(t *testing.T) {
 // Promise 3. A healthy client is never dropped because somebody else sends fast:
 // when any queue is more than half full after a broadcast, the hub pauses.
 
-func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
-	synctest.Test(t, testHubPausesOnlyWhenAQueueIsPastHalf)
-}
-func testHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
+func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) { synctest.Test(t, testPauses) }
+func testPauses(t *testing.T) {
 	hub, _ := startHub(t, 8, 100)
 	start := time.Now()
 	for n := range 8 {
@@ -183,9 +175,9 @@ func testHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
 // is full, and nothing after.
 
 func TestStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
-	synctest.Test(t, testStuckClientCostsTheRoomNothingOnceItIsDropped)
+	synctest.Test(t, testStuckClient)
 }
-func testStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
+func testStuckClient(t *testing.T) {
 	hub, _ := startHub(t, sendQueueSize)
 	start := time.Now()
 	for range sendQueueSize + 1 {
@@ -207,10 +199,8 @@ func testStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
 
 // Promises 6 and 7. Every client gets what is queued and 1001, and run returns.
 
-func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
-	synctest.Test(t, testStoppedHubSendsEverybodyAwayAndWaitsForThem)
-}
-func testStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
+func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) { synctest.Test(t, testStop) }
+func testStop(t *testing.T) {
 	hub := newHub()
 	ended := false
 	go func() { hub.run(); ended = true }()
@@ -243,8 +233,8 @@ func testStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
 
 // Promise 8. A naive move in a copy costs at most its own client.
 
-func TestRegisteringAgainIsHarmless(t *testing.T) { synctest.Test(t, testRegisteringAgainIsHarmless) }
-func testRegisteringAgainIsHarmless(t *testing.T) {
+func TestRegisteringAgainIsHarmless(t *testing.T) { synctest.Test(t, testRegisteringAgain) }
+func testRegisteringAgain(t *testing.T) {
 	hub, clients := startHub(t, 2, 2)
 	hub.register <- clients[0]
 	hub.broadcast <- []byte("heard once")
@@ -262,10 +252,8 @@ func testRegisteringAgainIsHarmless(t *testing.T) {
 	wantQueue(t, clients[1], false, "still here")
 }
 
-func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
-	synctest.Test(t, testLeavingTwiceDoesNotEndTheHubEarly)
-}
-func testLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
+func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) { synctest.Test(t, testLeavingTwice) }
+func testLeavingTwice(t *testing.T) {
 	hub, clients := startHub(t, 2, 2)
 	hub.left <- clients[0]
 	hub.left <- clients[0]
@@ -277,10 +265,8 @@ func testLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
 	wantQueue(t, clients[1], true)
 }
 
-func TestAnybodyMayStopTheHubAnyNumberOfTimes(t *testing.T) {
-	synctest.Test(t, testAnybodyMayStopTheHubAnyNumberOfTimes)
-}
-func testAnybodyMayStopTheHubAnyNumberOfTimes(t *testing.T) {
+func TestAnybodyMayStopTheHubAnyNumberOfTimes(t *testing.T) { synctest.Test(t, testStoppingOften) }
+func testStoppingOften(t *testing.T) {
 	hub, _ := startHub(t, 1)
 	for range 3 {
 		go hub.stop()
@@ -338,8 +324,8 @@ func copied(t *testing.T, joined func(*Client), said func(*Hub, []byte)) *Hub {
 	return h
 }
 
-func TestQueueClosedByHandIsANormalEnd(t *testing.T) { inRoom(testQueueClosedByHandIsANormalEnd)(t) }
-func testQueueClosedByHandIsANormalEnd(t *testing.T, r *room) {
+func TestQueueClosedByHandIsANormalEnd(t *testing.T) { inRoom(testQueueClosedByHand)(t) }
+func testQueueClosedByHand(t *testing.T, r *room) {
 	var first *Client
 	hub := copied(t, func(client *Client) {
 		if first == nil {
@@ -367,9 +353,9 @@ func testQueueClosedByHandIsANormalEnd(t *testing.T, r *room) {
 }
 
 func TestWaitingForAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
-	inRoom(testWaitingForAClientThatDoesNotReadEndsWithItsConnection)(t)
+	inRoom(testRunThatWaits)(t)
 }
-func testWaitingForAClientThatDoesNotReadEndsWithItsConnection(t *testing.T, r *room) {
+func testRunThatWaits(t *testing.T, r *room) {
 	hub := copied(t, func(*Client) {}, func(h *Hub, message []byte) {
 		for client := range h.clients {
 			client.send <- message // waits for room in the queue
@@ -396,11 +382,11 @@ func testWaitingForAClientThatDoesNotReadEndsWithItsConnection(t *testing.T, r *
 }
 
 func TestAnswerToAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
-	inRoom(testAnswerToAClientThatDoesNotReadEndsWithItsConnection)(t)
+	inRoom(testAnswerThatWaits)(t)
 }
-func testAnswerToAClientThatDoesNotReadEndsWithItsConnection(t *testing.T, r *room) {
+func testAnswerThatWaits(t *testing.T, r *room) {
 	front := *r.hub // Its client's messages come here, and go back to that client.
-	front.register, front.broadcast = make(chan *Client), make(chan []byte)
+	front.register, front.unregister, front.broadcast = make(chan *Client), make(chan *Client), make(chan []byte)
 	served := r.serve
 	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
 	over := make(chan struct{})
@@ -412,6 +398,8 @@ func testAnswerToAClientThatDoesNotReadEndsWithItsConnection(t *testing.T, r *ro
 			select {
 			case message := <-front.broadcast:
 				client.send <- message // while readPump waits
+			case client := <-front.unregister:
+				r.hub.unregister <- client // nothing is sent to it after that
 			case <-over:
 				return
 			}
@@ -426,17 +414,15 @@ func testAnswerToAClientThatDoesNotReadEndsWithItsConnection(t *testing.T, r *ro
 		time.Sleep(rateInterval)
 		_, err = p.NetConn().Write(encode(0x81, "answer me"))
 	}
-	if got, most := time.Since(start), writeWait+closeWait+rateInterval; got > most {
+	if got, most := time.Since(start), writeWait+closeWait+2*rateInterval; got > most {
 		t.Errorf("its connection ended after %v, want at most %v", got, most)
 	}
 	r.say("still here")
 	other.wantLines("still here")
 }
 
-func TestHistoryForARequestThatIsNoHandshakeHoldsNobodyUp(t *testing.T) {
-	inRoom(testHistoryForARequestThatIsNoHandshakeHoldsNobodyUp)(t)
-}
-func testHistoryForARequestThatIsNoHandshakeHoldsNobodyUp(t *testing.T, r *room) {
+func TestHistoryForARequestThatIsNoHandshakeHoldsNobodyUp(t *testing.T) { inRoom(testHistory)(t) }
+func testHistory(t *testing.T, r *room) {
 	history := make([]string, sendQueueSize+44)
 	hub := copied(t, func(client *Client) {
 		for n := range history {
