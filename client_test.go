@@ -30,8 +30,9 @@ import (
 )
 
 // The tests stand in the order of what they show: what happens on the wire, the
-// promises, the process, and the page. What needs only a Hub is in hub_test.go.
-// Then comes the rig, and after it fuzzing and benchmarks.
+// promises, serving, and the page.
+// Then comes the rig, and after it fuzzing. What needs only a Hub, the process, and
+// the benchmarks are in hub_test.go.
 
 // The figures and words that people rely on; all other tests ask the constants.
 
@@ -1792,35 +1793,5 @@ func (r *room) fuzz(t *testing.T, other *peer, sent []byte) {
 				t.Errorf("the other one sees %q", line)
 			}
 		}
-	}
-}
-
-// BenchmarkBroadcast measures the way of one message from the hub to n clients.
-func BenchmarkBroadcast(b *testing.B) {
-	for _, n := range []int{1, 100, 1000} {
-		b.Run(fmt.Sprintf("clients=%d", n), func(b *testing.B) {
-			r := tcpRoom(b)
-			message := []byte("a line of chat, about as long as people write them")
-			var received sync.WaitGroup
-			for range n {
-				conn := r.join(b).NetConn() // read as bytes, so as to cost little itself
-				go func() {
-					frame := make([]byte, 2+len(message))
-					for {
-						if _, err := io.ReadFull(conn, frame); err != nil {
-							return
-						}
-						received.Done()
-					}
-				}()
-			}
-			b.ReportAllocs()
-			for b.Loop() {
-				received.Add(n)
-				r.hub.broadcast <- message
-				received.Wait()
-			}
-			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/delivery")
-		})
 	}
 }

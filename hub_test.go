@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -152,18 +153,48 @@ func testUnregisterStranger(t *testing.T) {
 	wantQueue(t, clients[0], false, "still here")
 }
 
+func TestClientThatEndsBeforeRunHasTakenItInIsDropped(t *testing.T) { synctest.Test(t, testQuickEnd) }
+func testQuickEnd(t *testing.T) {
+	hub, _ := startHub(t)
+	client := &Client{hub: hub, send: make(chan []byte, 1)}
+	client.goodbye.Store(notText) // readPump may be that quick
+	hub.register <- client
+	hub.unregister <- client
+	synctest.Wait()
+	wantQueue(t, client, true)
+	hub.left <- client
+}
+
+func TestWhoSeesItsQueueClosedFindsTheReason(t *testing.T) { synctest.Test(t, testReason) }
+func testReason(t *testing.T) {
+	hub, clients := startHub(t, make([]int, 2000)...)
+	var waiting sync.WaitGroup
+	for _, client := range clients {
+		waiting.Go(func() {
+			for range client.send {
+			}
+			if got := client.goodbye.Load(); got != shuttingDown {
+				t.Errorf("goodbye is %v, want %v", got, shuttingDown)
+			}
+		})
+	}
+	synctest.Wait()
+	hub.stop()
+	waiting.Wait()
+}
+
 // Promise 3. A healthy client is never dropped because somebody else sends fast:
 // when any queue is more than half full after a broadcast, the hub pauses.
 
 func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) { synctest.Test(t, testPauses) }
 func testPauses(t *testing.T) {
-	hub, _ := startHub(t, 8, 100)
+	hub, _ := startHub(t, 8, 8, 100)
 	start := time.Now()
 	for n := range 8 {
 		hub.broadcast <- []byte("message")
 		hub.unregister <- nil // returns when the hub has finished with the message
-		// The first four fill half of the smaller queue; each of the others
-		// leaves it more than half full.
+		// The first four fill half of the smaller queues; each of the others
+		// leaves them more than half full, for which one pause is enough.
 		want := breather * time.Duration(max(0, n-3))
 		if got := time.Since(start); got != want {
 			t.Errorf("after %d messages the hub has paused for %v, want %v", n+1, got, want)
@@ -601,6 +632,36 @@ func BenchmarkHubBroadcast(b *testing.B) {
 			for _, client := range clients {
 				hub.left <- client
 			}
+		})
+	}
+}
+
+// BenchmarkBroadcast measures the way of one message from the hub to n clients.
+func BenchmarkBroadcast(b *testing.B) {
+	for _, n := range []int{1, 100, 1000} {
+		b.Run(fmt.Sprintf("clients=%d", n), func(b *testing.B) {
+			r := tcpRoom(b)
+			message := []byte("a line of chat, about as long as people write them")
+			var received sync.WaitGroup
+			for range n {
+				conn := r.join(b).NetConn() // read as bytes, so as to cost little itself
+				go func() {
+					frame := make([]byte, 2+len(message))
+					for {
+						if _, err := io.ReadFull(conn, frame); err != nil {
+							return
+						}
+						received.Done()
+					}
+				}()
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				received.Add(n)
+				r.hub.broadcast <- message
+				received.Wait()
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/delivery")
 		})
 	}
 }
