@@ -37,6 +37,7 @@ func TestMain(m *testing.M) {
 	case "hanging:true":
 		log.SetOutput(hanging{})
 	}
+	time.AfterFunc(time.Minute, func() { os.Exit(3) }) // if the test has died
 	main()
 	os.Exit(0)
 }
@@ -50,6 +51,33 @@ func (hanging) Write(line []byte) (int, error) {
 		select {}
 	}
 	return len(line), nil
+}
+
+// A logBook is what the program has logged.
+type logBook struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *logBook) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logBook) lines() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.FieldsFunc(l.text.String(), func(r rune) bool { return r == '\n' })
+}
+
+// captureLog collects what is logged until the test ends.
+func captureLog(t testing.TB) *logBook {
+	t.Helper()
+	book := new(logBook)
+	log.SetOutput(book)
+	t.Cleanup(func() { log.SetOutput(io.Discard) })
+	return book
 }
 
 // startHub runs a hub until the test ends, and joins bare clients with queues
@@ -559,14 +587,13 @@ func startProcess(t *testing.T, hanging bool, args ...string) *process {
 	if err := p.Start(); err != nil {
 		t.Fatal(err)
 	}
-	limit := time.AfterFunc(time.Minute, func() { p.Process.Kill() })
 	go func() {
 		for scanner := bufio.NewScanner(stderr); scanner.Scan(); {
 			p.log <- scanner.Text()
 		}
 		close(p.log)
 	}()
-	t.Cleanup(func() { limit.Stop(); p.Process.Kill(); p.Wait() })
+	t.Cleanup(func() { p.Process.Kill(); p.Wait() })
 	return p
 }
 
