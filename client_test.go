@@ -1356,11 +1356,13 @@ func (r *room) clients() []*Client {
 	}
 }
 
-// dialer returns a dialer that connects to the room.
+// dialer returns a dialer that connects to the room. It offers compression, which
+// the server must not take up: each connection would keep a window for it.
 func (r *room) dialer(t testing.TB) *websocket.Dialer {
 	return &websocket.Dialer{
-		HandshakeTimeout: patience,
-		NetDialContext:   func(context.Context, string, string) (net.Conn, error) { return r.connect(t), nil },
+		EnableCompression: true,
+		HandshakeTimeout:  patience,
+		NetDialContext:    func(context.Context, string, string) (net.Conn, error) { return r.connect(t), nil },
 	}
 }
 
