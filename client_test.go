@@ -775,11 +775,11 @@ func TestPeerIsDroppedPongWaitAfterItsLastMessageOrControlFrame(t *testing.T) {
 		wait time.Duration
 		sent []byte
 	}
-	const almost = pongWait - time.Nanosecond
+	const almost, quarter = pongWait - time.Nanosecond, pongWait / 4
 	text, blank, ping, pong := encode(0x81, "x"), encode(0x81, ""), encode(0x89, ""), encode(0x8a, "")
 	begin, more, end := encode(0x01, "x"), encode(0x00, "x"), encode(0x80, "x")
 	for name, test := range map[string]struct {
-		first []step
+		steps []step
 		times int // that the last of these is done
 		want  time.Duration
 	}{
@@ -792,19 +792,19 @@ func TestPeerIsDroppedPongWaitAfterItsLastMessageOrControlFrame(t *testing.T) {
 		"pings after text":  {list(step{almost, text}, step{almost, ping}), 5, 6*almost + pongWait},
 		"pongs after text":  {list(step{almost, text}, step{almost, pong}), 5, 6*almost + pongWait},
 		"pongs after blank": {list(step{almost, blank}, step{almost, pong}), 5, 6*almost + pongWait},
-		"slow message":      {list(step{almost, begin}, step{time.Second, ping}, step{almost - time.Second, end}), 1, 3*almost - almost + pongWait},
-		"drip":              {list(step{time.Minute / 4, begin}, step{time.Second, more}), 100, time.Minute/4 + pongWait},
-		"drip of nothing":   {list(step{time.Minute / 4, begin}, step{time.Second, encode(0x00, "")}), 100, time.Minute/4 + pongWait},
-		"drip and pings":    {list(step{time.Minute / 4, begin}, step{time.Second, slices.Concat(ping, more)}), 100, time.Minute/4 + pongWait},
-		"drip and pongs":    {list(step{time.Minute / 4, begin}, step{time.Second, slices.Concat(pong, more)}), 100, time.Minute/4 + pongWait},
+		"slow message":      {list(step{almost, begin}, step{time.Second, ping}, step{almost - time.Second, end}), 1, 2*almost + pongWait},
+		"drip":              {list(step{quarter, begin}, step{time.Second, more}), 100, quarter + pongWait},
+		"drip of nothing":   {list(step{quarter, begin}, step{time.Second, encode(0x00, "")}), 100, quarter + pongWait},
+		"drip and pings":    {list(step{quarter, begin}, step{time.Second, slices.Concat(ping, more)}), 100, quarter + pongWait},
+		"drip and pongs":    {list(step{quarter, begin}, step{time.Second, slices.Concat(pong, more)}), 100, quarter + pongWait},
 	} {
 		t.Run(name, inRoom(func(t *testing.T, r *room) {
 			p := r.join(t)
 			p.SetPingHandler(func(string) error { return nil })
 			start := time.Now()
 			go func() {
-				for i, step := range test.first {
-					for n := 0; n == 0 || i == len(test.first)-1 && n < test.times; n++ {
+				for i, step := range test.steps {
+					for n := 0; n == 0 || i == len(test.steps)-1 && n < test.times; n++ {
 						time.Sleep(step.wait)
 						p.NetConn().Write(step.sent)
 					}
