@@ -8,12 +8,9 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
-	"log"
 	"maps"
-	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -32,27 +29,37 @@ import (
 )
 
 // The tests stand in the order of what they show: what happens on the wire, the
-// seven promises, the process, the page, and a storm that tries all of it at
-// once. What needs only a Hub is in hub_test.go. Then comes the rig, and after it
-// fuzzing and benchmarks.
+// promises, serving, and the page. Then comes the rig, and after it fuzzing. What
+// needs only a Hub, the process, and the benchmarks are in hub_test.go.
 
-// The figures that people rely on; all other tests ask the constants.
+// The figures and words that people rely on; all other tests ask the constants.
 
-func TestFiguresAreThePromisedOnes(t *testing.T) {
+func TestFiguresAndGoodbyesAreThePromisedOnes(t *testing.T) {
 	for name, test := range map[string]struct{ got, want any }{
 		"writeWait":      {writeWait, 10 * time.Second},
 		"pongWait":       {pongWait, time.Minute},
 		"pingPeriod":     {pingPeriod, 54 * time.Second},
+		"closeWait":      {closeWait, time.Second},
 		"maxMessageSize": {maxMessageSize, 512},
-		"sendQueueSize":  {sendQueueSize, 256},
 		"maxBatchSize":   {maxBatchSize, 32767},
+		"sendQueueSize":  {sendQueueSize, 256},
 		"rateBurst":      {rateBurst, 128},
 		"rateInterval":   {rateInterval, time.Second / 100},
 		"breather":       {breather, time.Millisecond},
-		"closeWait":      {closeWait, time.Second},
 		"shutdownWait":   {shutdownWait, 5 * time.Second},
+		"pageTimeout":    {pageTimeout, 10 * time.Second},
 		"newline":        {string(newline), "\n"},
 		"addr":           {*addr, ":8080"},
+		"read buffer":    {upgrader.ReadBufferSize, 512},
+		"write buffer":   {upgrader.WriteBufferSize, 32767},
+		"buffers shared": {upgrader.WriteBufferPool != nil, true},
+		"shuttingDown":   {*shuttingDown, goodbye{Code: 1001, Text: "the server is shutting down"}},
+		"unregistered":   {*unregistered, goodbye{Code: 1000, Text: "the server has ended this connection"}},
+		"notText":        {*notText, goodbye{Code: 1003, Text: "send text messages, not binary ones"}},
+		"notUTF8":        {*notUTF8, goodbye{Code: 1007, Text: "send text as valid UTF-8"}},
+		"tooBig":         {*tooBig, goodbye{Code: 1009, Text: "send at most 512 bytes in a message"}},
+		"tooSlow":        {*tooSlow, goodbye{Code: 1008, Text: "answer pings, and complete each message, within 1m0s"}},
+		"fellBehind":     {*fellBehind, goodbye{Code: 1013, Text: "read as fast as the others write"}},
 	} {
 		if test.got != test.want {
 			t.Errorf("%s is %v, want %v", name, test.got, test.want)
@@ -64,66 +71,63 @@ func TestFiguresAreThePromisedOnes(t *testing.T) {
 // bytes. Control characters become spaces; surrounding white space goes; what is
 // then empty is not broadcast.
 
-func TestMessageBecomesOneCleanLine(t *testing.T) {
-	p := tcpRoom(t).join(t)
-	tests := []struct{ sent, want string }{
-		{"plain", "plain"},
-		{"  around\t\r\n", "around"},
-		{"one\ntwo\r\nthree", "one two  three"},
-		{"\x1b[2J\x07bell\x00\x7f", "[2J bell"},
-		{"C1 \u009b31m and \u0085 next line", "C1  31m and   next line"},
-		{"\u00a0\u3000grüße, 世界 👋🏽\u2003", "grüße, 世界 👋🏽"},
-		{"<b>not markup</b>", "<b>not markup</b>"},
-		{strings.Repeat("x", 512), strings.Repeat("x", 512)},
+func TestMessageBecomesOneCleanLineOrNone(t *testing.T) { inRoom(testLines)(t) }
+func testLines(t *testing.T, r *room) {
+	p := r.join(t)
+	for sent, want := range map[string]string{
+		"plain":                             "plain",
+		"  around\t\r\n":                    "around",
+		"one\ntwo\r\nthree":                 "one two  three",
+		"\x1b[2J\x07bell\x00\x7f":           "[2J bell",
+		"C1 \u009b31m and \u0085 next line": "C1  31m and   next line",
+		"\u00a0\u3000grüße, 世界 👋🏽\u2003":    "grüße, 世界 👋🏽",
+		"<b>not markup</b>":                 "<b>not markup</b>",
+		strings.Repeat("x", 512):            strings.Repeat("x", 512),
+		"":                                  "", " ": "", "\n": "", "\x00\x1b\u0085": "", "\u00a0\u2003": "",
+	} {
+		want := list(want, "end")
+		if want[0] == "" {
+			want = want[1:]
+		}
+		p.say(sent)
+		p.say("end")
+		p.wantLines(want...)
 	}
-	for _, test := range tests {
-		p.say(test.sent)
-		p.wantLines(test.want)
+	if got, want := string(clean([]byte("\xff of a copy's own\xc3"))), "\ufffd of a copy's own\ufffd"; got != want {
+		t.Errorf("what is not UTF-8 becomes %q, want %q", got, want)
 	}
-}
-
-func TestBlankMessageIsNotBroadcast(t *testing.T) {
-	p := tcpRoom(t).join(t)
-	for _, blank := range []string{"", " ", "\n", "\x00\x1b\u0085", "\u00a0\u2003"} {
-		p.say(blank)
-	}
-	p.say("something")
-	p.wantLines("something")
 }
 
 // On the wire, out: one WebSocket text message is one or more chat messages
 // joined by '\n', in one frame, below 32 KiB.
 
-func TestQueuedMessagesAreJoinedInFramesBelow32KiB(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		p := r.join(t)
-		var want []string
-		for n := range 1 + sendQueueSize { // One is with writePump.
-			want = append(want, fmt.Sprintf("%0*d", maxMessageSize, n))
-			r.say(want[n])
+func TestQueuedMessagesAreJoinedInFramesBelow32KiB(t *testing.T) { inRoom(testFrames)(t) }
+func testFrames(t *testing.T, r *room) {
+	p := r.join(t).unbuffered()
+	var want, got []string
+	for n := range 1 + sendQueueSize { // One is with writePump.
+		want = append(want, fmt.Sprintf("%0*d", maxMessageSize, n))
+		r.say(want[n])
+	}
+	r.hub.stop()
+	frames := 0
+	for {
+		f, err := p.readFrame(patience)
+		if err != nil || f.first != 0x81 {
+			break
 		}
-		r.hub.stop()
-		var got []string
-		var frames []frame
-		for {
-			f, err := p.readFrame(patience)
-			if err != nil || f.first != 0x81 {
-				break
-			}
-			if len(f.payload) >= 32<<10 {
-				t.Errorf("frame %d has %d bytes, want less than 32 KiB", len(frames), len(f.payload))
-			}
-			frames = append(frames, f)
-			got = append(got, strings.Split(string(f.payload), "\n")...)
+		if len(f.payload) >= 32<<10 {
+			t.Errorf("frame %d has %d bytes, want less than 32 KiB", frames, len(f.payload))
 		}
-		if !slices.Equal(got, want) {
-			t.Errorf("got %d lines that differ from the %d sent", len(got), len(want))
-		}
-		if want := 1 + (sendQueueSize*(maxMessageSize+1)+maxBatchSize-1)/maxBatchSize; len(frames) != want {
-			t.Errorf("they came in %d frames, want %d", len(frames), want)
-		}
-	})
+		frames++
+		got = append(got, strings.Split(string(f.payload), "\n")...)
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %d lines that differ from the %d sent", len(got), len(want))
+	}
+	if want := 1 + (sendQueueSize*(maxMessageSize+1)+maxBatchSize-1)/maxBatchSize; frames != want {
+		t.Errorf("they came in %d frames, want %d", frames, want)
+	}
 }
 
 func TestBatchIsFilledToTheLastByte(t *testing.T) {
@@ -131,22 +135,19 @@ func TestBatchIsFilledToTheLastByte(t *testing.T) {
 	// and a message of the greatest length, and not one byte more.
 	const most = maxBatchSize/(maxMessageSize+1) - 1
 	for gap, want := range map[int]int{448: most + 2, 449: most + 1} {
-		t.Run(fmt.Sprint(gap), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				r := pipeRoom(t)
-				p := r.join(t)
-				r.say("writePump is busy with this")
-				for range most {
-					r.say(strings.Repeat("x", maxMessageSize))
-				}
-				r.say(strings.Repeat("x", gap), strings.Repeat("x", maxMessageSize))
-				p.wantLines("writePump is busy with this")
-				lines, err := p.read(patience)
-				if len(lines) != want {
-					t.Errorf("got %d lines in one message, and %v, want %d lines", len(lines), err, want)
-				}
-			})
-		})
+		t.Run(fmt.Sprint(gap), inRoom(func(t *testing.T, r *room) {
+			p := r.join(t).unbuffered()
+			r.say("writePump is busy with this")
+			for range most {
+				r.say(strings.Repeat("x", maxMessageSize))
+			}
+			r.say(strings.Repeat("x", gap), strings.Repeat("x", maxMessageSize))
+			p.wantLines("writePump is busy with this")
+			lines, err := p.read(patience)
+			if len(lines) != want {
+				t.Errorf("got %d lines in one message, and %v, want %d lines", len(lines), err, want)
+			}
+		}))
 	}
 }
 
@@ -157,29 +158,26 @@ func TestWhoAsksForHeartbeatsGetsAnEmptyMessageWithEachPing(t *testing.T) {
 	quiet := []string{`10s text "hello"`, `54s ping ""`, `1m48s ping ""`}
 	lively := []string{`10s text "hello"`, `54s ping ""`, `54s text ""`, `1m48s ping ""`, `1m48s text ""`}
 	for subprotocol, want := range map[string][]string{"": quiet, "other": quiet, "heartbeat": lively} {
-		t.Run(subprotocol, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				r := pipeRoom(t)
-				p := r.join(t, strings.Fields(subprotocol)...)
-				if got, want := p.Subprotocol() == "heartbeat", subprotocol == "heartbeat"; got != want {
-					t.Errorf("the server chose %q", p.Subprotocol())
+		t.Run(subprotocol, inRoom(func(t *testing.T, r *room) {
+			p := r.join(t, strings.Fields(subprotocol)...)
+			if got, want := p.Subprotocol() == "heartbeat", subprotocol == "heartbeat"; got != want {
+				t.Errorf("the server chose %q", p.Subprotocol())
+			}
+			start := time.Now()
+			time.AfterFunc(10*time.Second, func() { r.say("hello") })
+			var got []string
+			for {
+				f, err := p.readFrame(time.Until(start.Add(3*pingPeriod - 1)))
+				if err != nil {
+					break
 				}
-				start := time.Now()
-				time.AfterFunc(10*time.Second, func() { r.say("hello") })
-				var got []string
-				for {
-					f, err := p.readFrame(time.Until(start.Add(3*pingPeriod - 1)))
-					if err != nil {
-						break
-					}
-					got = append(got, fmt.Sprint(time.Since(start), " ", f))
-					p.NetConn().Write(encode(0x8a, "")) // a pong
-				}
-				if !slices.Equal(got, want) {
-					t.Errorf("got %q, want %q", got, want)
-				}
-			})
-		})
+				got = append(got, fmt.Sprint(time.Since(start), " ", f))
+				p.write(encode(0x8a, "")) // a pong
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("got %q, want %q", got, want)
+			}
+		}))
 	}
 }
 
@@ -188,9 +186,6 @@ func TestWhoAsksForHeartbeatsGetsAnEmptyMessageWithEachPing(t *testing.T) {
 func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 	const bye, byeBack = "\x03\xe8", `close 1000 ""`
 	hello, helloBack := encode(0x81, "hello"), `text "hello"`
-	closing := func(code int, text string) []byte {
-		return encode(0x88, string(binary.BigEndian.AppendUint16(nil, uint16(code)))+text)
-	}
 	type test struct {
 		name string
 		sent [][]byte // a close frame with 1000 is sent after that
@@ -219,7 +214,8 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 		{"5.4 two fragments", list(encode(0x01, "hel"), encode(0x80, "lo")), list(helloBack, byeBack)},
 		{"5.4 empty fragments", list(encode(0x01, ""), encode(0x00, "hello"), encode(0x00, ""), encode(0x80, "")), list(helloBack, byeBack)},
 		{"5.4 a ping in between", list(encode(0x01, "hel"), encode(0x89, "?"), encode(0x80, "lo")), list(`pong "?"`, helloBack, byeBack)},
-		{"5.4 a close in between", list(encode(0x01, "hel"), closing(1000, "")), list(byeBack)},
+		{"5.4 a close in between", list(encode(0x01, "hel"), encodeClose(1000, "")), list(byeBack)},
+		{"5.4 a close in a binary message", list(encode(0x02, "hel"), encodeClose(1000, "")), list(byeBack)},
 		{"5.4 continuation of nothing", list(encode(0x80, "x")), list(`close 1002 "continuation after FIN"`)},
 		{"5.4 text within a text", list(encode(0x01, "x"), hello), list(`close 1002 "data before FIN"`)},
 		{"5.4 too long together", list(encode(0x01, strings.Repeat("x", 300)), encode(0x80, strings.Repeat("x", 300))), list(`close 1009 "send at most 512 bytes in a message"`)},
@@ -230,11 +226,11 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 		{"5.5.1 close without a code", list(encode(0x88, "")), list(`close`)},
 		// Half a code is wrong, but gorilla/websocket takes it for none.
 		{"5.5.1 close with half a code", list(encode(0x88, "\x03")), list(`close`)},
-		{"5.5.1 close with a reason", list(closing(1000, "good night")), list(`close 1000 "good night"`)},
-		{"5.5.1 reason that is not UTF-8", list(closing(1000, "\xff")), list(`close 1002 "invalid utf8 payload in close frame"`)},
-		{"5.5.1 text after the close", list(closing(1000, ""), hello), list(byeBack)},
-		{"5.5.1 ping after the close", list(closing(1000, ""), encode(0x89, "?")), list(byeBack)},
-		{"5.5.1 text before the close", list(hello, closing(1000, "")), list(helloBack, byeBack)},
+		{"5.5.1 close with a reason", list(encodeClose(1000, "good night")), list(`close 1000 "good night"`)},
+		{"5.5.1 reason that is not UTF-8", list(encodeClose(1000, "\xff")), list(`close 1002 "invalid utf8 payload in close frame"`)},
+		{"5.5.1 text after the close", list(encodeClose(1000, ""), hello), list(byeBack)},
+		{"5.5.1 ping after the close", list(encodeClose(1000, ""), encode(0x89, "?")), list(byeBack)},
+		{"5.5.1 text before the close", list(hello, encodeClose(1000, "")), list(helloBack, byeBack)},
 		{"5.5.2 ping", list(encode(0x89, "")), list(`pong ""`, byeBack)},
 		{"5.5.2 ping of 125 bytes", list(encode(0x89, strings.Repeat("x", 125))), list(`pong "`+strings.Repeat("x", 125)+`"`, byeBack)},
 		{"5.5.3 pong that nobody asked for", list(encode(0x8a, "x")), list(byeBack)},
@@ -252,32 +248,34 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 		tests = append(tests, test{fmt.Sprintf("8.1 %q is not UTF-8", bad), list(encode(0x81, "x"+bad)), list(`close 1007 "send text as valid UTF-8"`)})
 	}
 	for _, code := range []int{1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 3000, 3999, 4000, 4999} {
-		tests = append(tests, test{fmt.Sprint("7.4 close ", code), list(closing(code, "why")), list(fmt.Sprintf(`close %d "why"`, code))})
+		tests = append(tests, test{fmt.Sprint("7.4 close ", code), list(encodeClose(code, "why")), list(fmt.Sprintf(`close %d "why"`, code))})
 	}
 	for _, code := range []int{0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535} {
-		tests = append(tests, test{fmt.Sprint("7.4 close ", code), list(closing(code, "why")), list(fmt.Sprintf(`close 1002 "bad close code %d"`, code))})
+		tests = append(tests, test{fmt.Sprint("7.4 close ", code), list(encodeClose(code, "why")), list(fmt.Sprintf(`close 1002 "bad close code %d"`, code))})
 	}
 	for _, test := range tests {
-		t.Run(test.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				p := pipeRoom(t).join(t)
-				go p.NetConn().Write(append(slices.Concat(test.sent...), encode(0x88, bye)...))
-				var got []string
-				for {
-					f, err := p.readFrame(patience)
-					if err == io.EOF {
-						break
-					}
-					if err != nil {
-						t.Fatalf("got %q and then %v, want %q and the end of TCP", got, err, test.want)
-					}
-					got = append(got, f.String())
+		t.Run(test.name, inRoom(func(t *testing.T, r *room) {
+			p := r.join(t)
+			start := time.Now()
+			p.write(append(slices.Concat(test.sent...), encode(0x88, bye)...))
+			var got []string
+			for {
+				f, err := p.readFrame(patience)
+				if err == io.EOF {
+					break
 				}
-				if !slices.Equal(got, test.want) {
-					t.Errorf("got %q, want %q", got, test.want)
+				if err != nil {
+					t.Fatalf("got %q and then %v, want %q and the end of TCP", got, err, test.want)
 				}
-			})
-		})
+				got = append(got, f.String())
+			}
+			if !slices.Equal(got, test.want) {
+				t.Errorf("got %q, want %q", got, test.want)
+			}
+			if got := time.Since(start); got != 0 {
+				t.Errorf("it took %v, want no time", got)
+			}
+		}))
 	}
 }
 
@@ -292,338 +290,325 @@ var offences = []struct {
 	want *goodbye
 }{
 	{"binary", encode(0x82, "text all the same"), notText},
+	{"binary, not UTF-8", encode(0x82, "\xff"), notText},
 	{"not UTF-8", encode(0x81, "abc\xff\xfe\xfd"), notUTF8},
 	{"one byte too long", encode(0x81, strings.Repeat("x", maxMessageSize+1)), tooBig},
+	{"binary, too long", encode(0x82, strings.Repeat("x", maxMessageSize+1)), tooBig},
+	{"blank, too long", encode(0x81, strings.Repeat(" ", maxMessageSize+1)), tooBig},
+	{"too long, cut within a character", encode(0x81, strings.Repeat("é", maxMessageSize)), tooBig},
 	{"2 MB", encode(0x81, strings.Repeat("x", 2<<20)), tooBig},
+	{"without end", encode(0x01, strings.Repeat("x", maxMessageSize+1)), tooBig},
 	{"against the protocol", encode(0x8f, ""), &goodbye{Code: 1002, Text: "bad opcode 15"}},
 }
 
-// much is 2 MB in many messages: more than TCP holds for somebody who does not
-// read. some is enough for a pipe, which holds nothing, and more than the allowed
-// rate takes in closeWait.
+// much is many messages, and endless as many parts of one: more than a pipe holds
+// for somebody who does not read, and more than the allowed rate takes in closeWait.
 var (
-	much = bytes.Repeat(encode(0x81, strings.Repeat("x", 122)), 2<<20/128)
-	some = much[:100<<10]
+	much    = bytes.Repeat(encode(0x81, strings.Repeat("x", 122)), 2000)
+	endless = bytes.Repeat(encode(0x00, strings.Repeat("x", 122)), 2000)
 )
 
 func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 	for _, offence := range offences {
 		for _, busy := range []bool{false, true} {
 			for _, sends := range []bool{false, true} {
-				t.Run(fmt.Sprintf("%s,busy=%v,sends=%v", offence.name, busy, sends), func(t *testing.T) {
-					synctest.Test(t, func(t *testing.T) {
-						r := pipeRoom(t)
-						offender, other := r.join(t), r.join(t)
-						start := time.Now()
-						var said []string
-						if busy {
-							said = []string{"one", "two", "three"}
-							r.say(said...) // Nobody has read it when the offence comes.
+				t.Run(fmt.Sprintf("%s,busy=%v,sends=%v", offence.name, busy, sends), inRoom(func(t *testing.T, r *room) {
+					offender, other := r.join(t), r.join(t)
+					logged, start := *offence.want, time.Now()
+					var said, heard []string
+					if busy {
+						offender.unbuffered()
+						said = list("one", "two", "three")
+						r.say(said...) // Nobody has read it when the offence comes.
+						heard = said
+					}
+					if logged.Code == 1002 {
+						// gorilla/websocket says this one itself, ahead of what is queued.
+						logged.Text = "websocket: " + logged.Text
+						heard = said[:min(1, len(said))]
+					}
+					sent := offence.sent
+					if sends {
+						more := much
+						if sent[0] == 0x01 {
+							more = endless
 						}
-						sent := offence.sent
-						if sends {
-							sent = append(slices.Clip(sent), some...)
-						}
-						written := make(chan error, 1)
-						go func() {
-							_, err := offender.NetConn().Write(sent)
-							written <- err
-						}()
-						if sends && offence.want.Code != 1002 {
-							// It reads only when it has written: gorilla/websocket
-							// cannot get its 1002 out meanwhile.
-							if err := <-written; err != nil {
-								t.Errorf("what was being sent failed with %v", err)
-							}
-						}
-						lines := offender.wantGoodbye(offence.want)
-						if offence.want.Code != 1002 && !slices.Equal(lines, said) {
-							t.Errorf("before the goodbye came %q, want %q", lines, said)
-						}
-						offender.wantEnd()
-						if got := time.Since(start); got != 0 {
-							t.Errorf("all this took %v, want no time", got)
-						}
-						offender.Close()
-
-						r.say("still here")
-						other.wantLines(append(said, "still here")...)
-						if got, want := r.log.String(), fmt.Sprintf("pipe: dropped with %q\n", offence.want.Error()); !strings.HasSuffix(got, want) && offence.want.Code != 1002 {
-							t.Errorf("the log is %q, want %q in it", got, want)
-						}
-						if got, want := r.log.String(), fmt.Sprintf("pipe: dropped with \"websocket: close %d ", offence.want.Code); strings.Count(got, want) != 1 {
-							t.Errorf("the log is %q, want %q in it once", got, want)
-						}
-					})
-				})
+						sent = slices.Concat(sent, more)
+					}
+					var writing sync.WaitGroup
+					writing.Go(func() { offender.write(sent) })
+					if synctest.Wait(); !busy {
+						writing.Wait() // It reads only when it has written all.
+					}
+					if got := offender.wantGoodbye(offence.want); !slices.Equal(got, heard) {
+						t.Errorf("before the goodbye came %s, want %q", brief(got), heard)
+					}
+					if logged.Code == 1002 {
+						offender.wantHalfEnd()
+						offender.pipe().CloseWrite()
+						synctest.Wait()
+					}
+					offender.wantEnd()
+					writing.Wait()
+					if got := time.Since(start); got != 0 {
+						t.Errorf("all this took %v, want no time", got)
+					}
+					r.wantLogged(t, fmt.Sprintf("pipe: dropped with %q", logged.Error()))
+					r.say("still here")
+					other.wantLines(append(said, "still here")...)
+				}))
 			}
 		}
 	}
 }
+
+// That the pipes behave as TCP does: here it is TCP, and little to send, so that
+// it takes no time.
 
 func TestOffenderReadsWhyOverTCPAlsoWhileItSends(t *testing.T) {
 	r := tcpRoom(t)
 	for _, offence := range offences {
-		t.Run(offence.name, func(t *testing.T) {
-			for n := 0; n < 10 && !t.Failed(); n++ {
-				p := r.join(t)
-				p.write(offence.sent)
-				p.write(much)
-				p.wantGoodbye(offence.want)
-				p.wantEnd()
-				p.Close()
-			}
-		})
+		if len(offence.sent) < 1000 && offence.sent[0] != 0x01 {
+			p := r.join(t)
+			p.write(slices.Concat(offence.sent, much[:8<<10]))
+			p.wantGoodbye(offence.want)
+		}
 	}
-}
-
-func TestOffenderThatHasStoppedWritingReadsWhy(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		p := r.join(t)
-		r.say("this is not read yet")
-		p.write(encode(0x82, ""))
-		p.NetConn().(*pipe).CloseWrite()
-		synctest.Wait()
-		p.wantGoodbye(notText)
-		p.wantEnd()
-	})
 }
 
 func TestOffenderThatNeverAnswersIsCutOffAfterCloseWait(t *testing.T) {
 	for _, offence := range offences {
-		t.Run(offence.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				p := pipeRoom(t).join(t)
-				p.SetCloseHandler(func(int, string) error { return nil })
-				p.write(offence.sent)
-				p.wantGoodbye(offence.want)
-				start := time.Now()
-				_, err := io.Copy(io.Discard, p.NetConn())
-				for err == nil && time.Since(start) < 2*closeWait { // The server may have closed its half before.
-					time.Sleep(time.Millisecond)
-					_, err = p.NetConn().Write(encode(0x8a, ""))
-				}
-				if got := time.Since(start); got < closeWait || got > closeWait+time.Millisecond {
-					t.Errorf("the connection ended %v after the goodbye, want %v", got, closeWait)
-				}
-			})
-		})
+		t.Run(offence.name, inRoom(func(t *testing.T, r *room) {
+			p := r.join(t)
+			p.SetCloseHandler(func(int, string) error { return nil })
+			p.write(offence.sent)
+			p.wantGoodbye(offence.want)
+			time.Sleep(closeWait - 1)
+			synctest.Wait()
+			if p.pipe().far.isClosed() {
+				t.Errorf("TCP was closed before %v have passed", closeWait)
+			}
+			time.Sleep(1)
+			synctest.Wait()
+			p.wantEnd()
+		}))
 	}
 }
 
-func TestClosesAreFollowedByTheEndOfTCPAtOnce(t *testing.T) {
-	tests := []struct {
-		name string
-		end  func(*room, *peer)
-		want *goodbye
+// How a connection ends, and what the log says of it: whose goodbye it was, and
+// nothing if all went well. What a peer chooses is quoted, so that it can neither
+// end a line of the log nor drive a terminal.
+
+func TestEveryEndIsSaidAndLoggedAsWhatItIs(t *testing.T) {
+	const evil = "x\n2026/11/23 10:00:00 10.0.0.1: forged\x1b[2J\u009b31m"
+	sends := func(sent []byte) func(*room, *peer) {
+		return func(_ *room, p *peer) {
+			p.SetCloseHandler(func(int, string) error { return nil })
+			p.write(sent)
+		}
+	}
+	stall := func(r *room, p *peer, lines int) { // Nobody has read them.
+		p.unbuffered()
+		for n := range lines {
+			r.say(fmt.Sprint("line ", n))
+		}
+	}
+	const all = 1 + sendQueueSize // One is with writePump.
+	const vanished = `left with "websocket: close 1006 (abnormal closure): unexpected EOF"`
+	for _, test := range []struct {
+		name  string
+		end   func(*room, *peer)
+		after time.Duration
+		lines int      // that come before the goodbye
+		want  *goodbye // what the peer reads, unless it has gone
+		log   string
 	}{
-		{"the peer goes", func(_ *room, p *peer) { p.write(encode(0x88, "\x03\xe8")) }, &goodbye{Code: 1000}},
-		{"the peer's tab is closed", func(_ *room, p *peer) { p.write(encode(0x88, "\x03\xe9")) }, &goodbye{Code: 1001}},
-		{"the peer goes without a word", func(_ *room, p *peer) { p.write(encode(0x88, "")) }, &goodbye{Code: 1005}},
-		{"the server sends it away", func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] }, unregistered},
-		{"the server shuts down", func(r *room, _ *peer) { r.hub.stop() }, shuttingDown},
-	}
-	for _, test := range tests {
-		t.Run(test.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				r := pipeRoom(t)
-				p := r.join(t)
-				start := time.Now()
-				test.end(r, p)
-				p.wantGoodbye(test.want)
+		{"the peer goes", sends(encodeClose(1000, "")), 0, 0, &goodbye{Code: 1000}, ""},
+		{"the peer's tab is closed", sends(encodeClose(1001, "")), 0, 0, &goodbye{Code: 1001}, ""},
+		{"the peer goes without a word", sends(encode(0x88, "")), 0, 0, &goodbye{Code: 1005}, ""},
+		{"the peer has a reason", sends(encodeClose(4000, evil)), 0, 0, &goodbye{Code: 4000, Text: evil},
+			`left with "websocket: close 4000: x\n2026/11/23 10:00:00 10.0.0.1: forged\x1b[2J\u009b31m"`},
+		{"the peer has our words", sends(encodeClose(tooBig.Code, tooBig.Text)), 0, 0, tooBig,
+			`left with "websocket: close 1009 (message too big): send at most 512 bytes in a message"`},
+		{"the peer closes its side", func(_ *room, p *peer) { p.pipe().CloseWrite() }, 0, 0, &goodbye{Code: 1006, Text: "unexpected EOF"}, vanished},
+		{"the peer vanishes", func(_ *room, p *peer) { p.Close() }, 0, 0, nil, vanished},
+		{"the peer vanishes in a message", func(_ *room, p *peer) { p.write(encode(0x01, "x")); p.Close() }, 0, 0, nil, vanished},
+		{"the network resets it", func(r *room, p *peer) { r.say("not read"); p.Close() }, 0, 0, nil,
+			`left with "websocket: close 1006 (abnormal closure): read pipe: connection reset by peer"`},
+		{"the peer offends and closes its side", func(r *room, p *peer) {
+			stall(r, p, 1)
+			p.write(encode(0x82, ""))
+			p.pipe().CloseWrite()
+			synctest.Wait()
+		}, 0, 1, notText, `dropped with "websocket: close 1003 (unsupported data): send text messages, not binary ones"`},
+		{"the peer is silent", func(_ *room, p *peer) { p.SetPingHandler(func(string) error { return nil }) }, pongWait, 0, tooSlow,
+			`dropped with "websocket: close 1008 (policy violation): answer pings, and complete each message, within 1m0s"`},
+		{"the peer stalls and breaks the protocol", func(r *room, p *peer) {
+			stall(r, p, 1)
+			p.write(encode(0x8f, ""))
+			time.Sleep(writeWait - time.Second)
+		}, writeWait - time.Second, 1, &goodbye{Code: 1002, Text: "websocket: bad opcode 15"},
+			`dropped with "websocket: close 1002 (protocol error): websocket: bad opcode 15"`},
+		{"the peer does not read", func(r *room, p *peer) { stall(r, p, all+2) }, sendQueueSize / 2 * breather, all, fellBehind,
+			`dropped with "websocket: close 1013: read as fast as the others write"`},
+		{"somebody unregisters it", func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] }, 0, 0, unregistered, ""},
+		{"somebody has a reason, then another", func(r *room, _ *peer) {
+			client := r.clients()[0]
+			client.unregister(notText)
+			client.unregister(tooBig)
+		}, 0, 0, notText, `dropped with "websocket: close 1003 (unsupported data): send text messages, not binary ones"`},
+		{"the server shuts down", func(r *room, p *peer) { stall(r, p, 3); r.hub.stop() }, 0, 3, shuttingDown, ""},
+	} {
+		t.Run(test.name, inRoom(func(t *testing.T, r *room) {
+			p := r.join(t)
+			start := time.Now()
+			test.end(r, p)
+			if test.want != nil {
+				lines := p.wantGoodbyeWithin(2*pongWait, test.want)
+				for n, line := range lines {
+					if line != fmt.Sprint("line ", n) {
+						t.Fatalf("got %s, want every line in order", brief(lines))
+					}
+				}
+				if len(lines) != test.lines {
+					t.Errorf("got %d lines, want %d", len(lines), test.lines)
+				}
+				if code := test.want.Code; code == 1002 || code == 1008 {
+					p.wantHalfEnd()
+					p.pipe().CloseWrite()
+					synctest.Wait()
+				}
 				p.wantEnd()
-				if got := time.Since(start); got != 0 {
-					t.Errorf("it took %v, want no time", got)
-				}
-				if got := r.log.String(); got != "" {
-					t.Errorf("the log is %q, want nothing in it", got)
-				}
-			})
-		})
+			}
+			if got := time.Since(start); got != test.after {
+				t.Errorf("it ended after %v, want %v", got, test.after)
+			}
+			if test.log == "" {
+				r.wantLogged(t)
+			} else {
+				r.wantLogged(t, "pipe: "+test.log)
+			}
+		}))
 	}
-}
-
-func TestClientThatDoesNotReadIsToldToTryAgainLater(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		stuck := r.join(t)
-		var want []string
-		for n := range 1 + sendQueueSize { // One is with writePump.
-			want = append(want, fmt.Sprint("message ", n))
-			r.say(want[n])
-		}
-		r.say("one too many")
-		if got := stuck.wantGoodbye(fellBehind); !slices.Equal(got, want) {
-			t.Errorf("got %q, want %q", got, want)
-		}
-		synctest.Wait()
-		if got, want := r.log.String(), fellBehind.Error(); !strings.Contains(got, want) {
-			t.Errorf("the log is %q, want %q in it", got, want)
-		}
-	})
 }
 
 func TestClientThatNeverReadsIsCutOff(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		p := r.join(t)
-		r.say("nobody takes this")
-		start := time.Now()
-		var err error
-		for err == nil && time.Since(start) < 2*writeWait { // It lives, but does not read.
-			time.Sleep(100 * time.Millisecond)
-			_, err = p.NetConn().Write(encode(0x8a, ""))
-		}
-		if got, least := time.Since(start), writeWait+closeWait; got < least || got > least+200*time.Millisecond {
-			t.Errorf("it was cut off after %v, want %v", got, least)
-		}
-		synctest.Wait()
-		if got, want := r.log.String(), fellBehind.Error(); !strings.Contains(got, want) {
-			t.Errorf("the log is %q, want %q in it", got, want)
-		}
-	})
+	ping := func(p *peer) { p.write(encode(0x89, "")) }
+	for name, test := range map[string]struct {
+		begin func(*room, *peer)
+		after time.Duration
+		want  *goodbye // in the log
+	}{
+		"a message":           {func(r *room, p *peer) { r.say("this") }, writeWait, fellBehind},
+		"why it has to go":    {func(r *room, p *peer) { r.say("this"); r.clients()[0].unregister(notText) }, writeWait, notText},
+		"a ping":              {func(*room, *peer) {}, pingPeriod + writeWait, fellBehind},
+		"heartbeat":           {func(_ *room, p *peer) { go io.ReadFull(p.NetConn(), make([]byte, 2)) }, pingPeriod + writeWait, fellBehind},
+		"a pong":              {func(_ *room, p *peer) { ping(p) }, pingPeriod, fellBehind}, // when writing fails
+		"a pong, nor another": {func(r *room, p *peer) { ping(p); time.Sleep(2 * writeWait); r.say("this") }, 2 * writeWait, fellBehind},
+	} {
+		t.Run(name, inRoom(func(t *testing.T, r *room) {
+			var subprotocols []string
+			if name == heartbeat {
+				subprotocols = list(heartbeat)
+			}
+			p := r.join(t, subprotocols...).unbuffered()
+			start, want := time.Now(), test.after+closeWait
+			test.begin(r, p)
+			p.NetConn().SetWriteDeadline(time.Time{})
+			for !p.pipe().far.isClosed() && time.Since(start) < 2*want { // It lives.
+				time.Sleep(100 * time.Millisecond)
+				p.NetConn().Write(encode(0x8a, ""))
+				synctest.Wait()
+			}
+			if got := time.Since(start); got < want || got > want+200*time.Millisecond {
+				t.Errorf("it was cut off after %v, want %v", got, want)
+			}
+			r.wantLogged(t, fmt.Sprintf("pipe: dropped with %q", test.want.Error()))
+		}))
+	}
 }
 
-func TestSilentPeerIsToldSoAfterPongWait(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		p := r.join(t)
-		p.SetPingHandler(func(string) error { return nil })
-		p.SetCloseHandler(func(int, string) error { return nil })
-		start := time.Now()
-		p.wantGoodbyeWithin(2*pongWait, tooSlow)
-		p.write(encode(0x88, "\x03\xf0")) // It finds somebody who reads it.
-		p.wantEnd()
-		if got := time.Since(start); got != pongWait {
-			t.Errorf("it was dropped after %v, want %v", got, pongWait)
-		}
-		if got, want := r.log.String(), tooSlow.Error(); !strings.Contains(got, want) {
-			t.Errorf("the log is %q, want %q in it", got, want)
-		}
-	})
+func TestNobodyWaitsForAClientThatCannotBeWrittenTo(t *testing.T) { inRoom(testBrokenWrites)(t) }
+func testBrokenWrites(t *testing.T, r *room) {
+	p := r.join(t)
+	client := r.clients()[0]
+	p.pipe().far.onWrite = func() error { return errReset }
+	start := time.Now()
+	r.say("this ends writePump")
+	for range 2 * sendQueueSize {
+		client.send <- []byte("sent past the hub")
+	}
+	synctest.Wait()
+	for range 2 * sendQueueSize {
+		r.say("lost")
+	}
+	if got := time.Since(start); got != 0 {
+		t.Errorf("it cost the others %v, want no time", got)
+	}
+	time.Sleep(closeWait)
+	r.wantLogged(t, `pipe: left with "websocket: close 1006 (abnormal closure): use of closed network connection"`)
 }
 
 func TestPeerThatDoesNotTakeTheHandshakeIsDroppedAfterWriteWait(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		conn := r.connect(t)
-		defer conn.Close()
-		start := time.Now()
-		fmt.Fprintf(conn, "%s\r\n", handshake)
-		client := r.clients()[0]
-		for range client.send { // Closed when the hub has dropped it.
-		}
-		if got := time.Since(start); got != writeWait {
-			t.Errorf("it was dropped after %v, want %v", got, writeWait)
-		}
-		if _, err := conn.Read(make([]byte, 1)); err != io.EOF {
-			t.Errorf("reading from the server gives %v, want %v", err, io.EOF)
-		}
-		r.hub.stop()
-		r.wantEnd(t)
-	})
-}
-
-func TestDrippingMessageIsDroppedPongWaitAfterItBegan(t *testing.T) {
-	const before = 10 * time.Second
-	for name, drip := range map[string][]byte{
-		"bytes":     encode(0x00, "x"),
-		"nothing":   encode(0x00, ""),
-		"and pings": append(encode(0x89, ""), encode(0x00, "x")...),
-		"and pongs": append(encode(0x8a, ""), encode(0x00, "x")...),
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				p := pipeRoom(t).join(t)
-				p.SetPingHandler(func(string) error { return nil })
-				start := time.Now()
-				time.Sleep(before)
-				var dripping sync.WaitGroup
-				dripping.Go(func() {
-					_, err := p.NetConn().Write(encode(0x01, "a"))
-					for err == nil {
-						time.Sleep(time.Second)
-						_, err = p.NetConn().Write(drip)
-					}
-				})
-				p.wantGoodbyeWithin(2*pongWait, tooSlow)
-				if got, want := time.Since(start), before+pongWait; got != want {
-					t.Errorf("it was dropped after %v, want %v", got, want)
-				}
-				p.Close()
-				dripping.Wait()
-			})
-		})
+	for _, stopping := range []bool{false, true} {
+		t.Run(fmt.Sprintf("stopping=%v", stopping), inRoom(func(t *testing.T, r *room) {
+			conn := r.connect(t).(*pipe)
+			defer conn.Close()
+			conn.unbuffer()
+			start := time.Now()
+			fmt.Fprintf(conn, "%s\r\n", handshake)
+			client := r.clients()[0]
+			if stopping {
+				r.hub.stop()
+				r.wantEnd(t)
+			}
+			for range client.send { // Closed when the hub has dropped it.
+			}
+			if got := time.Since(start); got != writeWait {
+				t.Errorf("it was dropped after %v, want %v", got, writeWait)
+			}
+			r.wantLogged(t, `pipe: "i/o timeout"`)
+			if !conn.far.isClosed() {
+				t.Error("the server has not closed TCP")
+			}
+		}))
 	}
 }
 
-func TestSlowMessageHasPongWaitToArrive(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		p := pipeRoom(t).join(t)
-		time.Sleep(pingPeriod - time.Second)
-		p.write(encode(0x01, "slow "))
-		time.Sleep(time.Second / 2)
-		p.write(encode(0x89, ""))
-		p.readFrame(patience)
-		p.readFrame(patience) // its pong, and our ping
-		time.Sleep(pongWait - 2*time.Second)
-		p.write(encode(0x80, "but whole"))
-		p.wantLines("slow but whole")
-	})
-}
-
-func TestPongWaitsForAStalledPeer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		p := r.join(t)
-		r.say("this is not read yet")
-		p.write(encode(0x89, "are you there?"))
-		time.Sleep(writeWait - time.Second)
-		for _, want := range []string{`text "this is not read yet"`, `pong "are you there?"`} {
-			if f, err := p.readFrame(patience); err != nil || f.String() != want {
-				t.Errorf("got %v, %v, want %s", f, err, want)
-			}
+func TestPongWaitsForAStalledPeer(t *testing.T) { inRoom(testLatePong)(t) }
+func testLatePong(t *testing.T, r *room) {
+	p := r.join(t).unbuffered()
+	r.say("this is not read yet")
+	p.write(encode(0x89, "are you there?"))
+	time.Sleep(writeWait - time.Second)
+	for _, want := range []string{`text "this is not read yet"`, `pong "are you there?"`} {
+		if f, err := p.readFrame(patience); err != nil || f.String() != want {
+			t.Errorf("got %v, %v, want %s", f, err, want)
 		}
-		p.say("still here")
-		p.wantLines("still here")
-	})
-}
-
-func TestProtocolErrorReachesAStalledPeer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		p := r.join(t)
-		r.say("this is not read yet")
-		p.write(encode(0x8f, ""))
-		time.Sleep(writeWait - time.Second)
-		lines := p.wantGoodbye(&goodbye{Code: 1002, Text: "websocket: bad opcode 15"})
-		if want := []string{"this is not read yet"}; !slices.Equal(lines, want) {
-			t.Errorf("got %q, want %q", lines, want)
-		}
-	})
+	}
+	p.say("still here")
+	p.wantLines("still here")
 }
 
 func TestRequestThatIsNoHandshakeIsRefused(t *testing.T) {
-	r := pipeRoom(t)
-	other := r.join(t)
-	tests := []struct {
+	for _, test := range []struct {
 		name, request string
 		want          int
+		log           string
 	}{
-		{"handshake", handshake, http.StatusSwitchingProtocols},
-		{"own origin", handshake + "Origin: http://pipe\r\n", http.StatusSwitchingProtocols},
-		{"foreign origin", handshake + "Origin: http://example.com\r\n", http.StatusForbidden},
-		{"no upgrade", "GET /ws HTTP/1.1\r\nHost: pipe\r\n", http.StatusBadRequest},
-		{"no key", regexp.MustCompile("Sec-WebSocket-Key.*\r\n").ReplaceAllString(handshake, ""), http.StatusBadRequest},
-		{"POST", strings.Replace(handshake, "GET", "POST", 1), http.StatusMethodNotAllowed},
-	}
-	for _, test := range tests {
-		t.Run(test.name, func(t *testing.T) {
+		{"handshake", handshake, http.StatusSwitchingProtocols, ""},
+		{"own origin", handshake + "Origin: http://pipe\r\n", http.StatusSwitchingProtocols, ""},
+		{"foreign origin", handshake + "Origin: http://example.com\r\n", http.StatusForbidden, "request origin not allowed by Upgrader.CheckOrigin"},
+		{"no upgrade", "GET /ws HTTP/1.1\r\nHost: pipe\r\n", http.StatusBadRequest, "the client is not using the websocket protocol: 'upgrade' token not found in 'Connection' header"},
+		{"no key", regexp.MustCompile("Sec-WebSocket-Key.*\r\n").ReplaceAllString(handshake, ""), http.StatusBadRequest, "not a websocket handshake: 'Sec-WebSocket-Key' header must be Base64 encoded value of 16-byte in length"},
+		{"POST", strings.Replace(handshake, "GET", "POST", 1), http.StatusMethodNotAllowed, "the client is not using the websocket protocol: request method is not GET"},
+	} {
+		t.Run(test.name, inRoom(func(t *testing.T, r *room) {
+			other := r.join(t)
 			conn := r.connect(t)
 			defer conn.Close()
+			fmt.Fprintf(conn, "%s\r\n", test.request)
 			conn.SetDeadline(time.Now().Add(patience))
-			go fmt.Fprintf(conn, "%s\r\n", test.request)
 			response, err := http.ReadResponse(bufio.NewReader(conn), nil)
 			if err != nil {
 				t.Fatal(err)
@@ -631,126 +616,52 @@ func TestRequestThatIsNoHandshakeIsRefused(t *testing.T) {
 			if response.StatusCode != test.want {
 				t.Errorf("got status %d, want %d", response.StatusCode, test.want)
 			}
-		})
-	}
-	r.hub.broadcast <- []byte("still here")
-	other.wantLines("still here")
-}
-
-func TestFailedHandshakeLeavesNothingInTheHub(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		hub, _ := startHub(t)
-		serveWs(hub, httptest.NewRecorder(), httptest.NewRequest("GET", "/ws", nil))
-		synctest.Wait()
-		if got := len(hub.clients); got != 0 {
-			t.Errorf("the hub has %d clients, want none", got)
-		}
-	})
-}
-
-func TestGoodbyesCanBeSent(t *testing.T) {
-	for _, why := range []*goodbye{shuttingDown, unregistered, notText, notUTF8, tooBig, tooSlow, fellBehind} {
-		if payload := websocket.FormatCloseMessage(why.Code, why.Text); why.Text == "" || len(payload) > 125 {
-			t.Errorf("%v has a payload of %d bytes, want at most 125, and a reason in it", why, len(payload))
-		}
-	}
-}
-
-// A close reason, a URL and whatever else a peer chooses is logged so that it can
-// neither end a line of the log nor drive a terminal.
-
-const evil = "x\n2026/11/23 10:00:00 10.0.0.1: forged\x1b[2J\u009b31m"
-
-func TestPeerCannotForgeALineOfTheLog(t *testing.T) {
-	tests := map[string]func(*testing.T, *room){
-		"close reason": func(t *testing.T, r *room) {
-			p := r.join(t)
-			p.write(encode(0x88, "\x0f\xa0"+evil))
-			p.wantGoodbye(&goodbye{Code: 4000, Text: evil})
-		},
-		"URL": func(t *testing.T, r *room) {
-			conn := r.connect(t)
-			defer conn.Close()
-			conn.SetDeadline(time.Now().Add(patience))
-			fmt.Fprintf(conn, "GET /?\u009b31m%%0a%%1b HTTP/1.1\r\nHost: pipe\r\n\r\n")
-			http.ReadResponse(bufio.NewReader(conn), nil)
-		},
-		"handshake": func(t *testing.T, r *room) {
-			conn := r.connect(t)
-			defer conn.Close()
-			conn.SetDeadline(time.Now().Add(patience))
-			fmt.Fprintf(conn, "%sOrigin: http://\u009b31m\r\n\r\n", handshake)
-			http.ReadResponse(bufio.NewReader(conn), nil)
-		},
-	}
-	for name, do := range tests {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				r := pipeRoom(t)
-				do(t, r)
-				synctest.Wait()
-				got := r.log.String()
-				line, end := strings.CutSuffix(got, "\n")
-				if !end || strings.ContainsFunc(line, unicode.IsControl) || !strings.Contains(line, "pipe: ") {
-					t.Errorf("the log is %q, want one line with the peer's address", got)
+			if test.log == "" {
+				r.wantLogged(t)
+			} else {
+				r.wantLogged(t, fmt.Sprintf(`pipe: "websocket: %s"`, test.log))
+				if got := len(r.clients()); got != 1 {
+					t.Errorf("the hub has %d clients, want the other one alone", got)
 				}
-			})
-		})
+			}
+			r.say("still here")
+			other.wantLines("still here")
+		}))
 	}
-}
-
-func TestVanishedPeerIsLogged(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		r.join(t).Close()
-		synctest.Wait()
-		if got, want := r.log.String(), `pipe: left with "websocket: close 1006 (abnormal closure): unexpected EOF"`; !strings.Contains(got, want) {
-			t.Errorf("the log is %q, want %q in it", got, want)
-		}
-	})
-}
-
-func TestHalfClosedPeerIsNotSent1006(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		p := pipeRoom(t).join(t)
-		p.NetConn().(*pipe).CloseWrite()
-		if f, err := p.readFrame(patience); err != io.EOF {
-			t.Errorf("got %v, %v, want the end of TCP", f, err)
-		}
-	})
 }
 
 // Promise 1. Joined when Dial returns: a message sent by anyone after a client's
 // handshake succeeded reaches that client.
 
-func TestClientIsInTheRoomBeforeItsHandshakeSucceeds(t *testing.T) {
-	r := pipeRoom(t)
-	var welcome sync.Once
-	r.serve = func(w http.ResponseWriter, req *http.Request) {
+func TestClientIsInTheRoomBeforeItsHandshakeSucceeds(t *testing.T) { inRoom(testJoining)(t) }
+func testJoining(t *testing.T, r *room) {
+	connect := r.connect
+	r.connect = func(t testing.TB) net.Conn {
+		conn := connect(t)
 		// What is said at the moment at which the handshake is answered has to
 		// reach the client.
-		serveWs(r.hub, onWrite{w, func() {
-			welcome.Do(func() { r.hub.broadcast <- []byte("welcome") })
-		}}, req)
+		welcome := sync.OnceFunc(func() { r.hub.broadcast <- []byte("welcome") })
+		conn.(*pipe).far.onWrite = func() error { welcome(); return nil }
+		return conn
 	}
 	r.join(t).wantLines("welcome")
 }
 
 // Promise 2. One order: every client sees the same messages in the same order.
 
-func TestEverybodySeesTheSameMessagesInTheSameOrder(t *testing.T) {
+func TestEverybodySeesTheSameMessagesInTheSameOrder(t *testing.T) { inRoom(testOrder)(t) }
+func testOrder(t *testing.T, r *room) {
 	const senders, each = 8, 50
-	r := tcpRoom(t)
+	seen := make([][]string, senders)
 	var peers []*peer
 	for range senders {
 		peers = append(peers, r.join(t))
 	}
-	seen := make([][]string, senders)
 	var wg sync.WaitGroup
 	for i, p := range peers {
 		wg.Go(func() {
 			for n := range each {
-				p.say(fmt.Sprintf("%d says %d", i, n))
+				p.say(fmt.Sprintf("%d says %02d", i, n))
 			}
 		})
 		wg.Go(func() { seen[i] = p.lines(senders * each) })
@@ -758,49 +669,49 @@ func TestEverybodySeesTheSameMessagesInTheSameOrder(t *testing.T) {
 	wg.Wait()
 	for i := range seen {
 		if !slices.Equal(seen[i], seen[0]) {
-			t.Errorf("client %d saw %q, client 0 saw %q", i, seen[i], seen[0])
+			t.Errorf("client %d saw %s, client 0 saw %s", i, brief(seen[i]), brief(seen[0]))
 		}
 	}
-	slices.Sort(seen[0])
-	if got := len(slices.Compact(seen[0])); got != senders*each {
-		t.Errorf("%d different lines, want %d", got, senders*each)
+	for i := range senders { // Each sender's lines come in its order, and none twice.
+		own := slices.DeleteFunc(slices.Clone(seen[0]), func(line string) bool { return line[0] != byte('0'+i) })
+		if len(own) != each || !slices.IsSorted(own) || len(slices.Compact(own)) != each {
+			t.Errorf("of client %d came %s, want %d lines in order", i, brief(own), each)
+		}
 	}
 }
 
 // Promise 3. A healthy client is never dropped because somebody else sends fast.
 // That the hub pauses is shown in hub_test.go.
 
-func TestFloodDropsNoHealthyReader(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		const floods, each = 8, 3 * rateBurst
-		r := pipeRoom(t)
-		var peers []*peer
-		for range 2 * floods {
-			peers = append(peers, r.join(t))
-		}
-		var wg sync.WaitGroup
-		for i, p := range peers {
-			if i < floods {
-				wg.Go(func() {
-					for range each {
-						p.say("and another thing")
-					}
-				})
-			}
+func TestFloodDropsNoHealthyReader(t *testing.T) { inRoom(testFlood)(t) }
+func testFlood(t *testing.T, r *room) {
+	const floods, each = 8, 3 * rateBurst
+	var wg sync.WaitGroup
+	var peers []*peer
+	for range 2 * floods {
+		peers = append(peers, r.join(t).unbuffered())
+	}
+	for i, p := range peers {
+		if i < floods {
 			wg.Go(func() {
-				for n := 0; n < floods*each; {
-					lines, err := p.read(patience)
-					if err != nil {
-						t.Errorf("client %d got %d lines and then %v, want %d", i, n, err, floods*each)
-						return
-					}
-					n += len(lines)
-					time.Sleep(breather / 2) // as long as a batch is on its way
+				for range each {
+					p.say("and another thing")
 				}
 			})
 		}
-		wg.Wait()
-	})
+		wg.Go(func() {
+			for n := 0; n < floods*each; {
+				lines, err := p.read(patience)
+				if err != nil {
+					t.Errorf("client %d got %d lines and then %v, want %d", i, n, err, floods*each)
+					return
+				}
+				n += len(lines)
+				time.Sleep(breather / 2) // as long as a batch is on its way
+			}
+		})
+	}
+	wg.Wait()
 }
 
 func TestSenderIsSlowedToItsRateAndNeverDropped(t *testing.T) {
@@ -810,49 +721,45 @@ func TestSenderIsSlowedToItsRateAndNeverDropped(t *testing.T) {
 		"pings":          encode(0x89, "flood"),
 		"pongs":          encode(0x8a, "flood"),
 	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				p := pipeRoom(t).join(t)
-				go io.Copy(io.Discard, p.NetConn())
-				start := time.Now()
-				for n := range 1000 {
-					// A pipe buffers nothing: this returns when readPump has read.
-					p.write(sent)
-					synctest.Wait()
-					// After the burst, the pump sleeps before it reads the next.
-					want := rateInterval * time.Duration(max(0, n-rateBurst))
-					if got := time.Since(start); got != want {
-						t.Fatalf("frame %d was read after %v, want %v", n+1, got, want)
-					}
+		t.Run(name, inRoom(func(t *testing.T, r *room) {
+			p := r.join(t).unbuffered()
+			go io.Copy(io.Discard, p.NetConn())
+			start := time.Now()
+			for n := range 1000 {
+				p.write(sent) // until readPump has read it
+				synctest.Wait()
+				// After the burst, the pump sleeps before it reads the next.
+				want := rateInterval * time.Duration(max(0, n-rateBurst))
+				if got := time.Since(start); got != want {
+					t.Fatalf("frame %d was read after %v, want %v", n+1, got, want)
 				}
-			})
-		})
+			}
+		}))
 	}
 }
 
-func TestBurstComesBackAfterSilence(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		p := pipeRoom(t).join(t)
-		go io.Copy(io.Discard, p.NetConn())
-		burst := func() time.Duration {
-			start := time.Now()
-			for range rateBurst {
-				p.write(encode(0x81, "x"))
-			}
-			return time.Since(start)
+func TestBurstComesBackAfterSilence(t *testing.T) { inRoom(testBurst)(t) }
+func testBurst(t *testing.T, r *room) {
+	p := r.join(t).unbuffered()
+	go io.Copy(io.Discard, p.NetConn())
+	burst := func() time.Duration {
+		start := time.Now()
+		for range rateBurst {
+			p.write(encode(0x81, "x"))
 		}
-		for range 3 {
-			if got := burst(); got != 0 {
-				t.Errorf("a burst took %v, want no time", got)
-			}
-			time.Sleep(rateBurst * rateInterval)
+		return time.Since(start)
+	}
+	for range 3 {
+		if got := burst(); got != 0 {
+			t.Errorf("a burst took %v, want no time", got)
 		}
-		burst()
-		time.Sleep(rateBurst * rateInterval / 2)
-		if got, want := burst(), rateBurst*rateInterval/2-rateInterval; got != want {
-			t.Errorf("a burst after half the silence took %v, want %v", got, want)
-		}
-	})
+		time.Sleep(rateBurst * rateInterval)
+	}
+	burst()
+	time.Sleep(rateBurst*rateInterval/2 + rateInterval/3)
+	if got, want := burst(), rateBurst*rateInterval/2-rateInterval-rateInterval/3; got != want {
+		t.Errorf("a burst after half the silence took %v, want %v", got, want)
+	}
 }
 
 // Promise 4. A stuck client costs the room only that bounded pause until its
@@ -861,134 +768,113 @@ func TestBurstComesBackAfterSilence(t *testing.T) {
 // Promise 5. Any message or control frame from a peer, not only a pong, shows that
 // it lives.
 
-func TestAnyMessageOrControlFrameShowsThatThePeerLives(t *testing.T) {
-	const between = pongWait - time.Nanosecond
-	for name, sent := range map[string][]byte{
-		"text":             encode(0x81, "x"),
-		"blank text":       encode(0x81, ""),
-		"text in two":      append(encode(0x01, "x"), encode(0x80, "x")...),
-		"ping":             encode(0x89, ""),
-		"pong":             encode(0x8a, ""),
-		"blank then pings": append(encode(0x81, ""), encode(0x89, "")...),
+// A message has pongWait, too: to be whole.
+
+func TestPeerIsDroppedPongWaitAfterItsLastMessageOrControlFrame(t *testing.T) {
+	type step struct {
+		wait time.Duration
+		sent []byte
+	}
+	const almost, quarter = pongWait - time.Nanosecond, pongWait / 4
+	text, blank, ping, pong := encode(0x81, "x"), encode(0x81, ""), encode(0x89, ""), encode(0x8a, "")
+	begin, more, end := encode(0x01, "x"), encode(0x00, "x"), encode(0x80, "x")
+	for name, test := range map[string]struct {
+		steps []step
+		times int // that the last of these is done
+		want  time.Duration
+	}{
+		"nothing":           {nil, 0, pongWait},
+		"text":              {list(step{almost, text}), 5, 5*almost + pongWait},
+		"blank text":        {list(step{almost, blank}), 5, 5*almost + pongWait},
+		"text in two":       {list(step{almost, slices.Concat(begin, end)}), 5, 5*almost + pongWait},
+		"pings":             {list(step{almost, ping}), 5, 5*almost + pongWait},
+		"pongs":             {list(step{almost, pong}), 5, 5*almost + pongWait},
+		"pings after text":  {list(step{almost, text}, step{almost, ping}), 5, 6*almost + pongWait},
+		"pongs after text":  {list(step{almost, text}, step{almost, pong}), 5, 6*almost + pongWait},
+		"pongs after blank": {list(step{almost, blank}, step{almost, pong}), 5, 6*almost + pongWait},
+		"slow message":      {list(step{almost, begin}, step{time.Second, ping}, step{almost - time.Second, end}), 1, 2*almost + pongWait},
+		"drip":              {list(step{quarter, begin}, step{time.Second, more}), 100, quarter + pongWait},
+		"drip of nothing":   {list(step{quarter, begin}, step{time.Second, encode(0x00, "")}), 100, quarter + pongWait},
+		"drip and pings":    {list(step{quarter, begin}, step{time.Second, slices.Concat(ping, more)}), 100, quarter + pongWait},
+		"drip and pongs":    {list(step{quarter, begin}, step{time.Second, slices.Concat(pong, more)}), 100, quarter + pongWait},
 	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				p := pipeRoom(t).join(t)
-				p.SetPingHandler(func(string) error { return nil })
-				start := time.Now()
-				go func() {
-					for range 5 {
-						time.Sleep(between)
-						p.write(sent)
+		t.Run(name, inRoom(func(t *testing.T, r *room) {
+			p := r.join(t)
+			p.SetPingHandler(func(string) error { return nil })
+			start := time.Now()
+			go func() {
+				for i, step := range test.steps {
+					for n := 0; n == 0 || i == len(test.steps)-1 && n < test.times; n++ {
+						time.Sleep(step.wait)
+						p.NetConn().Write(step.sent)
 					}
-				}()
-				p.wantGoodbyeWithin(10*pongWait, tooSlow)
-				if got, want := time.Since(start), 5*between+pongWait; got != want {
-					t.Errorf("it was dropped after %v, want %v", got, want)
 				}
-			})
-		})
+			}()
+			p.wantGoodbyeWithin(10*pongWait, tooSlow)
+			if got := time.Since(start); got != test.want {
+				t.Errorf("it was dropped after %v, want %v", got, test.want)
+			}
+			p.pipe().CloseWrite()
+			time.Sleep(2 * pongWait) // until it has done all
+		}))
 	}
 }
 
-func TestClientThatTheRoomHoldsUpIsNotTakenForSilent(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		front := *r.hub // It takes what clients say, and passes nothing on.
-		front.broadcast = make(chan []byte)
-		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
-		p := r.join(t)
-		ended := make(chan error, 1)
-		go func() {
-			_, err := io.Copy(io.Discard, p.NetConn())
-			ended <- err
-		}()
-		for range 3 {
-			p.say("hello")
-			time.Sleep(2 * pongWait)
-			<-front.broadcast
-			time.Sleep(pongWait / 2)
-			p.write(encode(0x8a, ""))
-		}
-		select {
-		case <-ended:
-			t.Error("the client was dropped")
-		default:
-		}
-	})
+func TestClientThatTheRoomHoldsUpIsNotTakenForSilent(t *testing.T) { inRoom(testHeldUp)(t) }
+func testHeldUp(t *testing.T, r *room) {
+	front := *r.hub // It takes what clients say, and passes nothing on.
+	front.broadcast = make(chan []byte)
+	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
+	p := r.join(t)
+	go io.Copy(io.Discard, p.NetConn())
+	for range 3 {
+		p.say("hello")
+		time.Sleep(2 * pongWait)
+		<-front.broadcast
+		time.Sleep(pongWait / 2)
+		p.write(encode(0x8a, ""))
+	}
+	r.wantLogged(t)
+	if len(r.clients()) != 1 {
+		t.Error("the client was dropped")
+	}
 }
 
 // Promise 6. SIGINT or SIGTERM: no new connections, every client gets what is
-// queued and 1001. The process is further down; signals are in e2e.
+// queued and 1001, as shown above. The process is further down.
 
-func TestShutdownDeliversWhatIsQueuedAndThenSaysGoingAway(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		p := r.join(t)
-		want := []string{"one", "two", "three"}
-		r.say(want...)
-		r.hub.stop()
-		if got := p.wantGoodbye(shuttingDown); !slices.Equal(got, want) {
-			t.Errorf("got %q, want %q", got, want)
-		}
-		p.wantEnd()
-		r.wantEnd(t)
-		if got := r.log.String(); got != "" {
-			t.Errorf("the log is %q, want nothing in it for each client", got)
-		}
-	})
-}
-
-func TestShutdownIsReadByIdleAndByBusyClients(t *testing.T) {
-	r := tcpRoom(t)
-	var wg sync.WaitGroup
-	for i := range 30 {
-		p := r.join(t)
-		if i < 10 {
-			wg.Go(func() { // It sends without pause.
-				for p.WriteMessage(websocket.TextMessage, []byte("and another thing")) == nil {
-				}
-			})
-		}
-		wg.Go(func() { p.wantGoodbye(shuttingDown); p.Close() })
-	}
+func TestShutdownIsReadByAClientThatSendsBeforeItReads(t *testing.T) { inRoom(testDeafShutdown)(t) }
+func testDeafShutdown(t *testing.T, r *room) {
+	p := r.join(t)
 	r.hub.stop()
-	wg.Wait()
-	r.wantEnd(t)
+	synctest.Wait()
+	start := time.Now()
+	for range 10 * rateBurst {
+		p.write(encode(0x81, "what is sent now is no longer heard"))
+		p.write(encode(0x89, ""))
+		p.write(encode(0x8a, ""))
+	}
+	if got := time.Since(start); got != 0 {
+		t.Errorf("the client is held up for %v, want it let go", got)
+	}
+	p.wantGoodbye(shuttingDown)
 }
 
-func TestShutdownIsReadByAClientThatSendsBeforeItReads(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		p := r.join(t)
-		r.hub.stop()
-		synctest.Wait()
-		start := time.Now()
-		for range 10 * rateBurst {
-			p.write(encode(0x81, "what is sent now is no longer heard"))
-			p.write(encode(0x8a, ""))
+func TestHandshakeDuringShutdownIsRefused(t *testing.T) { inRoom(testLateHandshake)(t) }
+func testLateHandshake(t *testing.T, r *room) {
+	last := join(r.hub, 0)
+	r.hub.stop()
+	synctest.Wait()
+	for range 20 {
+		_, response, err := r.dialer(t).Dial(roomURL, nil)
+		if err == nil || response == nil || response.StatusCode != http.StatusServiceUnavailable {
+			t.Fatalf("dial returned %v, %v; want status 503", response, err)
 		}
-		if got := time.Since(start); got != 0 {
-			t.Errorf("the client is held up for %v, want it let go", got)
+		if body, _ := io.ReadAll(response.Body); string(body) != "the server is shutting down\n" {
+			t.Errorf("the answer is %q, want it to say why", body)
 		}
-		p.wantGoodbye(shuttingDown)
-	})
-}
-
-func TestHandshakeDuringShutdownIsRefused(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		last := join(r.hub, 0)
-		r.hub.stop()
-		synctest.Wait()
-		for range 20 {
-			_, response, err := r.dialer(t).Dial(roomURL, nil)
-			if err == nil || response == nil || response.StatusCode != http.StatusServiceUnavailable {
-				t.Errorf("dial returned %v, %v; want status 503", response, err)
-			}
-		}
-		r.hub.left <- last
-	})
+	}
+	r.hub.left <- last
 }
 
 // Promise 7. No goroutine outlives its client, and none the hub: run returns, and
@@ -996,200 +882,157 @@ func TestHandshakeDuringShutdownIsRefused(t *testing.T) {
 // checks at the end of each of its tests.
 
 func TestHubEndsSoonHoweverItsClientEnds(t *testing.T) {
-	tests := map[string]func(*room, *peer){
-		"the peer says goodbye":            func(_ *room, p *peer) { p.write(encode(0x88, "\x03\xe8")) },
+	for name, end := range map[string]func(*room, *peer){
+		"the peer says goodbye":            func(_ *room, p *peer) { p.write(encodeClose(1000, "")) },
 		"the peer vanishes":                func(_ *room, p *peer) { p.Close() },
-		"the peer has vanished for long":   func(_ *room, p *peer) { p.Close(); time.Sleep(pongWait) },
 		"the peer is silent":               func(_ *room, p *peer) { time.Sleep(pongWait) },
 		"the peer breaks a rule":           func(_ *room, p *peer) { p.write(encode(0x82, "")) },
-		"the peer breaks a rule, goes on":  func(_ *room, p *peer) { p.write(encode(0x82, "")); p.write(some) },
+		"the peer breaks a rule, goes on":  func(_ *room, p *peer) { p.write(encode(0x82, "")); p.write(much) },
 		"the peer breaks the protocol":     func(_ *room, p *peer) { p.write(encode(0x8f, "")) },
 		"the peer does nothing":            func(*room, *peer) {},
+		"the peer takes nothing":           func(r *room, p *peer) { p.unbuffered(); r.say("this"); time.Sleep(writeWait) },
 		"somebody unregisters it":          func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] },
 		"somebody unregisters it for long": func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0]; time.Sleep(pongWait) },
-	}
-	for name, end := range tests {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				r := pipeRoom(t)
-				p := r.join(t)
-				go io.Copy(io.Discard, p.NetConn()) // It reads, but answers nothing.
-				end(r, p)
-				start := time.Now()
-				r.hub.stop()
-				r.wantEnd(t)
-				if got := time.Since(start); got > closeWait {
-					t.Errorf("the hub ended %v after it was stopped, want at most %v", got, closeWait)
-				}
-			})
-		})
-	}
-}
-
-// The process: run and serve.
-
-func TestMainServesUntilItIsInterrupted(t *testing.T) {
-	logged, w := io.Pipe()
-	log.SetOutput(w)
-	t.Cleanup(func() { log.SetOutput(io.Discard) })
-	lines := make(chan string, 1)
-	go func() {
-		line, _ := bufio.NewReader(logged).ReadString('\n')
-		lines <- line
-		io.Copy(io.Discard, logged)
-	}()
-	defer func(old string) { *addr = old }(*addr)
-	*addr = ":0"
-	ended := make(chan bool)
-	go func() { main(); close(ended) }()
-
-	line := wait(t, lines, "the first line of the log")
-	url := regexp.MustCompile("http://localhost:[0-9]+/").FindString(line)
-	response, err := http.Get(url)
-	if err != nil {
-		t.Fatalf("the log says %q, and getting the page there fails: %v", line, err)
-	}
-	response.Body.Close()
-	if response.StatusCode != http.StatusOK {
-		t.Errorf("got status %d, want 200", response.StatusCode)
-	}
-	conn, _, err := websocket.DefaultDialer.Dial("ws"+strings.TrimPrefix(url, "http")+"ws", nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := &peer{conn, t}
-	p.say("hello")
-	p.wantLines("hello")
-	self, err := os.FindProcess(os.Getpid())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := self.Signal(os.Interrupt); err != nil {
-		t.Fatal(err)
-	}
-	p.wantGoodbye(shuttingDown)
-	wait(t, ended, "main")
-	if _, err := http.Get(url); err == nil {
-		t.Error("the server still listens after main has returned")
-	}
-}
-
-func TestRunReturnsWhyItCannotListen(t *testing.T) {
-	busy, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer busy.Close()
-	for addr, want := range map[string]string{
-		busy.Addr().String(): "address already in use",
-		"nonsense":           "missing port",
-		":99999":             "invalid port",
 	} {
-		if err := run(t.Context(), addr); err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("run on %q returned %v, want %q in it", addr, err, want)
+		t.Run(name, inRoom(func(t *testing.T, r *room) {
+			p := r.join(t)
+			p.pipe().far.onClose = func() {
+				synctest.Wait()
+				select {
+				case <-r.ended:
+					t.Error("the hub has ended before its client's connection has")
+				default:
+				}
+			}
+			if name != "the peer takes nothing" {
+				go io.Copy(io.Discard, p.NetConn()) // It reads, but answers nothing.
+			}
+			end(r, p)
+			start := time.Now()
+			r.hub.stop()
+			r.wantEnd(t)
+			if got := time.Since(start); got > closeWait {
+				t.Errorf("the hub ended %v after it was stopped, want at most %v", got, closeWait)
+			}
+		}))
+	}
+}
+
+func TestRequestIsOverWhenItsHandshakeIsAnswered(t *testing.T) { inRoom(testRequest)(t) }
+func testRequest(t *testing.T, r *room) {
+	returned := make(chan bool)
+	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(r.hub, w, req); close(returned) }
+	r.join(t)
+	wait(t, returned, "serveWs")
+}
+
+// run and serve. The process is in hub_test.go.
+
+func TestServerNamesAnAddressThatCanBeOpened(t *testing.T) {
+	for addr, want := range map[string]string{":0": "localhost", "0.0.0.0:0": "localhost", "127.0.0.1:0": "127.0.0.1"} {
+		book := captureLog(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := run(ctx, addr); err != nil {
+			t.Fatal(err)
+		}
+		if got := book.lines()[0]; !regexp.MustCompile(`^listening on http://` + want + `:[1-9]\d*/$`).MatchString(got) {
+			t.Errorf("on %s the log is %q, want %s there", addr, got, want)
 		}
 	}
 }
 
-func TestServeReturnsWhyItNoLongerListens(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		_, listener, _, result := startServe(t)
-		listener.Close()
-		if err := wait(t, result, "serve"); !errors.Is(err, net.ErrClosed) {
-			t.Errorf("serve returned %v, want %v", err, net.ErrClosed)
-		}
-	})
+func TestServeReturnsWhyItNoLongerListens(t *testing.T) { synctest.Test(t, testListenerFails) }
+func testListenerFails(t *testing.T) {
+	r, listener, _, result := startServe(t)
+	p := r.join(t)
+	listener.Close()
+	p.wantGoodbye(shuttingDown)
+	if err := wait(t, result, "serve"); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("serve returned %v, want %v", err, net.ErrClosed)
+	}
 }
 
-func TestServeReturnsAtOnceIfEverybodyLeaves(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r, _, cancel, result := startServe(t)
-		for range 10 {
-			p := r.join(t)
-			go p.wantGoodbye(shuttingDown)
-		}
-		idle := r.connect(t) // as browsers keep one ready
-		defer idle.Close()
-		synctest.Wait()
-		start := time.Now()
-		cancel()
-		if err := wait(t, result, "serve"); err != nil {
-			t.Errorf("serve returned %v, want nil", err)
-		}
-		if _, err := idle.Read(make([]byte, 1)); err != io.EOF {
-			t.Errorf("reading from the server gives %v, want %v", err, io.EOF)
-		}
-		if got := time.Since(start); got != 0 {
-			t.Errorf("serve returned after %v, want at once", got)
-		}
-	})
+func TestServeReturnsAtOnceIfEverybodyLeaves(t *testing.T) { synctest.Test(t, testGoodShutdown) }
+func testGoodShutdown(t *testing.T) {
+	r, _, cancel, result := startServe(t)
+	for range 10 {
+		p := r.join(t)
+		go p.wantGoodbye(shuttingDown)
+	}
+	idle := r.connect(t) // as browsers keep one ready
+	defer idle.Close()
+	synctest.Wait()
+	start := time.Now()
+	cancel()
+	if err := wait(t, result, "serve"); err != nil {
+		t.Errorf("serve returned %v, want nil", err)
+	}
+	if _, err := idle.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("reading from the server gives %v, want %v", err, io.EOF)
+	}
+	if got := time.Since(start); got != 0 {
+		t.Errorf("serve returned after %v, want at once", got)
+	}
+	r.wantLogged(t, "shutting down")
 }
 
-func TestServeReturnsInTimeEvenIfAClientIsStuck(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r, _, cancel, result := startServe(t)
-		stuck, p := r.join(t), r.join(t)
-		p.say("the stuck one does not take this")
-		synctest.Wait()
-		start := time.Now()
-		cancel()
-		p.wantGoodbye(shuttingDown)
-		if err := wait(t, result, "serve"); err != nil {
-			t.Errorf("serve returned %v, want nil", err)
-		}
-		if got := time.Since(start); got != shutdownWait {
-			t.Errorf("serve returned after %v, want %v", got, shutdownWait)
-		}
-		if got, want := r.log.String(), "leaving clients behind"; !strings.Contains(got, want) {
-			t.Errorf("the log is %q, want %q in it", got, want)
-		}
-		stuck.Close()
-	})
+func TestServeReturnsInTimeEvenIfAClientIsStuck(t *testing.T) { synctest.Test(t, testStuckShutdown) }
+func testStuckShutdown(t *testing.T) {
+	r, _, cancel, result := startServe(t)
+	stuck, p := r.join(t).unbuffered(), r.join(t)
+	p.say("the stuck one does not take this")
+	synctest.Wait()
+	start := time.Now()
+	cancel()
+	p.wantGoodbye(shuttingDown)
+	if err := wait(t, result, "serve"); err != nil {
+		t.Errorf("serve returned %v, want nil", err)
+	}
+	if got := time.Since(start); got != shutdownWait {
+		t.Errorf("serve returned after %v, want %v", got, shutdownWait)
+	}
+	r.wantLogged(t, "shutting down", "leaving clients behind that do not close within 5s")
+	stuck.Close()
 }
 
 func TestServeCutsOffASlowRequest(t *testing.T) {
-	tests := []struct {
+	const page = "GET / HTTP/1.1\r\nHost: pipe\r\n\r\n"
+	for _, test := range []struct {
 		name, sent string
 		drip       string // sent each second after that
 		reads      bool
-		want       time.Duration
 	}{
-		{"nothing sent", "", "", true, pageTimeout},
-		{"header that never ends", "GET / HTTP/1.1\r\nX: ", "x", true, pageTimeout},
-		{"body that never ends", "POST /ws HTTP/1.1\r\nHost: pipe\r\nContent-Length: 1000\r\n\r\n", "x", true, pageTimeout},
-		{"page that nobody takes", "GET / HTTP/1.1\r\nHost: pipe\r\n\r\n", "", false, pageTimeout},
-		{"no second request", "GET / HTTP/1.1\r\nHost: pipe\r\n\r\n", "", true, pageTimeout},
-	}
-	for _, test := range tests {
+		{"nothing sent", "", "", true},
+		{"header that never ends", "GET / HTTP/1.1\r\nX: ", "x", true},
+		{"body that never ends", "POST /ws HTTP/1.1\r\nHost: pipe\r\nContent-Length: 1000\r\n\r\n", "x", true},
+		{"page that nobody takes", page, "", false},
+		{"no second request", page, "", true},
+	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r, _, _, _ := startServe(t)
-				conn := r.connect(t)
-				start := time.Now()
-				dripped := make(chan struct{})
-				go func() {
-					defer close(dripped)
-					_, err := io.WriteString(conn, test.sent)
-					for err == nil && test.drip != "" {
+				conn := r.connect(t).(*pipe)
+				var dripping sync.WaitGroup
+				defer dripping.Wait()
+				defer conn.Close()
+				conn.unbuffer()
+				dripping.Go(func() {
+					for _, err := io.WriteString(conn, test.sent); err == nil && test.drip != ""; _, err = io.WriteString(conn, test.drip) {
 						time.Sleep(time.Second)
-						_, err = io.WriteString(conn, test.drip)
 					}
-				}()
+				})
 				if test.reads {
-					io.Copy(io.Discard, conn)
-				} else {
-					time.Sleep(test.want + time.Millisecond)
-					synctest.Wait()
-					conn.SetReadDeadline(time.Now().Add(time.Millisecond))
-					if _, err := io.Copy(io.Discard, conn); err != nil {
-						t.Errorf("the connection ended with %v, want it closed by the server", err)
-					}
+					go io.Copy(io.Discard, conn)
 				}
-				if got := time.Since(start); got < test.want || got > test.want+time.Second {
-					t.Errorf("the connection ended after %v, want %v", got, test.want)
+				time.Sleep(pageTimeout - 1)
+				if synctest.Wait(); conn.far.isClosed() {
+					t.Errorf("the connection is closed before %v have passed", pageTimeout)
 				}
-				conn.Close()
-				wait(t, dripped, "the one who sends slowly")
+				time.Sleep(time.Second)
+				if synctest.Wait(); !conn.far.isClosed() {
+					t.Errorf("the connection is still open after %v", pageTimeout)
+				}
 			})
 		})
 	}
@@ -1198,20 +1041,22 @@ func TestServeCutsOffASlowRequest(t *testing.T) {
 // The page.
 
 func TestHomePage(t *testing.T) {
-	tests := []struct {
+	const html, plain = "text/html; charset=utf-8", "text/plain; charset=utf-8"
+	for _, test := range []struct {
 		method, path string
 		status       int
 		contentType  string
 		allow        string
 	}{
-		{"GET", "/", http.StatusOK, "text/html; charset=utf-8", ""},
-		{"HEAD", "/", http.StatusOK, "text/html; charset=utf-8", ""},
-		{"GET", "/favicon.ico", http.StatusNotFound, "text/plain; charset=utf-8", ""},
-		{"GET", "/index.html", http.StatusNotFound, "text/plain; charset=utf-8", ""},
-		{"POST", "/", http.StatusMethodNotAllowed, "text/plain; charset=utf-8", "GET, HEAD"},
-		{"DELETE", "/", http.StatusMethodNotAllowed, "text/plain; charset=utf-8", "GET, HEAD"},
-	}
-	for _, test := range tests {
+		{"GET", "/", http.StatusOK, html, ""},
+		{"HEAD", "/", http.StatusOK, html, ""},
+		{"GET", "/?\u009b31m%0a%1b", http.StatusOK, html, ""},
+		{"GET", "/favicon.ico", http.StatusNotFound, plain, ""},
+		{"GET", "/index.html", http.StatusNotFound, plain, ""},
+		{"POST", "/index.html", http.StatusNotFound, plain, ""},
+		{"POST", "/", http.StatusMethodNotAllowed, plain, "GET, HEAD"},
+		{"DELETE", "/", http.StatusMethodNotAllowed, plain, "GET, HEAD"},
+	} {
 		t.Run(test.method+" "+test.path, func(t *testing.T) {
 			book := captureLog(t)
 			rec := httptest.NewRecorder()
@@ -1229,8 +1074,8 @@ func TestHomePage(t *testing.T) {
 					t.Errorf("got %s %q, want %q", name, got, want)
 				}
 			}
-			if got, want := book.String(), fmt.Sprintf("%s %q\n", test.method, test.path); !strings.HasSuffix(got, want) {
-				t.Errorf("the log is %q, want %q at its end", got, want)
+			if got, want := book.lines(), list(fmt.Sprintf("192.0.2.1:1234: %s %q", test.method, test.path)); !slices.Equal(got, want) {
+				t.Errorf("the log is %q, want %q", got, want)
 			}
 		})
 	}
@@ -1239,39 +1084,43 @@ func TestHomePage(t *testing.T) {
 func TestContentSecurityPolicyAllowsThePageItsOwnScriptAndStyleAlone(t *testing.T) {
 	rec := httptest.NewRecorder()
 	serveHome(rec, httptest.NewRequest("GET", "/", nil))
-	policy := rec.Header().Get("Content-Security-Policy")
-	for _, element := range []string{"script", "style"} {
+	hash := func(element string) string {
 		found := regexp.MustCompile("(?s)<"+element+"\\b[^>]*>(.*?)</"+element+">").FindAllStringSubmatch(rec.Body.String(), -1)
 		if len(found) != 1 {
 			t.Fatalf("the page has %d elements %s, want 1", len(found), element)
 		}
-		hash := sha256.Sum256([]byte(found[0][1]))
-		want := element + "-src 'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "';"
-		if !strings.Contains(policy, want) {
-			t.Errorf("the policy is %q, want %q in it", policy, want)
-		}
+		// As browsers do: all line ends are \n when they hash.
+		sum := sha256.Sum256([]byte(strings.ReplaceAll(found[0][1], "\r\n", "\n")))
+		return base64.StdEncoding.EncodeToString(sum[:])
 	}
-	for _, want := range []string{"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"} {
-		if !strings.Contains(policy, want) {
-			t.Errorf("the policy is %q, want %q in it", policy, want)
-		}
-	}
-	if strings.Contains(policy, "unsafe") {
-		t.Errorf("the policy is %q, want nothing unsafe in it", policy)
+	want := "default-src 'none'; script-src 'sha256-" + hash("script") + "'; style-src 'sha256-" + hash("style") +
+		"'; img-src data:; connect-src 'self' ws: wss:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+	if got := rec.Header().Get("Content-Security-Policy"); got != want {
+		t.Errorf("the policy is\n%s, want\n%s", got, want)
 	}
 }
 
-func TestThePageKnowsThePingPeriod(t *testing.T) {
+func TestHashesAreTheBrowsersAlsoWhenGitHasMadeCRLFOfLineEnds(t *testing.T) {
+	defer func(old string) { home = old }(home)
+	for _, element := range []string{"script", "style"} {
+		home = strings.ReplaceAll(home, "\r\n", "\n")
+		want := hashSource(element)
+		home = strings.ReplaceAll(home, "\n", "\r\n")
+		if got := hashSource(element); got != want || !strings.Contains(contentSecurityPolicy, want) {
+			t.Errorf("with CRLF the hash of %s is %s, want %s", element, got, want)
+		}
+	}
+}
+
+func TestThePageKnowsTheServersFigures(t *testing.T) {
 	ms := pingPeriod.Milliseconds()
-	if want := fmt.Sprintf("const pingPeriod = %d_%03d;", ms/1000, ms%1000); !strings.Contains(home, want) {
-		t.Errorf("home.html does not say %q", want)
-	}
-}
-
-func TestThePageHasTheLimitOnce(t *testing.T) {
-	want := fmt.Sprintf("const maxMessageSize = %d;", maxMessageSize)
-	if !strings.Contains(home, want) {
-		t.Errorf("home.html does not say %q", want)
+	for _, want := range []string{
+		fmt.Sprintf("const pingPeriod = %d_%03d;", ms/1000, ms%1000),
+		fmt.Sprintf("const maxMessageSize = %d;", maxMessageSize),
+	} {
+		if !strings.Contains(home, want) {
+			t.Errorf("home.html does not say %q", want)
+		}
 	}
 	if got := len(regexp.MustCompile(fmt.Sprintf(`\b%d\b`, maxMessageSize)).FindAllString(home, -1)); got != 1 {
 		t.Errorf("home.html states the limit %d times, want once", got)
@@ -1347,235 +1196,19 @@ func TestCodeInREADMEIsTheCodeHere(t *testing.T) {
 	}
 }
 
-// The storm: histories made up from a seed, which hold the server to all of these
-// promises at once.
-
-var storms = flag.Int("storms", 100, "how many `histories` TestStorm plays")
-
-// To play one history again: go test -run='TestStorm/seed=17$' -storms=18 .
-func TestStorm(t *testing.T) {
-	for seed := range *storms {
-		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				random := rand.New(rand.NewPCG(uint64(seed), 0))
-				s := &storm{room: pipeRoom(t), end: time.Now().Add(upTo(random, 3*time.Second))}
-				s.chorus = time.Now().Add(upTo(random, 3*time.Second))
-				witness := s.enter(t, random, "listens")
-				for range 3 + random.IntN(15) {
-					if time.Sleep(upTo(random, 300*time.Millisecond)); !time.Now().Before(s.end) {
-						break
-					}
-					fates := []string{"listens", "talks", "is slow", "stalls", "offends", "offends blindly", "leaves", "vanishes"}
-					s.enter(t, random, fates[random.IntN(len(fates))])
-					if c := s.cast[random.IntN(len(s.cast))]; random.IntN(5) == 0 && c != witness && c.client != nil {
-						c.sentAway(unregistered, time.Now())
-						s.hub.unregister <- c.client
-					}
-				}
-				time.Sleep(time.Until(s.end))
-				s.hub.stop()
-				s.wantEnd(t)
-				s.actors.Wait()
-				s.check(t, witness.heard)
-			})
-		})
-	}
-}
-
-func upTo(random *rand.Rand, most time.Duration) time.Duration {
-	return time.Duration(random.Int64N(int64(most)))
-}
-
-// A storm is a room, and those who have been in it.
-type storm struct {
-	*room
-	chorus time.Time // when many of them speak at once
-	end    time.Time // when the hub is stopped
-	cast   []*character
-	actors sync.WaitGroup
-}
-
-// A character is a client in a storm, and what has become of it.
-type character struct {
-	*peer
-	client     *Client
-	name, fate string
-	joined     time.Time
-	said       []time.Time // when each of its lines was begun
-	finished   time.Time   // when the last of them was written
-	heard      []string
-	end        error         // of its reading
-	written    chan struct{} // closed when it writes no more
-	cut        error         // of what it sent with its offence, and after it
-
-	mu   sync.Mutex
-	whys map[*goodbye]time.Time // why it may have been sent away, and when
-}
-
-// sentAway notes a reason for the server to send c away.
-func (c *character) sentAway(why *goodbye, at time.Time) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if _, ok := c.whys[why]; !ok {
-		c.whys[why] = at
-	}
-}
-
-// enter has a client join, say some lines, and meet its fate.
-func (s *storm) enter(t *testing.T, random *rand.Rand, fate string) *character {
-	c := &character{peer: s.join(t), name: fmt.Sprint("#", len(s.cast)), fate: fate, joined: time.Now(), written: make(chan struct{})}
-	c.whys = map[*goodbye]time.Time{shuttingDown: s.end}
-	first, second := offences[random.IntN(len(offences))], offences[random.IntN(len(offences))]
-	for fate == "offends blindly" && (first.want.Code == websocket.CloseProtocolError || second.want.Code == websocket.CloseProtocolError) {
-		// Not these: gorilla/websocket waits until its 1002 is read.
-		first, second = offences[random.IntN(len(offences))], offences[random.IntN(len(offences))]
-	}
-	lines, pause, slowness := random.IntN(150), upTo(random, 20*time.Millisecond), upTo(random, breather/2)
-	begin, stall := time.Now(), time.Now().Add(upTo(random, time.Second))
-	if random.IntN(2) == 0 {
-		begin, pause = s.chorus, 0
-	}
-	s.actors.Go(func() {
-		defer close(c.written)
-		if fate == "listens" {
-			return
-		}
-		time.Sleep(time.Until(begin))
-		for n := range lines {
-			time.Sleep(pause)
-			c.said = append(c.said, time.Now())
-			if c.WriteMessage(websocket.TextMessage, fmt.Append(nil, c.name, " says ", n)) != nil {
-				return
-			}
-		}
-		c.finished = time.Now()
-		switch fate {
-		case "offends", "offends blindly":
-			c.sentAway(first.want, time.Now())
-			if second.want.Code == websocket.CloseProtocolError {
-				// gorilla/websocket says this one itself, ahead of what is queued.
-				c.sentAway(second.want, time.Now())
-			}
-			_, c.cut = c.NetConn().Write(slices.Concat(first.sent, second.sent, some))
-		case "leaves":
-			c.sentAway(hadEnough, time.Now())
-			c.NetConn().Write(encode(0x88, "\x0f\xa0had enough"))
-		case "vanishes":
-			c.Close()
-		}
-	})
-	s.actors.Go(func() {
-		for c.end == nil {
-			switch {
-			case fate == "is slow":
-				time.Sleep(slowness)
-			case fate == "stalls" && time.Now().After(stall):
-				c.sentAway(fellBehind, time.Now())
-				time.Sleep(writeWait / 2)
-				stall = s.end.Add(time.Hour)
-			case fate == "offends blindly":
-				c.sentAway(fellBehind, time.Now())
-				<-c.written // It reads nothing before.
-			}
-			var lines []string
-			lines, c.end = c.read(2 * pongWait)
-			c.heard = append(c.heard, lines...)
-		}
-		<-c.written
-		c.Close()
-	})
-	for _, client := range s.clients() {
-		if !slices.ContainsFunc(s.cast, func(c *character) bool { return c.client == client }) {
-			c.client = client
-		}
-	}
-	s.cast = append(s.cast, c)
-	return c
-}
-
-var hadEnough = &goodbye{Code: 4000, Text: "had enough"}
-
-// check holds the promises against what everybody has heard. The witness has
-// been there from the beginning to the end, so that what it has heard is the order.
-func (s *storm) check(t *testing.T, order []string) {
-	t.Helper()
-	const soon = 500 * time.Millisecond // by when the server has done what was asked of it
-	position := make(map[string]int)
-	for i, line := range order {
-		if _, ok := position[line]; ok {
-			t.Errorf("%q was heard twice", line)
-		}
-		position[line] = i
-	}
-	for _, c := range s.cast {
-		var due *goodbye // what ends it first, apart from its being slow
-		for why, at := range c.whys {
-			if why != fellBehind && (due == nil || at.Before(c.whys[due])) {
-				due = why
-			}
-		}
-
-		// What it says is heard completely and in its order.
-		last, missing := -1, 0
-		for n := range c.said {
-			if i, ok := position[fmt.Sprint(c.name, " says ", n)]; !ok {
-				missing++
-			} else if missing > 0 || i < last {
-				t.Errorf("%s, which %s: line %d was heard after one that it had said later", c.name, c.fate, n)
-			} else {
-				last = i
-			}
-		}
-		if missing > 0 && !c.finished.IsZero() && c.finished.Add(soon).Before(c.whys[due]) && c.whys[fellBehind].IsZero() {
-			t.Errorf("%s, which %s: %d of its %d lines were not heard", c.name, c.fate, missing, len(c.said))
-		}
-
-		// It hears a part of the one order without a gap, from when it joined.
-		first := len(order) // of what was said since
-		for _, other := range s.cast {
-			for n, at := range other.said {
-				if i, ok := position[fmt.Sprint(other.name, " says ", n)]; ok && at.After(c.joined) {
-					first = min(first, i)
-				}
-			}
-		}
-		start := first
-		if len(c.heard) > 0 {
-			start = position[c.heard[0]]
-		}
-		if start > first || !slices.Equal(c.heard, order[start:min(start+len(c.heard), len(order))]) {
-			t.Errorf("%s, which %s, heard %q, want a part of %q that starts at %d or before", c.name, c.fate, c.heard, order, first)
-		}
-
-		// Nobody is sent away but for a reason of its own, and the first is what
-		// it reads; until then the server takes what it sends.
-		if c.fate == "vanishes" && !c.finished.IsZero() {
-			continue
-		}
-		var got *goodbye
-		errors.As(c.end, &got)
-		sound := false
-		for why, at := range c.whys {
-			sound = sound || got != nil && got.Code == why.Code && at.Before(c.whys[due].Add(soon)) &&
-				(got.Text == why.Text || got.Code == websocket.CloseProtocolError)
-		}
-		if !sound {
-			t.Errorf("%s, which %s, ended with %v, want %v", c.name, c.fate, c.end, due)
-		}
-		if c.cut != nil && !c.whys[due].Before(c.finished) {
-			t.Errorf("%s, which %s: what it was sending failed with %v", c.name, c.fate, c.cut)
-		}
-		if len(c.whys) == 1 && start+len(c.heard) != len(order) {
-			t.Errorf("%s, which %s, did not hear the last %d lines", c.name, c.fate, len(order)-start-len(c.heard))
-		}
-	}
-}
-
 // The rig.
 
 // patience is how long a test waits for what must come: it only bounds how long
 // a failing one takes.
-const patience = 10 * time.Second
+const patience = 20 * time.Second
+
+// inRoom makes a test of one that needs a room: it runs in a synctest bubble,
+// where time passes only while everybody waits.
+func inRoom(test func(*testing.T, *room)) func(*testing.T) {
+	return func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) { test(t, pipeRoom(t)) })
+	}
+}
 
 // A room is a running server, and how to reach it.
 type room struct {
@@ -1643,11 +1276,7 @@ func newRoom(t testing.TB, listener net.Listener) *room {
 		close(r.ended)
 	}()
 	t.Cleanup(func() {
-		select {
-		case <-r.hub.stopped:
-		default:
-			r.hub.stop()
-		}
+		r.hub.stop()
 		r.wantEnd(t)
 		server.Close()
 	})
@@ -1687,6 +1316,16 @@ func (r *room) wantEnd(t testing.TB) {
 	wait(t, r.ended, "hub.run")
 }
 
+// wantLogged checks, at a moment at which nothing more is to be done, that want
+// has been logged, line by line, and nothing else. Call it in a synctest bubble.
+func (r *room) wantLogged(t testing.TB, want ...string) {
+	t.Helper()
+	synctest.Wait()
+	if got := r.log.lines(); !slices.Equal(got, want) {
+		t.Errorf("the log is %s, want %s", brief(got), brief(want))
+	}
+}
+
 // say says lines in the room, one after the other. It returns when everything
 // that follows from it is done; call it in a synctest bubble.
 func (r *room) say(lines ...string) {
@@ -1713,11 +1352,13 @@ func (r *room) clients() []*Client {
 	}
 }
 
-// dialer returns a dialer that connects to the room.
+// dialer returns a dialer that connects to the room. It offers compression, which
+// the server must not take up: each connection would keep a window for it.
 func (r *room) dialer(t testing.TB) *websocket.Dialer {
 	return &websocket.Dialer{
-		HandshakeTimeout: patience,
-		NetDialContext:   func(context.Context, string, string) (net.Conn, error) { return r.connect(t), nil },
+		EnableCompression: true,
+		HandshakeTimeout:  patience,
+		NetDialContext:    func(context.Context, string, string) (net.Conn, error) { return r.connect(t), nil },
 	}
 }
 
@@ -1741,12 +1382,22 @@ type peer struct {
 	t testing.TB
 }
 
+// pipe returns the connection that it has in a room of pipes.
+func (p *peer) pipe() *pipe { return p.NetConn().(*pipe) }
+
+// unbuffered has its pipe hold nothing from now on, so that who does not read
+// holds up who writes.
+func (p *peer) unbuffered() *peer {
+	p.pipe().unbuffer()
+	return p
+}
+
 // say sends a message.
 func (p *peer) say(text string) {
 	p.t.Helper()
 	p.SetWriteDeadline(time.Now().Add(patience))
 	if err := p.WriteMessage(websocket.TextMessage, []byte(text)); err != nil {
-		p.t.Errorf("saying %.99q failed with %v", text, err)
+		p.t.Errorf("saying %s failed with %v", brief(text), err)
 	}
 }
 
@@ -1755,7 +1406,7 @@ func (p *peer) write(sent []byte) {
 	p.t.Helper()
 	p.NetConn().SetWriteDeadline(time.Now().Add(patience))
 	if _, err := p.NetConn().Write(sent); err != nil {
-		p.t.Errorf("sending %.99q failed with %v", sent, err)
+		p.t.Errorf("sending %s failed with %v", brief(sent), err)
 	}
 }
 
@@ -1775,7 +1426,7 @@ func (p *peer) lines(n int) (lines []string) {
 	for len(lines) < n {
 		more, err := p.read(patience)
 		if err != nil {
-			p.t.Errorf("got %q and then %v, want %d lines", lines, err, n)
+			p.t.Errorf("got %s and then %v, want %d lines", brief(lines), err, n)
 			break
 		}
 		lines = append(lines, more...)
@@ -1786,7 +1437,7 @@ func (p *peer) lines(n int) (lines []string) {
 func (p *peer) wantLines(want ...string) {
 	p.t.Helper()
 	if got := p.lines(len(want)); !slices.Equal(got, want) {
-		p.t.Errorf("got %q, want %q", got, want)
+		p.t.Errorf("got %s, want %s", brief(got), brief(want))
 	}
 }
 
@@ -1799,8 +1450,8 @@ func (p *peer) wantGoodbye(want *goodbye) (lines []string) {
 
 func (p *peer) wantGoodbyeWithin(within time.Duration, want *goodbye) (lines []string) {
 	p.t.Helper()
-	for {
-		more, err := p.read(within)
+	for end := time.Now().Add(within); ; {
+		more, err := p.read(time.Until(end))
 		if err == nil {
 			lines = append(lines, more...)
 			continue
@@ -1813,12 +1464,18 @@ func (p *peer) wantGoodbyeWithin(within time.Duration, want *goodbye) (lines []s
 	}
 }
 
-// wantEnd checks that the server has ended TCP, and has not reset it.
-func (p *peer) wantEnd() {
+// wantEnd checks that the server has closed TCP, and has not reset it.
+func (p *peer) wantEnd() { p.t.Helper(); p.wantEndOf(true) }
+
+// wantHalfEnd checks that the server has closed its side of TCP alone.
+func (p *peer) wantHalfEnd() { p.t.Helper(); p.wantEndOf(false) }
+
+func (p *peer) wantEndOf(both bool) {
 	p.t.Helper()
 	p.NetConn().SetReadDeadline(time.Now().Add(patience))
-	if n, err := p.NetConn().Read(make([]byte, 1)); n != 0 || err != io.EOF {
-		p.t.Errorf("after the goodbye came %d bytes and %v, want %v", n, err, io.EOF)
+	n, err := p.NetConn().Read(make([]byte, 1))
+	if got := p.pipe().far.isClosed(); n != 0 || err != io.EOF || got != both {
+		p.t.Errorf("after the goodbye came %d bytes and %v, and the server had closed TCP: %v; want %v and %v", n, err, got, io.EOF, both)
 	}
 }
 
@@ -1875,32 +1532,149 @@ func encode(first byte, payload string) []byte {
 	return slices.Concat(header, make([]byte, 4), []byte(payload))
 }
 
+// encodeClose returns a masked close frame.
+func encodeClose(code int, text string) []byte {
+	return encode(0x88, string(binary.BigEndian.AppendUint16(nil, uint16(code)))+text)
+}
+
 func list[T any](items ...T) []T { return items }
 
-// A pipe is one end of a connection in memory that, as TCP, can be closed one
-// way. It buffers nothing: each write waits until it is read, and time in a
-// synctest bubble goes on while all wait.
+// brief quotes v, and cuts it where a log has enough.
+func brief(v any) string {
+	s := fmt.Sprintf("%q", v)
+	if len(s) > 400 {
+		s = fmt.Sprintf("%s… (%d bytes)", s[:400], len(s))
+	}
+	return s
+}
+
+// A pipe is one end of a connection in memory. It does what TCP does, at its
+// worst: it buffers; it can be closed one way; and whoever closes it with input
+// unread, or writes when the other end is closed, resets it, which destroys what
+// the other end has not read.
 type pipe struct {
-	net.Conn               // to read from
-	out      net.Conn      // to write to
-	writing  chan struct{} // holds what each write takes: time would not go on for a net.Pipe's mutex
+	*wire
+	far             *pipe        // the other end
+	onWrite         func() error // called before each write, which fails if this does
+	onClose         func()       // called before it is closed
+	unread          []byte       // what has come from far
+	window          int          // with more than this unread, far waits when it writes
+	ended           bool         // nothing comes from far any more
+	closed          bool
+	readBy, writeBy time.Time
 }
 
-func newPipe(in, out net.Conn) *pipe { return &pipe{in, out, make(chan struct{}, 1)} }
-
-func (p *pipe) Write(b []byte) (int, error) {
-	p.writing <- struct{}{}
-	defer func() { <-p.writing }()
-	return p.out.Write(b)
+// A wire is what both ends of a connection share.
+type wire struct {
+	sync.Mutex
+	changed *sync.Cond
+	reset   bool
 }
 
-func (p *pipe) SetWriteDeadline(t time.Time) error { return p.out.SetWriteDeadline(t) }
+var errReset = &net.OpError{Op: "read", Net: "pipe", Err: errors.New("connection reset by peer")}
+
+func newPipes() (a, b *pipe) {
+	w := new(wire)
+	w.changed = sync.NewCond(w)
+	a, b = &pipe{wire: w, window: 64 << 10}, &pipe{wire: w, window: 64 << 10}
+	a.far, b.far = b, a
+	return a, b
+}
+
+// do changes something about the connection.
+func (p *pipe) do(change func()) {
+	p.Lock()
+	defer p.Unlock()
+	change()
+	p.changed.Broadcast()
+}
+
+// await waits until done, or returns why it never will be. It is called locked.
+func (p *pipe) await(by *time.Time, done func() bool) error {
+	for {
+		switch {
+		case p.closed:
+			return net.ErrClosed
+		case p.reset:
+			return errReset
+		case !by.IsZero() && !time.Now().Before(*by):
+			return os.ErrDeadlineExceeded
+		case done():
+			return nil
+		}
+		p.changed.Wait()
+	}
+}
+
+func (p *pipe) Read(b []byte) (n int, err error) {
+	p.do(func() {
+		if err = p.await(&p.readBy, func() bool { return len(p.unread) > 0 || p.ended }); err != nil {
+			return
+		}
+		if n = copy(b, p.unread); n == 0 && len(b) > 0 {
+			err = io.EOF
+		}
+		p.unread = p.unread[n:]
+	})
+	return n, err
+}
+
+func (p *pipe) Write(b []byte) (n int, err error) {
+	if p.onWrite != nil {
+		if err := p.onWrite(); err != nil {
+			return 0, err
+		}
+	}
+	p.do(func() {
+		if err = p.await(&p.writeBy, func() bool { return true }); err != nil {
+			return
+		}
+		n = len(b)
+		if p.far.ended {
+			n, err = 0, net.ErrClosed
+		} else if p.far.closed {
+			p.reset = true
+		} else {
+			p.far.unread = append(p.far.unread, b...)
+			p.changed.Broadcast()
+			err = p.await(&p.writeBy, func() bool { return len(p.far.unread) <= p.far.window })
+		}
+	})
+	return n, err
+}
+
+func (p *pipe) Close() error {
+	if p.onClose != nil {
+		p.onClose()
+	}
+	p.do(func() {
+		p.reset = p.reset || !p.closed && len(p.unread) > 0
+		p.closed, p.far.ended = true, true
+	})
+	return nil
+}
+
+func (p *pipe) CloseWrite() error { p.do(func() { p.far.ended = true }); return nil }
+func (p *pipe) unbuffer()         { p.do(func() { p.window, p.far.window = 0, 0 }) }
+
+func (p *pipe) isClosed() (closed bool) { p.do(func() { closed = p.closed }); return closed }
+
 func (p *pipe) SetDeadline(t time.Time) error {
-	p.Conn.SetReadDeadline(t)
-	return p.out.SetWriteDeadline(t)
+	p.SetReadDeadline(t)
+	return p.SetWriteDeadline(t)
 }
-func (p *pipe) CloseWrite() error { return p.out.Close() }
-func (p *pipe) Close() error      { p.out.Close(); return p.Conn.Close() }
+func (p *pipe) SetReadDeadline(t time.Time) error  { return p.setDeadline(&p.readBy, t) }
+func (p *pipe) SetWriteDeadline(t time.Time) error { return p.setDeadline(&p.writeBy, t) }
+func (p *pipe) setDeadline(by *time.Time, t time.Time) error {
+	p.do(func() { *by = t })
+	if !t.IsZero() {
+		time.AfterFunc(time.Until(t), func() { p.do(func() {}) })
+	}
+	return nil
+}
+
+func (p *pipe) LocalAddr() net.Addr  { return pipeAddr("this end") }
+func (p *pipe) RemoteAddr() net.Addr { return pipeAddr("pipe") }
 
 // A pipeListener accepts pipes.
 type pipeListener struct {
@@ -1915,14 +1689,13 @@ func newPipeListener() *pipeListener {
 
 func (l *pipeListener) connect(t testing.TB) net.Conn {
 	t.Helper()
-	clientIn, serverOut := net.Pipe()
-	serverIn, clientOut := net.Pipe()
+	client, server := newPipes()
 	select {
-	case l.conns <- newPipe(serverIn, serverOut):
+	case l.conns <- server:
 	case <-l.closed:
 		t.Error("the server does not listen")
 	}
-	return newPipe(clientIn, clientOut)
+	return client
 }
 
 func (l *pipeListener) Accept() (net.Conn, error) {
@@ -1935,61 +1708,12 @@ func (l *pipeListener) Accept() (net.Conn, error) {
 }
 
 func (l *pipeListener) Close() error   { l.once.Do(func() { close(l.closed) }); return nil }
-func (l *pipeListener) Addr() net.Addr { return pipeAddr{} }
+func (l *pipeListener) Addr() net.Addr { return pipeAddr("listener") }
 
-type pipeAddr struct{}
+type pipeAddr string
 
-func (pipeAddr) Network() string { return "pipe" }
-func (pipeAddr) String() string  { return "pipe" }
-
-// onWrite makes a ResponseWriter call do before each write on the connection
-// that is hijacked from it.
-type onWrite struct {
-	http.ResponseWriter
-	do func()
-}
-
-func (w onWrite) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	conn, rw, err := w.ResponseWriter.(http.Hijacker).Hijack()
-	return onWriteConn{conn, w.do}, rw, err
-}
-
-type onWriteConn struct {
-	net.Conn
-	do func()
-}
-
-func (c onWriteConn) Write(p []byte) (int, error) {
-	c.do()
-	return c.Conn.Write(p)
-}
-
-// A logBook is what the program has logged.
-type logBook struct {
-	mu   sync.Mutex
-	text strings.Builder
-}
-
-func (l *logBook) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *logBook) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
-}
-
-// captureLog collects what is logged until the test ends.
-func captureLog(t testing.TB) *logBook {
-	t.Helper()
-	book := new(logBook)
-	log.SetOutput(book)
-	t.Cleanup(func() { log.SetOutput(io.Discard) })
-	return book
-}
+func (pipeAddr) Network() string  { return "pipe" }
+func (a pipeAddr) String() string { return string(a) }
 
 // Fuzzing: whatever a client sends, the others see clean lines alone.
 
@@ -2045,35 +1769,5 @@ func (r *room) fuzz(t *testing.T, other *peer, sent []byte) {
 				t.Errorf("the other one sees %q", line)
 			}
 		}
-	}
-}
-
-// BenchmarkBroadcast measures the way of one message from the hub to n clients.
-func BenchmarkBroadcast(b *testing.B) {
-	for _, n := range []int{1, 100, 1000} {
-		b.Run(fmt.Sprintf("clients=%d", n), func(b *testing.B) {
-			r := tcpRoom(b)
-			message := []byte("a line of chat, about as long as people write them")
-			var received sync.WaitGroup
-			for range n {
-				conn := r.join(b).NetConn() // read as bytes, so as to cost little itself
-				go func() {
-					frame := make([]byte, 2+len(message))
-					for {
-						if _, err := io.ReadFull(conn, frame); err != nil {
-							return
-						}
-						received.Done()
-					}
-				}()
-			}
-			b.ReportAllocs()
-			for b.Loop() {
-				received.Add(n)
-				r.hub.broadcast <- message
-				received.Wait()
-			}
-			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/delivery")
-		})
 	}
 }

@@ -1,20 +1,83 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"fmt"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/gorilla/websocket"
 )
 
+// asProcess is the environment variable with which this binary is not a test, but
+// the chat server. With the value "hanging:true" it hangs when it shuts down.
+const asProcess = "CHAT_TEST_PROCESS"
+
 func TestMain(m *testing.M) {
-	log.SetOutput(io.Discard)
-	os.Exit(m.Run())
+	switch os.Getenv(asProcess) {
+	case "":
+		log.SetFlags(0)
+		log.SetOutput(io.Discard)
+		os.Exit(m.Run())
+	case "hanging:true":
+		log.SetOutput(hanging{})
+	}
+	time.AfterFunc(time.Minute, func() { os.Exit(3) }) // if the test has died
+	main()
+	os.Exit(0)
+}
+
+// hanging is a log that hangs when the server shuts down, after saying so.
+type hanging struct{}
+
+func (hanging) Write(line []byte) (int, error) {
+	os.Stderr.Write(line)
+	if bytes.Contains(line, []byte("shutting down")) {
+		select {}
+	}
+	return len(line), nil
+}
+
+// A logBook is what the program has logged.
+type logBook struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *logBook) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logBook) lines() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.FieldsFunc(l.text.String(), func(r rune) bool { return r == '\n' })
+}
+
+// captureLog collects what is logged until the test ends.
+func captureLog(t testing.TB) *logBook {
+	t.Helper()
+	book := new(logBook)
+	log.SetOutput(book)
+	t.Cleanup(func() { log.SetOutput(io.Discard) })
+	return book
 }
 
 // startHub runs a hub until the test ends, and joins bare clients with queues
@@ -70,183 +133,205 @@ func wantQueue(t *testing.T, client *Client, wantClosed bool, want ...string) {
 // A broadcast goes to every client. The hub never blocks on one: a client whose
 // queue is full is dropped.
 
-func TestEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		hub, clients := startHub(t, 4, 4)
-		hub.broadcast <- []byte("one")
-		hub.broadcast <- []byte("two")
-		synctest.Wait()
-		for _, client := range clients {
-			wantQueue(t, client, false, "one", "two")
-		}
-	})
+func TestEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) { synctest.Test(t, testBroadcast) }
+func testBroadcast(t *testing.T) {
+	hub, clients := startHub(t, 4, 4)
+	hub.broadcast <- []byte("one")
+	hub.broadcast <- []byte("two")
+	synctest.Wait()
+	for _, client := range clients {
+		wantQueue(t, client, false, "one", "two")
+	}
 }
 
-func TestFullQueueDropsItsClientAlone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		hub, clients := startHub(t, 2, 3)
-		for _, message := range []string{"1", "2", "3"} {
-			hub.broadcast <- []byte(message)
-		}
-		synctest.Wait()
-		wantQueue(t, clients[0], true, "1", "2")
-		wantQueue(t, clients[1], false, "1", "2", "3")
-		if hub.clients[clients[0]] || len(hub.clients) != 1 {
-			t.Errorf("the hub has %d clients, want the healthy one alone", len(hub.clients))
-		}
-		if got := clients[0].goodbye.Load(); got != fellBehind {
-			t.Errorf("goodbye is %v, want %v", got, fellBehind)
-		}
-	})
+func TestFullQueueDropsItsClientAlone(t *testing.T) { synctest.Test(t, testFullQueue) }
+func testFullQueue(t *testing.T) {
+	hub, clients := startHub(t, 2, 3)
+	for _, message := range []string{"1", "2", "3"} {
+		hub.broadcast <- []byte(message)
+	}
+	synctest.Wait()
+	wantQueue(t, clients[0], true, "1", "2")
+	wantQueue(t, clients[1], false, "1", "2", "3")
+	if hub.clients[clients[0]] || len(hub.clients) != 1 {
+		t.Errorf("the hub has %d clients, want the healthy one alone", len(hub.clients))
+	}
+	if got := clients[0].goodbye.Load(); got != fellBehind {
+		t.Errorf("goodbye is %v, want %v", got, fellBehind)
+	}
 }
 
-func TestUnregisterTwiceIsHarmless(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		hub, clients := startHub(t, 1, 1)
-		hub.unregister <- clients[0]
-		hub.unregister <- clients[0]
-		hub.broadcast <- []byte("still here")
-		synctest.Wait()
-		wantQueue(t, clients[0], true)
-		wantQueue(t, clients[1], false, "still here")
-	})
+func TestUnregisterTwiceIsHarmless(t *testing.T) { synctest.Test(t, testUnregisterTwice) }
+func testUnregisterTwice(t *testing.T) {
+	hub, clients := startHub(t, 1, 1)
+	hub.unregister <- clients[0]
+	hub.unregister <- clients[0]
+	hub.broadcast <- []byte("still here")
+	synctest.Wait()
+	wantQueue(t, clients[0], true)
+	wantQueue(t, clients[1], false, "still here")
 }
 
-func TestUnregisterOfAStrangerIsHarmless(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		hub, clients := startHub(t, 1)
-		hub.unregister <- &Client{hub: hub, send: make(chan []byte, 1)}
-		hub.broadcast <- []byte("still here")
-		synctest.Wait()
-		wantQueue(t, clients[0], false, "still here")
-	})
+func TestUnregisterOfAStrangerIsHarmless(t *testing.T) { synctest.Test(t, testUnregisterStranger) }
+func testUnregisterStranger(t *testing.T) {
+	hub, clients := startHub(t, 1)
+	hub.unregister <- &Client{hub: hub, send: make(chan []byte, 1)}
+	hub.broadcast <- []byte("still here")
+	synctest.Wait()
+	wantQueue(t, clients[0], false, "still here")
+}
+
+func TestClientThatEndsBeforeRunHasTakenItInIsDropped(t *testing.T) { synctest.Test(t, testQuickEnd) }
+func testQuickEnd(t *testing.T) {
+	hub, _ := startHub(t)
+	client := &Client{hub: hub, send: make(chan []byte, 1)}
+	client.goodbye.Store(notText) // readPump may be that quick
+	hub.register <- client
+	hub.unregister <- client
+	synctest.Wait()
+	wantQueue(t, client, true)
+	hub.left <- client
+}
+
+func TestWhoSeesItsQueueClosedFindsTheReason(t *testing.T) { synctest.Test(t, testReason) }
+func testReason(t *testing.T) {
+	hub, clients := startHub(t, make([]int, 2000)...)
+	var waiting sync.WaitGroup
+	for _, client := range clients {
+		waiting.Go(func() {
+			for range client.send {
+			}
+			if got := client.goodbye.Load(); got != shuttingDown {
+				t.Errorf("goodbye is %v, want %v", got, shuttingDown)
+			}
+		})
+	}
+	synctest.Wait()
+	hub.stop()
+	waiting.Wait()
 }
 
 // Promise 3. A healthy client is never dropped because somebody else sends fast:
 // when any queue is more than half full after a broadcast, the hub pauses.
 
-func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		hub, _ := startHub(t, 8, 100)
-		start := time.Now()
-		for n := range 8 {
-			hub.broadcast <- []byte("message")
-			hub.unregister <- nil // returns when the hub has finished with the message
-			// The first four fill half of the smaller queue; each of the others
-			// leaves it more than half full.
-			want := breather * time.Duration(max(0, n-3))
-			if got := time.Since(start); got != want {
-				t.Errorf("after %d messages the hub has paused for %v, want %v", n+1, got, want)
-			}
+func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) { synctest.Test(t, testPauses) }
+func testPauses(t *testing.T) {
+	hub, _ := startHub(t, 8, 8, 100)
+	start := time.Now()
+	for n := range 8 {
+		hub.broadcast <- []byte("message")
+		hub.unregister <- nil // returns when the hub has finished with the message
+		// The first four fill half of the smaller queues; each of the others
+		// leaves them more than half full, for which one pause is enough.
+		want := breather * time.Duration(max(0, n-3))
+		if got := time.Since(start); got != want {
+			t.Errorf("after %d messages the hub has paused for %v, want %v", n+1, got, want)
 		}
-	})
+	}
 }
 
 // Promise 4. A stuck client costs the room only that bounded pause until its queue
 // is full, and nothing after.
 
 func TestStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		hub, _ := startHub(t, sendQueueSize)
-		start := time.Now()
-		for range sendQueueSize + 1 {
-			hub.broadcast <- []byte("message")
-		}
-		hub.unregister <- nil
-		if got, most := time.Since(start), sendQueueSize/2*breather; got > most {
-			t.Errorf("the stuck client cost the room %v, want at most %v", got, most)
-		}
-		dropped := time.Now()
-		for range 1000 {
-			hub.broadcast <- []byte("message")
-		}
-		hub.unregister <- nil
-		if got := time.Since(dropped); got != 0 {
-			t.Errorf("the dropped client cost the room %v, want nothing", got)
-		}
-	})
+	synctest.Test(t, testStuckClient)
+}
+func testStuckClient(t *testing.T) {
+	hub, _ := startHub(t, sendQueueSize)
+	start := time.Now()
+	for range sendQueueSize + 1 {
+		hub.broadcast <- []byte("message")
+	}
+	hub.unregister <- nil
+	if got, most := time.Since(start), sendQueueSize/2*breather; got > most {
+		t.Errorf("the stuck client cost the room %v, want at most %v", got, most)
+	}
+	dropped := time.Now()
+	for range 1000 {
+		hub.broadcast <- []byte("message")
+	}
+	hub.unregister <- nil
+	if got := time.Since(dropped); got != 0 {
+		t.Errorf("the dropped client cost the room %v, want nothing", got)
+	}
 }
 
 // Promises 6 and 7. Every client gets what is queued and 1001, and run returns.
 
-func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		hub := newHub()
-		ended := false
-		go func() { hub.run(); ended = true }()
-		inside, dropped := join(hub, 2), join(hub, 0)
-		hub.broadcast <- []byte("last words")
-		hub.stop()
-		synctest.Wait()
-		wantQueue(t, inside, true, "last words")
-		if got := inside.goodbye.Load(); got != shuttingDown {
-			t.Errorf("goodbye is %v, want %v", got, shuttingDown)
-		}
-		if got := dropped.goodbye.Load(); got != fellBehind {
-			t.Errorf("goodbye is %v, want the first one, %v", got, fellBehind)
-		}
+func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) { synctest.Test(t, testStop) }
+func testStop(t *testing.T) {
+	hub := newHub()
+	ended := false
+	go func() { hub.run(); ended = true }()
+	inside, dropped := join(hub, 2), join(hub, 0)
+	hub.broadcast <- []byte("last words")
+	hub.stop()
+	synctest.Wait()
+	wantQueue(t, inside, true, "last words")
+	if got := inside.goodbye.Load(); got != shuttingDown {
+		t.Errorf("goodbye is %v, want %v", got, shuttingDown)
+	}
+	if got := dropped.goodbye.Load(); got != fellBehind {
+		t.Errorf("goodbye is %v, want the first one, %v", got, fellBehind)
+	}
 
-		// Until they have left, clients can talk to the hub.
-		hub.left <- inside
-		hub.broadcast <- []byte("too late")
-		hub.unregister <- dropped
-		synctest.Wait()
-		if ended {
-			t.Error("the hub ended before its last client left")
-		}
-		hub.left <- dropped
-		synctest.Wait()
-		if !ended {
-			t.Error("the hub still runs after its last client left")
-		}
-	})
+	// Until they have left, clients can talk to the hub.
+	hub.left <- inside
+	hub.broadcast <- []byte("too late")
+	hub.unregister <- dropped
+	synctest.Wait()
+	if ended {
+		t.Error("the hub ended before its last client left")
+	}
+	hub.left <- dropped
+	synctest.Wait()
+	if !ended {
+		t.Error("the hub still runs after its last client left")
+	}
 }
 
 // Promise 8. A naive move in a copy costs at most its own client.
 
-func TestRegisteringAgainIsHarmless(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		hub, clients := startHub(t, 2, 2)
-		hub.register <- clients[0]
-		hub.broadcast <- []byte("heard once")
-		hub.unregister <- clients[0]
-		hub.register <- clients[0] // Its queue is closed: it stays out.
-		hub.broadcast <- []byte("heard by the other")
-		synctest.Wait()
-		wantQueue(t, clients[0], true, "heard once")
-		wantQueue(t, clients[1], false, "heard once", "heard by the other")
+func TestRegisteringAgainIsHarmless(t *testing.T) { synctest.Test(t, testRegisteringAgain) }
+func testRegisteringAgain(t *testing.T) {
+	hub, clients := startHub(t, 2, 2)
+	hub.register <- clients[0]
+	hub.broadcast <- []byte("heard once")
+	hub.unregister <- clients[0]
+	hub.register <- clients[0] // Its queue is closed: it stays out.
+	hub.broadcast <- []byte("heard by the other")
+	synctest.Wait()
+	wantQueue(t, clients[0], true, "heard once")
+	wantQueue(t, clients[1], false, "heard once", "heard by the other")
 
-		hub.left <- clients[0]
-		hub.register <- clients[0] // as above, also when it has left
-		hub.broadcast <- []byte("still here")
-		synctest.Wait()
-		wantQueue(t, clients[1], false, "still here")
-	})
+	hub.left <- clients[0]
+	hub.register <- clients[0] // as above, also when it has left
+	hub.broadcast <- []byte("still here")
+	synctest.Wait()
+	wantQueue(t, clients[1], false, "still here")
 }
 
-func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		hub, clients := startHub(t, 2, 2)
-		hub.left <- clients[0]
-		hub.left <- clients[0]
-		hub.left <- &Client{hub: hub}
-		hub.stop()
-		hub.broadcast <- []byte("one is present") // or this would wait for ever
-		synctest.Wait()
-		wantQueue(t, clients[0], true)
-		wantQueue(t, clients[1], true)
-	})
+func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) { synctest.Test(t, testLeavingTwice) }
+func testLeavingTwice(t *testing.T) {
+	hub, clients := startHub(t, 2, 2)
+	hub.left <- clients[0]
+	hub.left <- clients[0]
+	hub.left <- &Client{hub: hub}
+	hub.stop()
+	hub.broadcast <- []byte("one is present") // or this would wait for ever
+	synctest.Wait()
+	wantQueue(t, clients[0], true)
+	wantQueue(t, clients[1], true)
 }
 
-func TestAnybodyMayStopTheHubAnyNumberOfTimes(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		hub, _ := startHub(t, 1)
-		for range 3 {
-			go hub.stop()
-		}
-		<-hub.stopped
-		hub.stop()
-	})
+func TestAnybodyMayStopTheHubAnyNumberOfTimes(t *testing.T) { synctest.Test(t, testStoppingOften) }
+func testStoppingOften(t *testing.T) {
+	hub, _ := startHub(t, 1)
+	for range 3 {
+		go hub.stop()
+	}
+	<-hub.stopped
+	hub.stop()
 }
 
 func TestMessageForOneClientReachesItAlone(t *testing.T) {
@@ -298,117 +383,258 @@ func copied(t *testing.T, joined func(*Client), said func(*Hub, []byte)) *Hub {
 	return h
 }
 
-func TestQueueClosedByHandIsANormalEnd(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var first *Client
-		hub := copied(t, func(client *Client) {
-			if first == nil {
-				first = client
-			}
-		}, func(h *Hub, message []byte) {
-			if string(message) == "go" {
-				delete(h.clients, first)
-				close(first.send)
-				return
-			}
-			for client := range h.clients {
-				client.send <- message
-			}
-		})
-		r := pipeRoom(t)
-		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
-		sentAway, other := r.join(t), r.join(t)
-		other.say("hello")
-		sentAway.wantLines("hello")
-		other.wantLines("hello")
-		other.say("go")
-		sentAway.wantGoodbye(&goodbye{Code: 1000, Text: "the server has ended this connection"})
-		other.say("still here")
-		other.wantLines("still here")
+func TestQueueClosedByHandIsANormalEnd(t *testing.T) { inRoom(testQueueClosedByHand)(t) }
+func testQueueClosedByHand(t *testing.T, r *room) {
+	var first *Client
+	hub := copied(t, func(client *Client) {
+		if first == nil {
+			first = client
+		}
+	}, func(h *Hub, message []byte) {
+		if string(message) == "go" {
+			delete(h.clients, first)
+			close(first.send)
+			return
+		}
+		for client := range h.clients {
+			client.send <- message
+		}
 	})
+	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
+	sentAway, other := r.join(t), r.join(t)
+	other.say("hello")
+	sentAway.wantLines("hello")
+	other.wantLines("hello")
+	other.say("go")
+	sentAway.wantGoodbye(&goodbye{Code: 1000, Text: "the server has ended this connection"})
+	other.say("still here")
+	other.wantLines("still here")
 }
 
 func TestWaitingForAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		hub := copied(t, func(*Client) {}, func(h *Hub, message []byte) {
-			for client := range h.clients {
-				client.send <- message // waits for room in the queue
-			}
-		})
-		r := pipeRoom(t)
-		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
-		r.join(t) // It reads nothing.
-		other := r.join(t)
-		start := time.Now()
-		var want []string
-		for n := range 2 * sendQueueSize {
-			want = append(want, fmt.Sprint("line ", n))
-		}
-		go func() {
-			for _, line := range want {
-				hub.broadcast <- []byte(line)
-			}
-		}()
-		other.SetReadDeadline(time.Now().Add(pongWait))
-		other.wantLines(want...)
-		if got := time.Since(start); got > writeWait {
-			t.Errorf("the room stood still for %v, want at most %v", got, writeWait)
+	inRoom(testRunThatWaits)(t)
+}
+func testRunThatWaits(t *testing.T, r *room) {
+	hub := copied(t, func(*Client) {}, func(h *Hub, message []byte) {
+		for client := range h.clients {
+			client.send <- message // waits for room in the queue
 		}
 	})
+	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
+	r.join(t).unbuffered() // It reads nothing.
+	other := r.join(t)
+	start := time.Now()
+	var want []string
+	for n := range 2 * sendQueueSize {
+		want = append(want, fmt.Sprint("line ", n))
+	}
+	go func() {
+		for _, line := range want {
+			hub.broadcast <- []byte(line)
+		}
+	}()
+	other.SetReadDeadline(time.Now().Add(pongWait))
+	other.wantLines(want...)
+	if got := time.Since(start); got > writeWait {
+		t.Errorf("the room stood still for %v, want at most %v", got, writeWait)
+	}
 }
 
 func TestAnswerToAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := pipeRoom(t)
-		front := *r.hub // Its client's messages come here, and go back to that client.
-		front.register, front.broadcast = make(chan *Client), make(chan []byte)
-		served := r.serve
-		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
-		over := make(chan struct{})
-		defer close(over)
-		go func() {
-			client := <-front.register
-			r.hub.register <- client
-			for {
-				select {
-				case message := <-front.broadcast:
-					client.send <- message // while readPump waits
-				case <-over:
-					return
-				}
+	inRoom(testAnswerThatWaits)(t)
+}
+func testAnswerThatWaits(t *testing.T, r *room) {
+	front := *r.hub // Its client's messages come here, and go back to that client.
+	front.register, front.unregister, front.broadcast = make(chan *Client), make(chan *Client), make(chan []byte)
+	served := r.serve
+	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
+	over := make(chan struct{})
+	defer close(over)
+	go func() {
+		client := <-front.register
+		r.hub.register <- client
+		for {
+			select {
+			case message := <-front.broadcast:
+				client.send <- message // while readPump waits
+			case client := <-front.unregister:
+				r.hub.unregister <- client // nothing is sent to it after that
+			case <-over:
+				return
 			}
-		}()
-		p := r.join(t)
-		r.serve = served
-		other := r.join(t)
-		start := time.Now()
-		var err error
-		for err == nil && time.Since(start) < pongWait { // It reads nothing.
-			time.Sleep(rateInterval)
-			_, err = p.NetConn().Write(encode(0x81, "answer me"))
 		}
-		if got, most := time.Since(start), writeWait+closeWait+rateInterval; got > most {
-			t.Errorf("its connection ended after %v, want at most %v", got, most)
-		}
-		r.say("still here")
-		other.wantLines("still here")
-	})
+	}()
+	p := r.join(t).unbuffered()
+	r.serve = served
+	other := r.join(t)
+	start := time.Now()
+	var err error
+	for err == nil && time.Since(start) < pongWait { // It reads nothing.
+		time.Sleep(rateInterval)
+		_, err = p.NetConn().Write(encode(0x81, "answer me"))
+	}
+	if got, most := time.Since(start), writeWait+closeWait+time.Second; got > most {
+		t.Errorf("its connection ended after %v, want at most %v", got, most)
+	}
+	r.say("still here")
+	other.wantLines("still here")
 }
 
-func TestHistoryForARequestThatIsNoHandshakeHoldsNobodyUp(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		history := make([]string, sendQueueSize+44)
-		hub := copied(t, func(client *Client) {
-			for n := range history {
-				history[n] = fmt.Sprint("line ", n)
-				client.send <- []byte(history[n])
+func TestHistoryForARequestThatIsNoHandshakeHoldsNobodyUp(t *testing.T) { inRoom(testHistory)(t) }
+func testHistory(t *testing.T, r *room) {
+	history := make([]string, sendQueueSize+44)
+	hub := copied(t, func(client *Client) {
+		for n := range history {
+			history[n] = fmt.Sprint("line ", n)
+			client.send <- []byte(history[n])
+		}
+	}, nil)
+	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
+	serveWs(hub, httptest.NewRecorder(), httptest.NewRequest("GET", "/ws", nil))
+	r.join(t).wantLines(history...)
+}
+
+// The process: main. In these tests time is real, and nothing waits for it.
+
+func TestProcessServesWhereItSays(t *testing.T) {
+	url := startProcess(t, false, "-addr", ":0").url(t)
+	if !regexp.MustCompile(`^http://localhost:\d+/$`).MatchString(url) {
+		t.Errorf("the server says that it listens on %s", url)
+	}
+	response, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	if body, _ := io.ReadAll(response.Body); string(body) != home {
+		t.Errorf("got %s, want the page", brief(body))
+	}
+	p := joinProcess(t, url)
+	p.say("hello")
+	p.wantLines("hello")
+}
+
+func TestSignalSendsEverybodyHomeAndEndsTheProcessWithStatus0(t *testing.T) {
+	for _, sig := range signals(t) {
+		process := startProcess(t, false, "-addr", "127.0.0.1:0")
+		p := joinProcess(t, process.url(t))
+		process.Process.Signal(sig)
+		p.wantGoodbye(shuttingDown)
+		process.wantEnd(t, "exit status 0", "shutting down")
+	}
+}
+
+func TestSecondSignalEndsTheProcessAtOnce(t *testing.T) {
+	for _, sig := range signals(t) {
+		process := startProcess(t, true, "-addr", "127.0.0.1:0")
+		process.url(t)
+		process.Process.Signal(sig)
+		process.next(t, "shutting down")
+		process.Process.Signal(sig)
+		process.wantEnd(t, "signal: "+sig.String())
+	}
+}
+
+// signals returns what asks a process to end.
+func signals(t *testing.T) []os.Signal {
+	if runtime.GOOS == "windows" {
+		t.Skip("on Windows no process can send another one an interrupt or SIGTERM")
+	}
+	return []os.Signal{os.Interrupt, syscall.SIGTERM}
+}
+
+func TestProcessThatCannotServeSaysSo(t *testing.T) {
+	busy, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer busy.Close()
+	for args, want := range map[string]struct{ status, log string }{
+		"-addr " + busy.Addr().String(): {"exit status 1", "listen tcp " + busy.Addr().String() + ": "},
+		"-addr nonsense":                {"exit status 1", "listen tcp: address nonsense: missing port in address"},
+		"-addr :99999":                  {"exit status 1", "listen tcp: address 99999: invalid port"},
+		":9000":                         {"exit status 2", "-addr host:port"},
+		"-addr 127.0.0.1:0 more":        {"exit status 2", "-addr host:port"},
+		"-port 9000":                    {"exit status 2", "-addr host:port"},
+	} {
+		t.Run(args, func(t *testing.T) {
+			lines := startProcess(t, false, strings.Fields(args)...).wantEnd(t, want.status)
+			if text := strings.Join(lines, "\n"); !strings.Contains(text, want.log) || strings.Contains(text, "listening") {
+				t.Errorf("it says %s, want %q in it", brief(lines), want.log)
 			}
-		}, nil)
-		r := pipeRoom(t)
-		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
-		serveWs(hub, httptest.NewRecorder(), httptest.NewRequest("GET", "/ws", nil))
-		r.join(t).wantLines(history...)
-	})
+			if want.status == "exit status 1" && len(lines) != 1 {
+				t.Errorf("it says %s, want one line", brief(lines))
+			}
+		})
+	}
+}
+
+// A process is this test binary as the chat server: see TestMain.
+type process struct {
+	*exec.Cmd
+	log chan string // its lines; closed at the end
+}
+
+// startProcess starts the server as a process, which the test's end kills.
+func startProcess(t *testing.T, hanging bool, args ...string) *process {
+	t.Helper()
+	p := &process{exec.Command(os.Args[0], args...), make(chan string, 1000)}
+	p.Env = append(os.Environ(), fmt.Sprintf("%s=hanging:%v", asProcess, hanging))
+	stderr, err := p.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for scanner := bufio.NewScanner(stderr); scanner.Scan(); {
+			p.log <- scanner.Text()
+		}
+		close(p.log)
+	}()
+	t.Cleanup(func() { p.Process.Kill(); p.Wait() })
+	return p
+}
+
+// next returns what follows want in the next line of its log.
+func (p *process) next(t *testing.T, want string) string {
+	t.Helper()
+	line := <-p.log
+	_, after, found := strings.Cut(line, want)
+	if !found {
+		t.Fatalf("the process says %q, want %q", line, want)
+	}
+	return after
+}
+
+// url returns where it says that it listens.
+func (p *process) url(t *testing.T) string { t.Helper(); return p.next(t, "listening on ") }
+
+// wantEnd waits until the process has ended as want says. It returns the rest of
+// its log, which must be these lines if there are any.
+func (p *process) wantEnd(t *testing.T, want string, log ...string) (lines []string) {
+	t.Helper()
+	for line := range p.log {
+		lines = append(lines, line)
+	}
+	p.Wait()
+	same := len(log) == 0 || slices.EqualFunc(lines, log, strings.Contains)
+	if got := p.ProcessState.String(); got != want || !same {
+		t.Errorf("the process ended with %q and the log %s, want %q and %q", got, brief(lines), want, log)
+	}
+	return lines
+}
+
+// joinProcess connects a client to the server at url.
+func joinProcess(t *testing.T, url string) *peer {
+	t.Helper()
+	conn, _, err := websocket.DefaultDialer.Dial("ws"+strings.TrimPrefix(url, "http")+"ws", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return &peer{conn, t}
 }
 
 func BenchmarkHubBroadcast(b *testing.B) {
@@ -433,6 +659,36 @@ func BenchmarkHubBroadcast(b *testing.B) {
 			for _, client := range clients {
 				hub.left <- client
 			}
+		})
+	}
+}
+
+// BenchmarkBroadcast measures the way of one message from the hub to n clients.
+func BenchmarkBroadcast(b *testing.B) {
+	for _, n := range []int{1, 100, 1000} {
+		b.Run(fmt.Sprintf("clients=%d", n), func(b *testing.B) {
+			r := tcpRoom(b)
+			message := []byte("a line of chat, about as long as people write them")
+			var received sync.WaitGroup
+			for range n {
+				conn := r.join(b).NetConn() // read as bytes, so as to cost little itself
+				go func() {
+					frame := make([]byte, 2+len(message))
+					for {
+						if _, err := io.ReadFull(conn, frame); err != nil {
+							return
+						}
+						received.Done()
+					}
+				}()
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				received.Add(n)
+				r.hub.broadcast <- message
+				received.Wait()
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/delivery")
 		})
 	}
 }
