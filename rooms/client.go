@@ -32,8 +32,8 @@ const (
 	// Time allowed to the peer to answer our close frame with its own.
 	closeWait = time.Second
 
-	// Maximum size in bytes of a message from the peer. Whoever raises it has
-	// home.html say so, too, and raises maxBatchSize to a multiple of it.
+	// Maximum size in bytes of a message from the peer. If you raise it, raise
+	// maxBatchSize to a multiple of it, and tell home.html.
 	maxMessageSize = 512
 
 	// Maximum size in bytes of a WebSocket message to the peer: what common
@@ -87,15 +87,14 @@ var upgrader = websocket.Upgrader{
 // A Client stands between one WebSocket connection and the hub.
 type Client struct {
 	hub *Hub
-
-	who Identity // as the server knows
+	who Identity // not what the peer says, but what the server knows
 
 	// Nil until the handshake has been answered, which is after the client has
 	// registered: run must not use it.
 	conn *websocket.Conn
 
-	// From run, by its method queue, to writePump. Closed by run when the client has
-	// to go: whoever sends then, panics.
+	// From run, through its method queue, to writePump. Run closes it when the client
+	// has to go. To send here from anywhere else is to panic if it is closed.
 	send chan []byte
 
 	// Why the client has to go. Whoever finds a reason sets it; the first counts.
@@ -308,6 +307,7 @@ func serveWs(hub *Hub, who Identity, w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		log.Printf("%s: %q", r.RemoteAddr, err)
 		go client.discard()
+		hub.unregister <- client
 		hub.left <- client
 		return
 	}

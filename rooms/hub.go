@@ -24,7 +24,7 @@ type Hub struct {
 	broadcast  chan []byte  // what clean returns, of at most maxMessageSize bytes
 	register   chan *Client // not after stop: whoever registers selects on stopped, too
 	unregister chan *Client // to be dropped
-	left       chan *Client // needs the hub no longer
+	left       chan *Client // will send no more
 
 	// stop makes run send everybody away and end. Anybody may call it, any number
 	// of times. It closes stopped.
@@ -61,7 +61,6 @@ func (h *Hub) run() {
 		case client := <-h.unregister:
 			h.drop(client, unregistered)
 		case client := <-h.left:
-			h.drop(client, unregistered)
 			delete(present, client)
 			h.exit(client)
 		case message := <-h.broadcast:
@@ -75,11 +74,12 @@ func (h *Hub) run() {
 	}
 }
 
-// deliver queues message for all of clients, and pauses if one has fallen behind.
+// deliver queues message for these clients, and pauses if one has fallen behind.
 func (h *Hub) deliver(message []byte, clients map[*Client]bool) {
 	crowded := false
 	for client := range clients {
 		h.queue(client, message)
+		// One that has just been dropped does not count.
 		crowded = crowded || len(client.send) > cap(client.send)/2 && h.clients[client]
 	}
 	if crowded {

@@ -31,6 +31,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -41,9 +42,9 @@ import (
 // send the next request. Longer than that nobody holds a connection for nothing.
 const pageTimeout = 10 * time.Second
 
-// shutdownWait is the time allowed to everybody together to leave when the server
-// shuts down.
-const shutdownWait = 5 * time.Second
+// Maximum number of rooms, and of connections in a room: a person's second tab is
+// one more.
+const maxRooms, maxSeats = 100, 100
 
 var addr = flag.String("addr", "localhost:8080", "listen on `host:port`")
 var secure = flag.Bool("secure", false, "have browsers send cookies over https alone")
@@ -69,13 +70,73 @@ func main() {
 	context.AfterFunc(ctx, func() { server.Close() }) // WebSockets are the hubs' to close.
 	err = server.Serve(listener)
 	log.Print("shutting down")
-	time.AfterFunc(shutdownWait, func() { log.Print("leaving clients behind that do not close"); os.Exit(0) })
+	time.AfterFunc(5*time.Second, func() { log.Print("leaving clients behind that do not close"); os.Exit(0) })
 	rooms.stop()
 	if err != http.ErrServerClosed {
 		log.Fatal(err)
 	}
 }
 
+// Rooms makes each room when somebody comes, and removes it when the last has left.
+type Rooms struct {
+	cookies *securecookie.SecureCookie
+	running sync.WaitGroup // the hubs' run
+
+	mu   sync.Mutex
+	hubs map[string]*Hub // by the names of their rooms; nil after stop
+}
+
+// admit takes a seat in the room of that name, and opens the room if there is none.
+// The seat is for a client that registers with the hub. Until that has left, the hub
+// runs, unless stop stops it. If there is no seat for who, admit returns why, and the
+// HTTP status that goes with it.
+func (rs *Rooms) admit(name string, who Identity) (hub *Hub, status int, why string) {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	if status, why = rs.refuse(name, who); why != "" {
+		return nil, status, why
+	}
+	if hub = rs.hubs[name]; hub == nil {
+		hub = newHub()
+		hub.Room = Room{rs, name, who.ID, 0, nil, make(map[string]*Person), make(map[string]bool)}
+		rs.hubs[name] = hub
+		rs.running.Go(hub.run)
+	}
+	hub.seats++
+	return hub, status, ""
+}
+
+// refuse returns why there is no seat for who, if so. Call it with mu locked.
+func (rs *Rooms) refuse(name string, who Identity) (status int, why string) {
+	switch hub := cmp.Or(rs.hubs[name], new(Hub)); {
+	case name == "":
+		return http.StatusOK, "Say who you are, and where you want to go."
+	case parseName(name) != name:
+		return http.StatusNotFound, "No room can have that name."
+	case who.ID == "":
+		return http.StatusUnauthorized, "Say who you are."
+	case rs.hubs == nil:
+		return http.StatusServiceUnavailable, "The server is shutting down."
+	case hub.seats == 0 && len(rs.hubs) >= maxRooms:
+		return http.StatusServiceUnavailable, "There are as many rooms as there can be."
+	case hub.seats >= maxSeats:
+		return http.StatusServiceUnavailable, "This room is full."
+	}
+	return http.StatusOK, ""
+}
+
+// stop sends everybody away, and returns when they have left.
+func (rs *Rooms) stop() {
+	rs.mu.Lock()
+	for _, hub := range rs.hubs {
+		hub.stop()
+	}
+	rs.hubs = nil
+	rs.mu.Unlock()
+	rs.running.Wait()
+}
+
+// handler answers all requests.
 func (rs *Rooms) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", rs.serveHome)
@@ -103,8 +164,7 @@ func (rs *Rooms) logIn(w http.ResponseWriter, r *http.Request) {
 			"A name is one word of letters, digits, - and _, of at most 32 bytes.")
 		return
 	}
-	http.SetCookie(w, &http.Cookie{Name: "chat", Value: value, Path: "/", MaxAge: 30 * 24 * 60 * 60,
-		HttpOnly: true, Secure: *secure, SameSite: http.SameSiteLaxMode})
+	http.SetCookie(w, &http.Cookie{Name: "chat", Value: value, Path: "/", HttpOnly: true, Secure: *secure, SameSite: http.SameSiteLaxMode})
 	http.Redirect(w, r, "/room/"+room+"/", http.StatusSeeOther)
 }
 
@@ -139,10 +199,7 @@ const contentSecurityPolicy = "default-src 'none'; img-src data:; connect-src 's
 
 // servePage answers with a room's page, or the form, and writes these words in it.
 func servePage(w http.ResponseWriter, r *http.Request, status int, name, room, why string) {
-	page := home
-	if why != "" {
-		page = login
-	}
+	page := map[bool]string{true: home, false: login}[why == ""]
 	log.Printf("%s: %s %q", r.RemoteAddr, r.Method, r.URL)
 	w.Header().Set("Cache-Control", "no-store") // as it depends on the cookie
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")

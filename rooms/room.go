@@ -3,19 +3,12 @@ package main
 import (
 	"cmp"
 	"fmt"
-	"net/http"
 	"regexp"
 	"strings"
-	"sync"
 
-	"github.com/gorilla/securecookie"
 	"github.com/mtibben/confusables"
 	"golang.org/x/text/secure/precis"
 )
-
-// Maximum number of rooms, and of connections in a room: a person's second tab is
-// one more.
-const maxRooms, maxSeats = 100, 100
 
 // Lines that a room remembers for those who come later. They wait in the queue of who
 // comes, together with a line about each person in the room: it has to hold more.
@@ -39,77 +32,17 @@ type Person struct {
 	clients map[*Client]bool
 }
 
-// Rooms makes each room when somebody comes, and removes it when the last has left.
-type Rooms struct {
-	cookies *securecookie.SecureCookie
-	running sync.WaitGroup // the hubs' run
-
-	mu   sync.Mutex
-	hubs map[string]*Hub // by the names of their rooms; nil after stop
-}
-
 // A Room is what a Hub has to be one of several. Its methods, which are the Hub's,
 // are what run calls when somebody comes, leaves or says something.
 type Room struct {
-	rooms *Rooms
-	name  string
-	owner string // the ID of who has opened it
-	seats int    // guarded by Rooms.mu: the connections, from admit to exit
+	rooms       *Rooms
+	name, owner string // the owner's is the ID of who has opened it
+	seats       int    // guarded by Rooms.mu: the connections, from admit to exit
 
 	// Owned by run:
 	history [][]byte           // what was last said, oldest first
 	people  map[string]*Person // by the skeletons of their names
 	kicked  map[string]bool    // by ID
-}
-
-// admit takes a seat in the room of that name, and opens the room if there is none.
-// The seat is for a client that registers with the hub. Until that has left, the hub
-// runs, unless stop stops it. If there is no seat for who, admit returns why, and the
-// HTTP status that goes with it.
-func (rs *Rooms) admit(name string, who Identity) (hub *Hub, status int, why string) {
-	rs.mu.Lock()
-	defer rs.mu.Unlock()
-	if status, why = rs.refuse(name, who); why != "" {
-		return nil, status, why
-	}
-	if hub = rs.hubs[name]; hub == nil {
-		hub = newHub()
-		hub.Room = Room{rs, name, who.ID, 0, nil, make(map[string]*Person), make(map[string]bool)}
-		rs.hubs[name] = hub
-		rs.running.Go(hub.run)
-	}
-	hub.seats++
-	return hub, status, ""
-}
-
-// refuse returns why there is no seat for who, if so. Call it with mu locked.
-func (rs *Rooms) refuse(name string, who Identity) (status int, why string) {
-	switch hub := cmp.Or(rs.hubs[name], new(Hub)); {
-	case name == "":
-		return http.StatusOK, "Say who you are, and where you want to go."
-	case parseName(name) != name:
-		return http.StatusNotFound, "No room can have that name."
-	case who.ID == "":
-		return http.StatusUnauthorized, "Say who you are."
-	case rs.hubs == nil:
-		return http.StatusServiceUnavailable, "The server is shutting down."
-	case hub.seats == 0 && len(rs.hubs) >= maxRooms:
-		return http.StatusServiceUnavailable, "There are as many rooms as there can be."
-	case hub.seats >= maxSeats:
-		return http.StatusServiceUnavailable, "This room is full."
-	}
-	return http.StatusOK, ""
-}
-
-// stop sends everybody away, and returns when they have left.
-func (rs *Rooms) stop() {
-	rs.mu.Lock()
-	for _, hub := range rs.hubs {
-		hub.stop()
-	}
-	rs.hubs = nil
-	rs.mu.Unlock()
-	rs.running.Wait()
 }
 
 // enter tells client what was last said and who is here, and the others who comes.
