@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -11,11 +12,14 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"os/exec"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -568,12 +572,126 @@ func TestStopIsReadInEveryRoomBehindWhatIsQueued(t *testing.T) {
 	})
 }
 
+// The program, as it is run from a shell.
+func TestSIGTERMIsReadInEveryRoomAndEndsItWithStatusZero(t *testing.T) {
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, program, "-addr", "127.0.0.1:0")
+	cmd.Env = append(os.Environ(), "RUN_MAIN=1", "CHAT_KEY=key") // the rig's: so its cookies are good
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	log := bufio.NewReader(stderr)
+	line, err := log.ReadString('\n')
+	address := regexp.MustCompile(`listening on http://(.*)/`).FindStringSubmatch(line)
+	if address == nil {
+		t.Fatalf("it logs %q, %v, want where it listens", line, err)
+	}
+	w := &world{newRooms("key"), t, func() (net.Conn, error) { return net.Dial("tcp", address[1]) }, nil}
+	peers := []*peer{w.join("Grete", "kitchen"), w.join("Hans", "kitchen"), w.join("Uwe", "garden")}
+	for _, p := range peers {
+		p.until("* Grete is here.", "* Hans is here.", "* Uwe is here.")
+	}
+	peers[0].say("last words")
+	peers[0].until("Grete: last words")
+	start := time.Now()
+	cmd.Process.Signal(syscall.SIGTERM)
+	for _, p := range peers {
+		p.wantGoodbye(shuttingDown)
+	}
+	io.Copy(io.Discard, log)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("it ends with %v, want status 0", err)
+	}
+	if took := time.Since(start); took > 4*time.Second {
+		t.Errorf("it ends after %v, although everybody goes at once", took)
+	}
+}
+
+// The copies.
+
+// README.md shows the whole difference to the files they come from: patch applies
+// it, and so does this test.
+func TestREADMEShowsTheWholeDifference(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, diffs, _ := strings.Cut(string(readme), "```diff\n")
+	diffs, _, _ = strings.Cut(diffs, "```\n")
+	for _, name := range []string{"hub.go", "client.go", "home.html"} {
+		root, err := os.ReadFile("../" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		here, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, diff, found := strings.Cut(diffs, "+++ "+name+"\n")
+		if !found {
+			t.Fatalf("README.md has no difference of %s", name)
+		}
+		diff, _, _ = strings.Cut(diff, "--- ")
+		want, rest := "", string(root)
+		for _, hunk := range strings.Split(diff, "@@\n")[1:] {
+			var old, new string
+			for line := range strings.Lines(hunk) {
+				if line[0] == ' ' || line[0] == '-' {
+					old += line[1:]
+				}
+				if line[0] == ' ' || line[0] == '+' {
+					new += line[1:]
+				}
+			}
+			before, after, found := strings.Cut(rest, old)
+			if !found {
+				t.Fatalf("README.md changes what ../%s does not have: %q", name, old)
+			}
+			want, rest = want+before+new, after
+		}
+		if want+rest != string(here) {
+			t.Errorf("%s is not ../%s with the difference in README.md: run go generate", name, name)
+		}
+	}
+}
+
+func TestItIsAnExample(t *testing.T) {
+	lines := 0
+	for _, name := range []string{"main.go", "room.go"} {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(text)) {
+			if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "//") {
+				lines++
+			}
+		}
+	}
+	if lines > 260 {
+		t.Errorf("main.go and room.go have %d lines of code, want at most 260", lines)
+	}
+}
+
 // The rig.
 
 // patience only bounds how long a failing test takes.
 const patience = 10 * time.Second
 
 func TestMain(m *testing.M) {
+	if os.Getenv("RUN_MAIN") != "" {
+		main()
+		os.Exit(0)
+	}
 	log.SetOutput(io.Discard)
 	os.Exit(m.Run())
 }
@@ -821,15 +939,15 @@ func (p *peer) next() []string {
 	}
 }
 
-// until waits for a line.
-func (p *peer) until(want string) {
+// until waits for a line: the first of these.
+func (p *peer) until(want ...string) {
 	p.t.Helper()
 	for {
 		lines := p.next()
 		if lines == nil {
-			p.t.Errorf("the connection ends with %v before %q comes", p.err, want)
+			p.t.Errorf("nothing comes any more before %q", want)
 		}
-		if lines == nil || slices.Contains(lines, want) {
+		if lines == nil || slices.ContainsFunc(want, func(line string) bool { return slices.Contains(lines, line) }) {
 			return
 		}
 	}
