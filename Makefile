@@ -1,4 +1,4 @@
-.PHONY: help run build test race cover storm mutants fuzz bench check e2e cluster clean
+.PHONY: help run build test race cover storm mutants fuzz bench check e2e cluster rooms clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -35,7 +35,7 @@ bench: ## Measure the hub and the pumps, and the server beside upstream's
 
 check: ## Check the form of all modules: gofmt, go vet, go fix, staticcheck
 	test -z "$$(gofmt -l . | tee /dev/stderr)"
-	for module in . e2e cluster; do (cd $$module && go vet ./... && go fix -diff ./... && \
+	for module in . e2e cluster rooms; do (cd $$module && go vet ./... && go fix -diff ./... && \
 		go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...) || exit 1; done
 
 e2e: ## Test the page in three browsers, the server as a process, and proxies
@@ -43,6 +43,9 @@ e2e: ## Test the page in three browsers, the server as a process, and proxies
 
 cluster: ## Copy hub, client and page to cluster, and test it
 	cd cluster && go generate && go test ./...
+
+rooms: ## Copy hub, client and page to rooms, and test it
+	cd rooms && go generate && go test ./...
 
 clean: ## Remove what the other targets have made
 	rm -f chat cover.out
