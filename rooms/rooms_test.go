@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -613,6 +614,56 @@ func TestSIGTERMIsReadInEveryRoomAndEndsItWithStatusZero(t *testing.T) {
 	}
 	if took := time.Since(start); took > 4*time.Second {
 		t.Errorf("it ends after %v, although everybody goes at once", took)
+	}
+}
+
+// What copiers run into.
+
+func TestClientCanBeSentAwayFromAnywhereWithAReason(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		grete := w.join("Grete", "kitchen")
+		synctest.Wait()
+		why := &goodbye{Code: 4000, Text: strings.Repeat("x", 123)}
+		clients := slices.Collect(maps.Keys(w.room("kitchen").clients))
+		clients[0].unregister(why)
+		grete.wantGoodbye(why)
+	})
+}
+
+func TestHubThatHasEndedTakesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		grete := w.join("Grete", "kitchen")
+		synctest.Wait()
+		hub, client := w.room("kitchen"), new(Client)
+		grete.leave()
+		synctest.Wait()
+		select {
+		case <-hub.stopped: // which whoever sends selects on, too
+		default:
+			t.Error("it has not been stopped")
+		}
+		select {
+		case hub.broadcast <- []byte("anybody there?"):
+			t.Error("it has taken a line")
+		case hub.register <- client:
+			t.Error("it has taken a client")
+		case hub.unregister <- client:
+			t.Error("it has dropped a client")
+		default:
+		}
+	})
+}
+
+func TestPageIsFoundWithASlashAtItsEnd(t *testing.T) {
+	w := &world{Rooms: newRooms("key"), t: t}
+	got := w.get(w.logIn("Grete"), "/room/kitchen")
+	if got.Code != http.StatusTemporaryRedirect || got.Header().Get("Location") != "/room/kitchen/" {
+		t.Errorf("without it the status is %d, and the location %q", got.Code, got.Header().Get("Location"))
+	}
+	if got := w.get(w.logIn("Grete"), "/room/kitchen/"); got.Code != http.StatusOK || !strings.Contains(got.Body.String(), `"name">Grete<`) {
+		t.Errorf("with it the status is %d, want 200 and the page with the name", got.Code)
 	}
 }
 
