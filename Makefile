@@ -1,4 +1,4 @@
-.PHONY: help run build test race cover storm mutants fuzz bench check e2e cluster clean
+.PHONY: help run build test race cover storm mutants fuzz bench check e2e cluster rooms clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ e2e: ## Test the page in three browsers, the server as a process, and proxies
 
 cluster: ## Copy hub, client and page to cluster, and test it
 	cd cluster && go generate && go test ./...
+
+rooms: ## Copy hub, client and page to rooms, and test it
+	cd rooms && go generate && go test ./...
 
 clean: ## Remove what the other targets have made
 	rm -f chat cover.out

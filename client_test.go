@@ -1136,39 +1136,39 @@ func TestCodeInREADMEWorks(t *testing.T) {
 		server := &http.Server{Handler: mux}
 		go server.Serve(pipes)
 		t.Cleanup(func() { server.Close() })
-		dial := func(path, cookie string) (*peer, *http.Response) {
-			dialer := (&room{connect: pipes.connect}).dialer(t)
-			conn, response, _ := dialer.Dial("ws://pipe"+path, http.Header{"Cookie": {cookie}})
-			return &peer{conn, t}, response
+		join := func(path string) *peer {
+			conn, _, err := (&room{connect: pipes.connect}).dialer(t).Dial("ws://pipe"+path, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return &peer{conn, t}
 		}
-		loggedIn := func(r *http.Request) bool { return r.Header.Get("Cookie") == "session=grete" }
 
-		hubs := map[string]*Hub{"/kitchen": newHub(), "/garden": newHub()}
+		hubs := map[string]*Hub{"/kitchen/ws": newHub(), "/garden/ws": newHub()}
+		var running sync.WaitGroup
 		for path, hub := range hubs {
-			go hub.run()
-			mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
-				if loggedIn(r) {
-					serveWs(hub, w, r)
-				} else {
-					http.Error(w, "log in first", http.StatusUnauthorized)
+			running.Go(hub.run)
+			mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
+		}
+		start := time.Now()
+		var peers sync.WaitGroup
+		for want, peer := range map[string]*peer{"Dinner is ready.": join("/kitchen/ws"), "": join("/garden/ws")} {
+			peers.Go(func() {
+				time.Sleep(closeWait / 2)
+				if got := strings.Join(peer.wantGoodbye(shuttingDown), "\n"); got != want {
+					t.Errorf("got %q before the goodbye, want %q", got, want)
 				}
 			})
 		}
-		kitchen, _ := dial("/kitchen", "session=grete")
-		garden, _ := dial("/garden", "session=grete")
-		if _, response := dial("/garden", "session=forged"); response.StatusCode != http.StatusUnauthorized {
-			t.Errorf("who has not logged in gets status %d, want 401", response.StatusCode)
-		}
-		hubs["/kitchen"].broadcast <- []byte("Dinner is ready.")
+		hubs["/kitchen/ws"].broadcast <- []byte("Dinner is ready.")
 		for _, hub := range hubs {
-			hub.stop() // Everybody reads what is queued and 1001; then run returns.
+			hub.stop() // Everybody reads what is queued, and 1001.
 		}
-		if got, want := kitchen.wantGoodbye(shuttingDown), []string{"Dinner is ready."}; !slices.Equal(got, want) {
-			t.Errorf("the kitchen heard %q, want %q", got, want)
+		running.Wait() // Until they have, the process must not end.
+		if took := time.Since(start); took < closeWait/2 {
+			t.Errorf("it ends after %v, before anybody has read this", took)
 		}
-		if got := garden.wantGoodbye(shuttingDown); len(got) != 0 {
-			t.Errorf("the garden heard %q, want nothing", got)
-		}
+		peers.Wait()
 	})
 }
 
