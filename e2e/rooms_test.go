@@ -61,10 +61,10 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 
 	// Who is sent away stays away, and reads why.
 	grete.send("/kick Hans")
-	hans.until(`$("status").textContent.startsWith("You are out: you have been sent away from this room.")`)
+	hans.until(`$("status").textContent.startsWith("Disconnected: you have been sent away from this room.")`)
 	hans.until(`socket === null`)
 	do(hans, chromedp.Reload())
-	hans.until(`$("status")?.textContent.startsWith("You are out: you have been sent away from this room.")`)
+	hans.until(`$("status")?.textContent.startsWith("Disconnected: you have been sent away from this room.")`)
 
 	// After a restart nobody is known any more: the page leads to the form.
 	addr := s.addr
