@@ -96,6 +96,9 @@ type Client struct {
 	// has to go. To send here from anywhere else is to panic if it is closed.
 	send chan []byte
 
+	// Owned by run: the client has been dropped, for good.
+	dropped bool
+
 	// Why the client has to go. Whoever finds a reason sets it; the first counts.
 	goodbye atomic.Pointer[goodbye]
 

@@ -52,7 +52,7 @@ func (h *Hub) run() {
 	for stopped != nil || len(present) > 0 {
 		select {
 		case client := <-register:
-			if client.goodbye.Load() == nil { // once dropped, its queue is closed
+			if !client.dropped { // or its queue would be closed
 				h.clients[client] = true
 				present[client] = true
 			}
@@ -103,6 +103,7 @@ func (h *Hub) queue(client *Client, message []byte) {
 func (h *Hub) drop(client *Client, why *goodbye) {
 	if h.clients[client] {
 		delete(h.clients, client)
+		client.dropped = true
 		client.goodbye.CompareAndSwap(nil, why)
 		close(client.send)
 	}
