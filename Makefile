@@ -1,4 +1,4 @@
-.PHONY: help run build test race cover storm mutants fuzz bench check e2e cluster rooms clean
+.PHONY: help run build test race cover mutants fuzz bench check e2e cluster rooms clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -18,9 +18,6 @@ race: ## Run them twenty times under the race detector
 cover: ## Say which statements they do not reach
 	go test -coverprofile=cover.out ./...
 	go tool cover -func=cover.out
-
-storm: ## Play made up histories of a room: make storm n=100000
-	go test -run=TestStorm -storms=$(or $(n),10000) -timeout=0 .
 
 mutants: ## Break the code in many places, and say what the tests do not notice
 	go run github.com/go-gremlins/gremlins/cmd/gremlins@v0.6.0 unleash --workers=1 --timeout-coefficient=10 --exclude-files=/
