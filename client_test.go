@@ -388,7 +388,7 @@ func TestOffenderThatNeverAnswersIsCutOffAfterCloseWait(t *testing.T) {
 			if p.pipe().far.isClosed() {
 				t.Errorf("TCP was closed before %v have passed", closeWait)
 			}
-			time.Sleep(1)
+			time.Sleep(time.Nanosecond)
 			synctest.Wait()
 			p.wantEnd()
 		}))
