@@ -69,7 +69,7 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	// After a restart nobody is known any more: the page leads to the form.
 	addr := s.addr
 	s.stop(t)
-	s = startCommand(t, exec.Command(program, "-addr", addr))
+	startCommand(t, exec.Command(program, "-addr", addr))
 	grete.until(`document.querySelector("[name=name]")`)
 	grete.enterRoom("Grete", "kitchen")
 	if got := eval[string](grete, `$("name").textContent + " in " + document.querySelector("h1").textContent`); got != "Grete in kitchen" {
