@@ -212,6 +212,6 @@ func serveHome(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
 		w.Header().Set("X-Content-Type-Options", "nosniff")
 		w.Header().Set("Content-Security-Policy", contentSecurityPolicy)
-		io.WriteString(w, home)
+		w.Write([]byte(home))
 	}
 }

@@ -978,6 +978,19 @@ func TestShutdownTakesWhatClientsSaidToNATSFirst(t *testing.T) {
 	wantNothingLost(t, nodes)
 }
 
+func TestShutdownWaitsForWhatIsOnTheWay(t *testing.T) {
+	t.Parallel()
+	s := natsServer(t, 0)
+	wire := newWire(t, s.Addr().String())
+	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
+	listener := startNode(t, s.ClientURL(), "chat").dial(t)
+	wire.lengthen(200 * time.Millisecond)
+	near.front.broadcast <- []byte("last words")
+	near.stop()
+	listener.want(t, "last words")
+	wantNothingLost(t, []*node{near})
+}
+
 func TestShutdownWaitsForNATSToComeBack(t *testing.T) {
 	t.Parallel()
 	s, nodes := startRoom(t, 2)
