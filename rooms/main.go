@@ -16,6 +16,9 @@
 // server's main.go, because a package main cannot be imported.
 package main
 
+//go:generate cp ../hub.go ../client.go ../home.html .
+//go:generate sh -c "sed -n '/^--- /,/^```$/p' README.md | patch --no-backup-if-mismatch"
+
 import (
 	"cmp"
 	"context"
