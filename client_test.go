@@ -395,6 +395,28 @@ func TestOffenderThatNeverAnswersIsCutOffAfterCloseWait(t *testing.T) {
 	}
 }
 
+// A connection of somebody's own, perhaps not TCP, may have no CloseWrite.
+
+type wholeListener struct{ *pipeListener }
+
+func (l wholeListener) Accept() (net.Conn, error) {
+	conn, err := l.pipeListener.Accept()
+	return struct{ net.Conn }{conn}, err
+}
+
+func TestOffenderReadsWhyWhereNothingCanBeHalfClosed(t *testing.T) { synctest.Test(t, testWhole) }
+func testWhole(t *testing.T) {
+	listener := newPipeListener()
+	r := newRoom(t, wholeListener{listener})
+	r.connect = listener.connect
+	p := r.join(t)
+	p.write(slices.Concat(encode(0x8f, ""), much))
+	p.wantGoodbye(&goodbye{Code: 1002, Text: "bad opcode 15"})
+	p.pipe().CloseWrite()
+	synctest.Wait()
+	p.wantEnd()
+}
+
 // How a connection ends, and what the log says of it: whose goodbye it was, and
 // nothing if all went well. What a peer chooses is quoted, so that it can neither
 // end a line of the log nor drive a terminal.
