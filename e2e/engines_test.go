@@ -27,6 +27,7 @@ import (
 const connected = `$("status")?.textContent == "Connected"`
 
 func TestEveryEngineSendsAndShowsWhatIsSaid(t *testing.T) {
+	t.Parallel()
 	inEveryEngine(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
@@ -45,6 +46,7 @@ func TestEveryEngineSendsAndShowsWhatIsSaid(t *testing.T) {
 }
 
 func TestEveryEngineKeepsTheDraftAndComesBack(t *testing.T) {
+	t.Parallel()
 	inEveryEngine(t, func(t *testing.T, w *window) {
 		s := startQuick(t, "localhost:0")
 		w.open(s.addr)
@@ -74,6 +76,7 @@ func TestEveryEngineKeepsTheDraftAndComesBack(t *testing.T) {
 }
 
 func TestEveryEngineKeepsTheDraftOfAPageThatIsLeft(t *testing.T) {
+	t.Parallel()
 	inEveryEngine(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
@@ -89,6 +92,7 @@ func TestEveryEngineKeepsTheDraftOfAPageThatIsLeft(t *testing.T) {
 }
 
 func TestEveryEngineNoticesADeadLine(t *testing.T) {
+	t.Parallel()
 	inEveryEngine(t, func(t *testing.T, w *window) {
 		s := startQuick(t, "localhost:0")
 		addr, cut := wire(t, s.addr)
@@ -115,6 +119,7 @@ func TestEveryEngineNoticesADeadLine(t *testing.T) {
 }
 
 func TestEveryEngineKeepsTheReadersPlace(t *testing.T) {
+	t.Parallel()
 	inEveryEngine(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
@@ -182,6 +187,7 @@ func (w *window) wantPlace(want, when string) {
 }
 
 func TestEveryEngineKeepsUpWithAThousandLinesASecond(t *testing.T) {
+	t.Parallel()
 	inEveryEngine(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
@@ -200,6 +206,7 @@ func TestEveryEngineKeepsUpWithAThousandLinesASecond(t *testing.T) {
 }
 
 func TestEveryEngineSatisfiesAxe(t *testing.T) {
+	t.Parallel()
 	axe, err := os.ReadFile("node_modules/axe-core/axe.min.js")
 	if err != nil {
 		t.Fatalf("no axe-core: %v\nRun npm ci in this folder", err)
@@ -223,6 +230,7 @@ func TestEveryEngineSatisfiesAxe(t *testing.T) {
 }
 
 func TestTheConsolesOfAllEnginesStayQuiet(t *testing.T) {
+	t.Parallel()
 	inEveryEngine(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		switch e := w.engine.(type) {

@@ -383,6 +383,7 @@ func TestToConnectIsNoAlarm(t *testing.T) {
 }
 
 func TestWhatMayBeLostCanBeSentAgain(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		url, conns := mute(t, s)
@@ -437,6 +438,7 @@ func TestWhatMayBeLostCanBeSentAgain(t *testing.T) {
 }
 
 func TestWhatCannotBeSentAgainNowCanBeLater(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
@@ -464,6 +466,7 @@ const announced = `(window.spoken ??= (new MutationObserver((changes) => {
 }).observe(document.body, { childList: true, subtree: true }), []))`
 
 func TestALossIsToldOnce(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
@@ -488,6 +491,7 @@ func TestALossIsToldOnce(t *testing.T) {
 }
 
 func TestWithoutANoticeTheStatusIsSpoken(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)

@@ -442,6 +442,7 @@ func TestMessagesAreTextAndKeepToThemselves(t *testing.T) {
 }
 
 func TestAddressesAreLinks(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)

@@ -405,6 +405,7 @@ func TestItNeedsNothingNew(t *testing.T) {
 }
 
 func TestNameAndDraftSurviveTheWayBack(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
@@ -428,6 +429,7 @@ func TestNameAndDraftSurviveTheWayBack(t *testing.T) {
 }
 
 func TestANameIsKeptFromItsFirstLetter(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
@@ -439,6 +441,7 @@ func TestANameIsKeptFromItsFirstLetter(t *testing.T) {
 }
 
 func TestEnterInTheNameGoesToTheMessage(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
@@ -456,6 +459,7 @@ func TestEnterInTheNameGoesToTheMessage(t *testing.T) {
 }
 
 func TestWhatIsTypedReachesTheMessageAndKeysStillScroll(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.resize(700, 500)
@@ -491,6 +495,7 @@ func TestWhatIsTypedReachesTheMessageAndKeysStillScroll(t *testing.T) {
 }
 
 func TestDirectionsFollowTheText(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
@@ -521,6 +526,7 @@ func TestDirectionsFollowTheText(t *testing.T) {
 }
 
 func TestALongWordIsBroken(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.resize(500, 500)
@@ -540,6 +546,7 @@ const markedLine = `(document.querySelector("#log hr")?.offsetHeight ?
 	document.querySelector("#log hr").nextElementSibling.lastChild.textContent : "")`
 
 func TestTheMarkShowsWhereOneLeftOff(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
@@ -590,6 +597,7 @@ func TestTheMarkShowsWhereOneLeftOff(t *testing.T) {
 }
 
 func TestNoticesAreNotCountedButMarked(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
@@ -607,6 +615,7 @@ func TestNoticesAreNotCountedButMarked(t *testing.T) {
 }
 
 func TestTheMarksComingAndGoingMoveNothing(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.resize(700, 500)
@@ -634,6 +643,7 @@ const copied = `(window.clip ??= (document.addEventListener("copy", (event) =>
 	clip = { text: event.defaultPrevented ? event.clipboardData.getData("text/plain") : null }), { text: "nothing yet" }))`
 
 func TestWhatIsCopiedIsWhatWasSaid(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
@@ -672,6 +682,7 @@ func TestWhatIsCopiedIsWhatWasSaid(t *testing.T) {
 }
 
 func TestTheLogStandsStillWhileSomethingIsSelected(t *testing.T) {
+	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.resize(700, 500)

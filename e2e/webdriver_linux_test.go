@@ -36,13 +36,36 @@ type object = map[string]any // of JSON
 // Time allowed for a command: a browser starts during its first one.
 const commandPatience = 3 * patience
 
-// engines starts each engine once; all tests share it.
+// engines starts the engines. A test that has ended leaves its engine to another.
 var engines = []struct {
 	name  string
 	start func() (engine, error)
+	idle  *idleEngines
 }{
-	{"Firefox", sync.OnceValues(startFirefox)},
-	{"WebKit", sync.OnceValues(startWebKit)},
+	{"Firefox", startFirefox, new(idleEngines)},
+	{"WebKit", startWebKit, new(idleEngines)},
+}
+
+// idleEngines are those of one kind in which no test runs.
+type idleEngines struct {
+	mu   sync.Mutex
+	list []engine
+}
+
+// take returns an engine, or nil if there is none.
+func (idle *idleEngines) take() (e engine) {
+	idle.mu.Lock()
+	defer idle.mu.Unlock()
+	if n := len(idle.list); n > 0 {
+		e, idle.list = idle.list[n-1], idle.list[:n-1]
+	}
+	return e
+}
+
+func (idle *idleEngines) put(e engine) {
+	idle.mu.Lock()
+	defer idle.mu.Unlock()
+	idle.list = append(idle.list, e)
 }
 
 // A window is an engine's, for one test.
@@ -51,16 +74,19 @@ type window struct {
 	engine engine
 }
 
-// inEveryEngine runs a test in each engine, in all of them at once. The test itself
-// must not be parallel: an engine has one window.
+// inEveryEngine runs a test in each engine, beside other tests.
 func inEveryEngine(t *testing.T, test func(t *testing.T, w *window)) {
 	for _, engine := range engines {
 		t.Run(engine.name, func(t *testing.T) {
 			t.Parallel()
-			e, err := engine.start()
-			if err != nil {
-				t.Fatal(err)
+			e := engine.idle.take()
+			if e == nil {
+				var err error
+				if e, err = engine.start(); err != nil {
+					t.Fatal(err)
+				}
 			}
+			t.Cleanup(func() { engine.idle.put(e) })
 			test(t, &window{t, e})
 		})
 	}
