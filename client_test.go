@@ -1064,20 +1064,23 @@ func TestServeCutsOffASlowRequest(t *testing.T) {
 
 func TestHomePage(t *testing.T) {
 	const html, plain = "text/html; charset=utf-8", "text/plain; charset=utf-8"
+	defer func(old string) { home = old }(home)
+	home = "a page that nothing but its header tells to be HTML"
 	for _, test := range []struct {
 		method, path string
 		status       int
 		contentType  string
+		body         string
 		allow        string
 	}{
-		{"GET", "/", http.StatusOK, html, ""},
-		{"HEAD", "/", http.StatusOK, html, ""},
-		{"GET", "/?\u009b31m%0a%1b", http.StatusOK, html, ""},
-		{"GET", "/favicon.ico", http.StatusNotFound, plain, ""},
-		{"GET", "/index.html", http.StatusNotFound, plain, ""},
-		{"POST", "/index.html", http.StatusNotFound, plain, ""},
-		{"POST", "/", http.StatusMethodNotAllowed, plain, "GET, HEAD"},
-		{"DELETE", "/", http.StatusMethodNotAllowed, plain, "GET, HEAD"},
+		{"GET", "/", http.StatusOK, html, home, ""},
+		{"HEAD", "/", http.StatusOK, html, home, ""},
+		{"GET", "/?\u009b31m%0a%1b", http.StatusOK, html, home, ""},
+		{"GET", "/favicon.ico", http.StatusNotFound, plain, "404 page not found\n", ""},
+		{"GET", "/index.html", http.StatusNotFound, plain, "404 page not found\n", ""},
+		{"POST", "/index.html", http.StatusNotFound, plain, "404 page not found\n", ""},
+		{"POST", "/", http.StatusMethodNotAllowed, plain, "method not allowed\n", "GET, HEAD"},
+		{"DELETE", "/", http.StatusMethodNotAllowed, plain, "method not allowed\n", "GET, HEAD"},
 	} {
 		t.Run(test.method+" "+test.path, func(t *testing.T) {
 			book := captureLog(t)
@@ -1086,13 +1089,13 @@ func TestHomePage(t *testing.T) {
 			if rec.Code != test.status {
 				t.Errorf("got status %d, want %d", rec.Code, test.status)
 			}
-			if got := rec.Body.String() == home; got != (test.status == http.StatusOK) {
-				t.Errorf("with status %d the page was sent: %v", rec.Code, got)
+			if got := rec.Body.String(); got != test.body {
+				t.Errorf("got %s, want %q", brief(got), test.body)
 			}
 			for name, want := range map[string]string{
 				"Content-Type": test.contentType, "Allow": test.allow, "X-Content-Type-Options": "nosniff",
 			} {
-				if got := rec.Header().Get(name); got != want {
+				if got := rec.Result().Header.Get(name); got != want {
 					t.Errorf("got %s %q, want %q", name, got, want)
 				}
 			}
@@ -1117,7 +1120,7 @@ func TestContentSecurityPolicyAllowsThePageItsOwnScriptAndStyleAlone(t *testing.
 	}
 	want := "default-src 'none'; script-src 'sha256-" + hash("script") + "'; style-src 'sha256-" + hash("style") +
 		"'; img-src data:; connect-src 'self' ws: wss:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-	if got := rec.Header().Get("Content-Security-Policy"); got != want {
+	if got := rec.Result().Header.Get("Content-Security-Policy"); got != want {
 		t.Errorf("the policy is\n%s, want\n%s", got, want)
 	}
 }
