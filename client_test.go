@@ -523,6 +523,7 @@ func TestClientThatNeverReadsIsCutOff(t *testing.T) {
 	}{
 		"a message":           {func(r *room, p *peer) { r.say("this") }, writeWait, fellBehind},
 		"why it has to go":    {func(r *room, p *peer) { r.say("this"); r.clients()[0].unregister(notText) }, writeWait, notText},
+		"a goodbye":           {func(r *room, _ *peer) { r.clients()[0].unregister(notText) }, writeWait, notText},
 		"a ping":              {func(*room, *peer) {}, pingPeriod + writeWait, fellBehind},
 		"heartbeat":           {func(_ *room, p *peer) { go io.ReadFull(p.NetConn(), make([]byte, 2)) }, pingPeriod + writeWait, fellBehind},
 		"a pong":              {func(_ *room, p *peer) { ping(p) }, pingPeriod, fellBehind}, // when writing fails
