@@ -1207,7 +1207,7 @@ func TestCodeInREADMEIsTheCodeHere(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, code, _ := strings.Cut(string(readme), "\n    hubs := ")
+	_, code, _ := strings.Cut(strings.ReplaceAll(string(readme), "\r\n", "\n"), "\n    hubs := ")
 	code, _, found := strings.Cut("hubs := "+code, "\n\n")
 	if !found {
 		t.Fatal("README.md has no code that starts with hubs")
