@@ -1212,7 +1212,7 @@ func TestCodeInREADMEIsTheCodeHere(t *testing.T) {
 	if !found {
 		t.Fatal("README.md has no code that starts with hubs")
 	}
-	_, rest, _ := strings.Cut(string(here), "func TestCodeInREADMEWorks")
+	_, rest, _ := strings.Cut(strings.ReplaceAll(string(here), "\r\n", "\n"), "func TestCodeInREADMEWorks")
 	for line := range strings.Lines(code) {
 		before, after, found := strings.Cut(rest, "\t"+strings.TrimSpace(line)+"\n")
 		if !found {
