@@ -152,7 +152,7 @@ func eval[T any](p *tab, js string, options ...chromedp.EvaluateOption) T {
 // until waits until a JavaScript expression is true.
 func (p *tab) until(js string) {
 	p.t.Helper()
-	for start := time.Now(); !eval[bool](p, "!!("+js+")"); time.Sleep(10 * time.Millisecond) {
+	for start := time.Now(); !eval[bool](p, "!!("+js+")"); time.Sleep(pollInterval) {
 		if time.Since(start) > patience {
 			p.t.Fatalf("not within %v: %s\npage:\n%.400s…", patience, js, eval[string](p, "document.body.innerText"))
 		}

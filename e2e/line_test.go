@@ -75,7 +75,7 @@ func mute(t *testing.T, s *server) (url string, conns chan *websocket.Conn) {
 // wantLog waits until the log has these lines, each with its class.
 func (p *tab) wantLog(want ...string) {
 	p.t.Helper()
-	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+	for start := time.Now(); ; time.Sleep(pollInterval) {
 		got := eval[[]string](p, logged)
 		if slices.Equal(got, want) {
 			return

@@ -31,6 +31,9 @@ import (
 // Time allowed for what should happen soon, on a busy machine.
 const patience = 20 * time.Second
 
+// Time between two looks at a page: each takes processor time from the tests beside.
+const pollInterval = 30 * time.Millisecond
+
 // binary is the path of the server that TestMain builds.
 var binary string
 

@@ -135,7 +135,7 @@ func get[T any](w *window, js string) (result T) {
 // until waits until a JavaScript expression is true.
 func (w *window) until(js string) {
 	w.t.Helper()
-	for start := time.Now(); !get[bool](w, "!!("+js+")"); time.Sleep(10 * time.Millisecond) {
+	for start := time.Now(); !get[bool](w, "!!("+js+")"); time.Sleep(pollInterval) {
 		if time.Since(start) > patience {
 			w.t.Fatalf("not within %v: %s\npage:\n%.400s…", patience, js, get[string](w, "document.body.innerText"))
 		}
