@@ -206,11 +206,11 @@ func (p *tab) wantDraft(want string) {
 // JavaScript, and waits until the log has come to rest.
 func (p *tab) scroll(by string) {
 	p.t.Helper()
-	delta := eval[float64](p, `var moved = Infinity; $("log").addEventListener("scroll", () => moved = performance.now()); `+by)
+	delta := eval[float64](p, `var scrolledAt = Infinity; $("log").addEventListener("scroll", () => scrolledAt = performance.now()); `+by)
 	// The params that cdproto has leave out a deltaX of 0, which Chromium insists on.
 	wheel := cdp.Command[map[string]any, cdp.Empty]{Method: input.CommandDispatchMouseEvent}
 	call(p, wheel, map[string]any{"type": "mouseWheel", "x": 100, "y": 200, "deltaX": 0, "deltaY": delta})
-	p.until("performance.now() - moved > 300")
+	p.until("performance.now() - scrolledAt > 300")
 }
 
 // setOffline takes the tab's network away, or gives it back.

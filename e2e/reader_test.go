@@ -286,11 +286,18 @@ const reading = `(() => {
 })()`
 
 func TestWhatIsReadStaysWhenAPhoneIsTurned(t *testing.T) {
-	t.Parallel()
+	// Where lines break, and what is then out of sight, depends on the font.
+	for _, font := range []string{"16px sans-serif", "15px serif", "20px serif"} {
+		t.Run(font, func(t *testing.T) { t.Parallel(); testTurns(t, font) })
+	}
+}
+
+func testTurns(t *testing.T, font string) {
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	do(p, chromedp.EmulateViewport(360, 640))
 	p.open("http://" + s.addr + "/")
+	eval[string](p, fmt.Sprintf(`$("log").style.font = %q`, font))
 	for i := range 2 {
 		conn := s.dial(t)
 		for j := range 100 {
@@ -478,9 +485,9 @@ func TestWhatIsTypedReachesTheMessageAndKeysStillScroll(t *testing.T) {
 			{end, atEnd},
 			{pageUp, "!(" + atEnd + ")"},
 		} {
-			get[bool](w, `(window.moved = performance.now(), $("log").addEventListener("scroll", () => moved = performance.now())) ?? true`)
+			get[bool](w, `(window.scrolledAt = performance.now(), $("log").addEventListener("scroll", () => scrolledAt = performance.now())) ?? true`)
 			w.press(scrolling.key)
-			w.until(scrolling.until + " && performance.now() - moved > 200") // a browser scrolls smoothly
+			w.until(scrolling.until + " && performance.now() - scrolledAt > 200") // a browser scrolls smoothly
 		}
 		w.pressWith(control, "x")
 		if got := get[string](w, `document.activeElement.id + $("msg").value`); got != "log" {
