@@ -93,7 +93,7 @@ type Client struct {
 	conn *websocket.Conn
 
 	// From run, through its method queue, to writePump. Run closes it when the client
-	// has to go. To send here from anywhere else is to panic if it is closed.
+	// has to go: after that, a send panics, so nothing else should send here.
 	send chan []byte
 
 	// Owned by run: the client has been dropped, for good.
@@ -145,7 +145,7 @@ func (c *Client) readPump() {
 // by more than a burst, so that TCP slows it down.
 func (c *Client) pace() {
 	if c.goodbye.Load() != nil {
-		return // Skip what the peer is still sending: its answer comes after that.
+		return // Read on at full speed: the answer comes behind what is being sent.
 	}
 	if !c.receiving { // A ping in the middle of a message gives it no more time.
 		c.conn.SetReadDeadline(time.Now().Add(pongWait))

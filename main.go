@@ -25,8 +25,9 @@ import (
 	"time"
 )
 
-// pageTimeout is the time allowed to send a request, to take the answer, and to
-// send the next request. Longer than that nobody holds a connection for nothing.
+// pageTimeout is the time allowed for each of these: to send a request, to take the
+// answer, and to send the next request. Without it, who sends nothing would hold a
+// connection for ever.
 const pageTimeout = 10 * time.Second
 
 // shutdownWait is the time allowed to everybody together to leave when the server
@@ -97,9 +98,9 @@ func serve(ctx context.Context, listener net.Listener) error {
 }
 
 // contentSecurityPolicy allows the page its own script and style, by their hashes,
-// the icon in it, its own server, and WebSockets; nothing else. These may go to any
-// server, as Safari before 16 does not count them to 'self': only that script opens
-// one. https://www.w3.org/TR/CSP3/
+// the icon in it, its own server, and WebSockets to any server; nothing else. In
+// Safari before 16, 'self' does not include WebSockets, so their schemes are named.
+// Only the page's own script can open one. https://www.w3.org/TR/CSP3/
 var contentSecurityPolicy = "default-src 'none'; script-src " + hashSource("script") +
 	"; style-src " + hashSource("style") + "; img-src data:; connect-src 'self' ws: wss:" +
 	"; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

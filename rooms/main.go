@@ -41,8 +41,9 @@ import (
 	"github.com/gorilla/securecookie"
 )
 
-// pageTimeout is the time allowed to send a request, to take the answer, and to
-// send the next request. Longer than that nobody holds a connection for nothing.
+// pageTimeout is the time allowed for each of these: to send a request, to take the
+// answer, and to send the next request. Without it, who sends nothing would hold a
+// connection for ever.
 const pageTimeout = 10 * time.Second
 
 // Maximum number of rooms, and of connections in a room: a person's second tab is
