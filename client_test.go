@@ -71,63 +71,65 @@ func TestFiguresAndGoodbyesAreThePromisedOnes(t *testing.T) {
 // bytes. Control characters become spaces; surrounding white space goes; what is
 // then empty is not broadcast.
 
-func TestMessageBecomesOneCleanLineOrNone(t *testing.T) { inRoom(testLines)(t) }
-func testLines(t *testing.T, r *room) {
-	p := r.join(t)
-	for sent, want := range map[string]string{
-		"plain":                             "plain",
-		"  around\t\r\n":                    "around",
-		"one\ntwo\r\nthree":                 "one two  three",
-		"\x1b[2J\x07bell\x00\x7f":           "[2J bell",
-		"C1 \u009b31m and \u0085 next line": "C1  31m and   next line",
-		"\u00a0\u3000grüße, 世界 👋🏽\u2003":    "grüße, 世界 👋🏽",
-		"<b>not markup</b>":                 "<b>not markup</b>",
-		strings.Repeat("x", 512):            strings.Repeat("x", 512),
-		"":                                  "", " ": "", "\n": "", "\x00\x1b\u0085": "", "\u00a0\u2003": "",
-	} {
-		want := list(want, "end")
-		if want[0] == "" {
-			want = want[1:]
+func TestMessageBecomesOneCleanLineOrNone(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		p := r.join(t)
+		for sent, want := range map[string]string{
+			"plain":                             "plain",
+			"  around\t\r\n":                    "around",
+			"one\ntwo\r\nthree":                 "one two  three",
+			"\x1b[2J\x07bell\x00\x7f":           "[2J bell",
+			"C1 \u009b31m and \u0085 next line": "C1  31m and   next line",
+			"\u00a0\u3000grüße, 世界 👋🏽\u2003":    "grüße, 世界 👋🏽",
+			"<b>not markup</b>":                 "<b>not markup</b>",
+			strings.Repeat("x", 512):            strings.Repeat("x", 512),
+			"":                                  "", " ": "", "\n": "", "\x00\x1b\u0085": "", "\u00a0\u2003": "",
+		} {
+			want := list(want, "end")
+			if want[0] == "" {
+				want = want[1:]
+			}
+			p.say(sent)
+			p.say("end")
+			p.wantLines(want...)
 		}
-		p.say(sent)
-		p.say("end")
-		p.wantLines(want...)
-	}
-	if got, want := string(clean([]byte("\xff of a copy's own\xc3"))), "\ufffd of a copy's own\ufffd"; got != want {
-		t.Errorf("what is not UTF-8 becomes %q, want %q", got, want)
-	}
+		if got, want := string(clean([]byte("\xff of a copy's own\xc3"))), "\ufffd of a copy's own\ufffd"; got != want {
+			t.Errorf("what is not UTF-8 becomes %q, want %q", got, want)
+		}
+	})
 }
 
 // On the wire, out: one WebSocket text message is one or more chat messages
 // joined by '\n', in one frame, below 32 KiB.
 
-func TestQueuedMessagesAreJoinedInFramesBelow32KiB(t *testing.T) { inRoom(testFrames)(t) }
-func testFrames(t *testing.T, r *room) {
-	p := r.join(t).unbuffered()
-	var want, got []string
-	for n := range 1 + sendQueueSize { // One is with writePump.
-		want = append(want, fmt.Sprintf("%0*d", maxMessageSize, n))
-		r.say(want[n])
-	}
-	r.hub.stop()
-	frames := 0
-	for {
-		f, err := p.readFrame(patience)
-		if err != nil || f.first != 0x81 {
-			break
+func TestQueuedMessagesAreJoinedInFramesBelow32KiB(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		p := r.join(t).unbuffered()
+		var want, got []string
+		for n := range 1 + sendQueueSize { // One is with writePump.
+			want = append(want, fmt.Sprintf("%0*d", maxMessageSize, n))
+			r.say(want[n])
 		}
-		if len(f.payload) >= 32<<10 {
-			t.Errorf("frame %d has %d bytes, want less than 32 KiB", frames, len(f.payload))
+		r.hub.stop()
+		frames := 0
+		for {
+			f, err := p.readFrame(patience)
+			if err != nil || f.first != 0x81 {
+				break
+			}
+			if len(f.payload) >= 32<<10 {
+				t.Errorf("frame %d has %d bytes, want less than 32 KiB", frames, len(f.payload))
+			}
+			frames++
+			got = append(got, strings.Split(string(f.payload), "\n")...)
 		}
-		frames++
-		got = append(got, strings.Split(string(f.payload), "\n")...)
-	}
-	if !slices.Equal(got, want) {
-		t.Errorf("got %d lines that differ from the %d sent", len(got), len(want))
-	}
-	if want := 1 + (sendQueueSize*(maxMessageSize+1)+maxBatchSize-1)/maxBatchSize; frames != want {
-		t.Errorf("they came in %d frames, want %d", frames, want)
-	}
+		if !slices.Equal(got, want) {
+			t.Errorf("got %d lines that differ from the %d sent", len(got), len(want))
+		}
+		if want := 1 + (sendQueueSize*(maxMessageSize+1)+maxBatchSize-1)/maxBatchSize; frames != want {
+			t.Errorf("they came in %d frames, want %d", frames, want)
+		}
+	})
 }
 
 func TestBatchIsFilledToTheLastByte(t *testing.T) {
@@ -135,7 +137,7 @@ func TestBatchIsFilledToTheLastByte(t *testing.T) {
 	// and a message of the greatest length, and not one byte more.
 	const most = maxBatchSize/(maxMessageSize+1) - 1
 	for gap, want := range map[int]int{448: most + 2, 449: most + 1} {
-		t.Run(fmt.Sprint(gap), inRoom(func(t *testing.T, r *room) {
+		runInRoom(t, fmt.Sprint(gap), func(t *testing.T, r *room) {
 			p := r.join(t).unbuffered()
 			r.say("writePump is busy with this")
 			for range most {
@@ -147,7 +149,7 @@ func TestBatchIsFilledToTheLastByte(t *testing.T) {
 			if len(lines) != want {
 				t.Errorf("got %d lines in one message, and %v, want %d lines", len(lines), err, want)
 			}
-		}))
+		})
 	}
 }
 
@@ -158,7 +160,7 @@ func TestWhoAsksForHeartbeatsGetsAnEmptyMessageWithEachPing(t *testing.T) {
 	quiet := []string{`10s text "hello"`, `54s ping ""`, `1m48s ping ""`}
 	lively := []string{`10s text "hello"`, `54s ping ""`, `54s text ""`, `1m48s ping ""`, `1m48s text ""`}
 	for subprotocol, want := range map[string][]string{"": quiet, "other": quiet, "heartbeat": lively} {
-		t.Run(subprotocol, inRoom(func(t *testing.T, r *room) {
+		runInRoom(t, subprotocol, func(t *testing.T, r *room) {
 			p := r.join(t, strings.Fields(subprotocol)...)
 			if got, want := p.Subprotocol() == "heartbeat", subprotocol == "heartbeat"; got != want {
 				t.Errorf("the server chose %q", p.Subprotocol())
@@ -177,7 +179,7 @@ func TestWhoAsksForHeartbeatsGetsAnEmptyMessageWithEachPing(t *testing.T) {
 			if !slices.Equal(got, want) {
 				t.Errorf("got %q, want %q", got, want)
 			}
-		}))
+		})
 	}
 }
 
@@ -254,7 +256,7 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 		tests = append(tests, test{fmt.Sprint("7.4 close ", code), list(encodeClose(code, "why")), list(fmt.Sprintf(`close 1002 "bad close code %d"`, code))})
 	}
 	for _, test := range tests {
-		t.Run(test.name, inRoom(func(t *testing.T, r *room) {
+		runInRoom(t, test.name, func(t *testing.T, r *room) {
 			p := r.join(t)
 			start := time.Now()
 			p.write(append(slices.Concat(test.sent...), encode(0x88, bye)...))
@@ -275,7 +277,7 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 			if got := time.Since(start); got != 0 {
 				t.Errorf("it took %v, want no time", got)
 			}
-		}))
+		})
 	}
 }
 
@@ -312,7 +314,7 @@ func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 	for _, offence := range offences {
 		for _, busy := range []bool{false, true} {
 			for _, sends := range []bool{false, true} {
-				t.Run(fmt.Sprintf("%s,busy=%v,sends=%v", offence.name, busy, sends), inRoom(func(t *testing.T, r *room) {
+				runInRoom(t, fmt.Sprintf("%s,busy=%v,sends=%v", offence.name, busy, sends), func(t *testing.T, r *room) {
 					offender, other := r.join(t), r.join(t)
 					logged, start := *offence.want, time.Now()
 					var said, heard []string
@@ -356,7 +358,7 @@ func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 					r.wantLogged(t, fmt.Sprintf("pipe: dropped with %q", logged.Error()))
 					r.say("still here")
 					other.wantLines(append(said, "still here")...)
-				}))
+				})
 			}
 		}
 	}
@@ -378,7 +380,7 @@ func TestOffenderReadsWhyOverTCPAlsoWhileItSends(t *testing.T) {
 
 func TestOffenderThatNeverAnswersIsCutOffAfterCloseWait(t *testing.T) {
 	for _, offence := range offences {
-		t.Run(offence.name, inRoom(func(t *testing.T, r *room) {
+		runInRoom(t, offence.name, func(t *testing.T, r *room) {
 			p := r.join(t)
 			p.SetCloseHandler(func(int, string) error { return nil })
 			p.write(offence.sent)
@@ -391,7 +393,7 @@ func TestOffenderThatNeverAnswersIsCutOffAfterCloseWait(t *testing.T) {
 			time.Sleep(time.Nanosecond)
 			synctest.Wait()
 			p.wantEnd()
-		}))
+		})
 	}
 }
 
@@ -404,17 +406,18 @@ func (l wholeListener) Accept() (net.Conn, error) {
 	return struct{ net.Conn }{conn}, err
 }
 
-func TestOffenderReadsWhyWhereNothingCanBeHalfClosed(t *testing.T) { synctest.Test(t, testWhole) }
-func testWhole(t *testing.T) {
-	listener := newPipeListener()
-	r := newRoom(t, wholeListener{listener})
-	r.connect = listener.connect
-	p := r.join(t)
-	p.write(slices.Concat(encode(0x8f, ""), much))
-	p.wantGoodbye(&goodbye{Code: 1002, Text: "bad opcode 15"})
-	p.pipe().CloseWrite()
-	synctest.Wait()
-	p.wantEnd()
+func TestOffenderReadsWhyWhereNothingCanBeHalfClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		listener := newPipeListener()
+		r := newRoom(t, wholeListener{listener})
+		r.connect = listener.connect
+		p := r.join(t)
+		p.write(slices.Concat(encode(0x8f, ""), much))
+		p.wantGoodbye(&goodbye{Code: 1002, Text: "bad opcode 15"})
+		p.pipe().CloseWrite()
+		synctest.Wait()
+		p.wantEnd()
+	})
 }
 
 // How a connection ends, and what the log says of it: whose goodbye it was, and
@@ -481,7 +484,7 @@ func TestEveryEndIsSaidAndLoggedAsWhatItIs(t *testing.T) {
 		}, 0, 0, notText, `dropped with "websocket: close 1003 (unsupported data): send text messages, not binary ones"`},
 		{"the server shuts down", func(r *room, p *peer) { stall(r, p, 3); r.hub.stop() }, 0, 3, shuttingDown, ""},
 	} {
-		t.Run(test.name, inRoom(func(t *testing.T, r *room) {
+		runInRoom(t, test.name, func(t *testing.T, r *room) {
 			p := r.join(t)
 			start := time.Now()
 			test.end(r, p)
@@ -510,7 +513,7 @@ func TestEveryEndIsSaidAndLoggedAsWhatItIs(t *testing.T) {
 			} else {
 				r.wantLogged(t, "pipe: "+test.log)
 			}
-		}))
+		})
 	}
 }
 
@@ -529,7 +532,7 @@ func TestClientThatNeverReadsIsCutOff(t *testing.T) {
 		"a pong":              {func(_ *room, p *peer) { ping(p) }, pingPeriod, fellBehind}, // when writing fails
 		"a pong, nor another": {func(r *room, p *peer) { ping(p); time.Sleep(2 * writeWait); r.say("this") }, 2 * writeWait, fellBehind},
 	} {
-		t.Run(name, inRoom(func(t *testing.T, r *room) {
+		runInRoom(t, name, func(t *testing.T, r *room) {
 			var subprotocols []string
 			if name == heartbeat {
 				subprotocols = list(heartbeat)
@@ -547,34 +550,35 @@ func TestClientThatNeverReadsIsCutOff(t *testing.T) {
 				t.Errorf("it was cut off after %v, want %v", got, want)
 			}
 			r.wantLogged(t, fmt.Sprintf("pipe: dropped with %q", test.want.Error()))
-		}))
+		})
 	}
 }
 
-func TestNobodyWaitsForAClientThatCannotBeWrittenTo(t *testing.T) { inRoom(testBrokenWrites)(t) }
-func testBrokenWrites(t *testing.T, r *room) {
-	p := r.join(t)
-	client := r.clients()[0]
-	p.pipe().far.onWrite = func() error { return errReset }
-	start := time.Now()
-	r.say("this ends writePump")
-	for range 2 * sendQueueSize {
-		client.send <- []byte("sent past the hub")
-	}
-	synctest.Wait()
-	for range 2 * sendQueueSize {
-		r.say("lost")
-	}
-	if got := time.Since(start); got != 0 {
-		t.Errorf("it cost the others %v, want no time", got)
-	}
-	time.Sleep(closeWait)
-	r.wantLogged(t, `pipe: left with "websocket: close 1006 (abnormal closure): use of closed network connection"`)
+func TestNobodyWaitsForAClientThatCannotBeWrittenTo(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		p := r.join(t)
+		client := r.clients()[0]
+		p.pipe().far.onWrite = func() error { return errReset }
+		start := time.Now()
+		r.say("this ends writePump")
+		for range 2 * sendQueueSize {
+			client.send <- []byte("sent past the hub")
+		}
+		synctest.Wait()
+		for range 2 * sendQueueSize {
+			r.say("lost")
+		}
+		if got := time.Since(start); got != 0 {
+			t.Errorf("it cost the others %v, want no time", got)
+		}
+		time.Sleep(closeWait)
+		r.wantLogged(t, `pipe: left with "websocket: close 1006 (abnormal closure): use of closed network connection"`)
+	})
 }
 
 func TestPeerThatDoesNotTakeTheHandshakeIsDroppedAfterWriteWait(t *testing.T) {
 	for _, stopping := range []bool{false, true} {
-		t.Run(fmt.Sprintf("stopping=%v", stopping), inRoom(func(t *testing.T, r *room) {
+		runInRoom(t, fmt.Sprintf("stopping=%v", stopping), func(t *testing.T, r *room) {
 			conn := r.connect(t).(*pipe)
 			defer conn.Close()
 			conn.unbuffer()
@@ -594,23 +598,24 @@ func TestPeerThatDoesNotTakeTheHandshakeIsDroppedAfterWriteWait(t *testing.T) {
 			if !conn.far.isClosed() {
 				t.Error("the server has not closed TCP")
 			}
-		}))
+		})
 	}
 }
 
-func TestPongWaitsForAStalledPeer(t *testing.T) { inRoom(testLatePong)(t) }
-func testLatePong(t *testing.T, r *room) {
-	p := r.join(t).unbuffered()
-	r.say("this is not read yet")
-	p.write(encode(0x89, "are you there?"))
-	time.Sleep(writeWait - time.Second)
-	for _, want := range []string{`text "this is not read yet"`, `pong "are you there?"`} {
-		if f, err := p.readFrame(patience); err != nil || f.String() != want {
-			t.Errorf("got %v, %v, want %s", f, err, want)
+func TestPongWaitsForAStalledPeer(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		p := r.join(t).unbuffered()
+		r.say("this is not read yet")
+		p.write(encode(0x89, "are you there?"))
+		time.Sleep(writeWait - time.Second)
+		for _, want := range []string{`text "this is not read yet"`, `pong "are you there?"`} {
+			if f, err := p.readFrame(patience); err != nil || f.String() != want {
+				t.Errorf("got %v, %v, want %s", f, err, want)
+			}
 		}
-	}
-	p.say("still here")
-	p.wantLines("still here")
+		p.say("still here")
+		p.wantLines("still here")
+	})
 }
 
 func TestRequestThatIsNoHandshakeIsRefused(t *testing.T) {
@@ -626,7 +631,7 @@ func TestRequestThatIsNoHandshakeIsRefused(t *testing.T) {
 		{"no key", regexp.MustCompile("Sec-WebSocket-Key.*\r\n").ReplaceAllString(handshake, ""), http.StatusBadRequest, "not a websocket handshake: 'Sec-WebSocket-Key' header must be Base64 encoded value of 16-byte in length"},
 		{"POST", strings.Replace(handshake, "GET", "POST", 1), http.StatusMethodNotAllowed, "the client is not using the websocket protocol: request method is not GET"},
 	} {
-		t.Run(test.name, inRoom(func(t *testing.T, r *room) {
+		runInRoom(t, test.name, func(t *testing.T, r *room) {
 			other := r.join(t)
 			conn := r.connect(t)
 			defer conn.Close()
@@ -649,92 +654,95 @@ func TestRequestThatIsNoHandshakeIsRefused(t *testing.T) {
 			}
 			r.say("still here")
 			other.wantLines("still here")
-		}))
+		})
 	}
 }
 
 // Promise 1. Joined when Dial returns: a message sent by anyone after a client's
 // handshake succeeded reaches that client.
 
-func TestClientIsInTheRoomBeforeItsHandshakeSucceeds(t *testing.T) { inRoom(testJoining)(t) }
-func testJoining(t *testing.T, r *room) {
-	connect := r.connect
-	r.connect = func(t testing.TB) net.Conn {
-		conn := connect(t)
-		// What is said at the moment at which the handshake is answered has to
-		// reach the client.
-		welcome := sync.OnceFunc(func() { r.hub.broadcast <- []byte("welcome") })
-		conn.(*pipe).far.onWrite = func() error { welcome(); return nil }
-		return conn
-	}
-	r.join(t).wantLines("welcome")
+func TestClientIsInTheRoomBeforeItsHandshakeSucceeds(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		connect := r.connect
+		r.connect = func(t testing.TB) net.Conn {
+			conn := connect(t)
+			// What is said at the moment at which the handshake is answered has to
+			// reach the client.
+			welcome := sync.OnceFunc(func() { r.hub.broadcast <- []byte("welcome") })
+			conn.(*pipe).far.onWrite = func() error { welcome(); return nil }
+			return conn
+		}
+		r.join(t).wantLines("welcome")
+	})
 }
 
 // Promise 2. One order: every client sees the same messages in the same order.
 
-func TestEverybodySeesTheSameMessagesInTheSameOrder(t *testing.T) { inRoom(testOrder)(t) }
-func testOrder(t *testing.T, r *room) {
-	const senders, each = 8, 50
-	seen := make([][]string, senders)
-	var peers []*peer
-	for range senders {
-		peers = append(peers, r.join(t))
-	}
-	var wg sync.WaitGroup
-	for i, p := range peers {
-		wg.Go(func() {
-			for n := range each {
-				p.say(fmt.Sprintf("%d says %02d", i, n))
+func TestEverybodySeesTheSameMessagesInTheSameOrder(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		const senders, each = 8, 50
+		seen := make([][]string, senders)
+		var peers []*peer
+		for range senders {
+			peers = append(peers, r.join(t))
+		}
+		var wg sync.WaitGroup
+		for i, p := range peers {
+			wg.Go(func() {
+				for n := range each {
+					p.say(fmt.Sprintf("%d says %02d", i, n))
+				}
+			})
+			wg.Go(func() { seen[i] = p.lines(senders * each) })
+		}
+		wg.Wait()
+		for i := range seen {
+			if !slices.Equal(seen[i], seen[0]) {
+				t.Errorf("client %d saw %s, client 0 saw %s", i, brief(seen[i]), brief(seen[0]))
 			}
-		})
-		wg.Go(func() { seen[i] = p.lines(senders * each) })
-	}
-	wg.Wait()
-	for i := range seen {
-		if !slices.Equal(seen[i], seen[0]) {
-			t.Errorf("client %d saw %s, client 0 saw %s", i, brief(seen[i]), brief(seen[0]))
 		}
-	}
-	for i := range senders { // Each sender's lines come in its order, and none twice.
-		own := slices.DeleteFunc(slices.Clone(seen[0]), func(line string) bool { return line[0] != byte('0'+i) })
-		if len(own) != each || !slices.IsSorted(own) || len(slices.Compact(own)) != each {
-			t.Errorf("of client %d came %s, want %d lines in order", i, brief(own), each)
+		for i := range senders { // Each sender's lines come in its order, and none twice.
+			own := slices.DeleteFunc(slices.Clone(seen[0]), func(line string) bool { return line[0] != byte('0'+i) })
+			if len(own) != each || !slices.IsSorted(own) || len(slices.Compact(own)) != each {
+				t.Errorf("of client %d came %s, want %d lines in order", i, brief(own), each)
+			}
 		}
-	}
+	})
 }
 
 // Promise 3. A healthy client is never dropped because somebody else sends fast.
 // That the hub pauses is shown in hub_test.go.
 
-func TestFloodDropsNoHealthyReader(t *testing.T) { inRoom(testFlood)(t) }
-func testFlood(t *testing.T, r *room) {
-	const floods, each = 8, 3 * rateBurst
-	var wg sync.WaitGroup
-	var peers []*peer
-	for range 2 * floods {
-		peers = append(peers, r.join(t).unbuffered())
-	}
-	for i, p := range peers {
-		if i < floods {
+func TestFloodDropsNoHealthyReader(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		const floods, each = 8, 3 * rateBurst
+		var wg sync.WaitGroup
+		var peers []*peer
+		for range 2 * floods {
+			peers = append(peers, r.join(t).unbuffered())
+		}
+		for i, p := range peers {
+			if i < floods {
+				wg.Go(func() {
+					for range each {
+						p.say("and another thing")
+					}
+				})
+			}
 			wg.Go(func() {
-				for range each {
-					p.say("and another thing")
+				for n := 0; n < floods*each; {
+					lines, err := p.read(patience)
+					if err != nil {
+						t.Errorf("client %d got %d lines and then %v, want %d", i, n, err, floods*each)
+						return
+					}
+					n += len(lines)
+					time.Sleep(breather / 2) // as long as a batch is on its way
 				}
 			})
 		}
-		wg.Go(func() {
-			for n := 0; n < floods*each; {
-				lines, err := p.read(patience)
-				if err != nil {
-					t.Errorf("client %d got %d lines and then %v, want %d", i, n, err, floods*each)
-					return
-				}
-				n += len(lines)
-				time.Sleep(breather / 2) // as long as a batch is on its way
-			}
-		})
-	}
-	wg.Wait()
+		wg.Wait()
+	})
 }
 
 func TestSenderIsSlowedToItsRateAndNeverDropped(t *testing.T) {
@@ -744,7 +752,7 @@ func TestSenderIsSlowedToItsRateAndNeverDropped(t *testing.T) {
 		"pings":          encode(0x89, "flood"),
 		"pongs":          encode(0x8a, "flood"),
 	} {
-		t.Run(name, inRoom(func(t *testing.T, r *room) {
+		runInRoom(t, name, func(t *testing.T, r *room) {
 			p := r.join(t).unbuffered()
 			go io.Copy(io.Discard, p.NetConn())
 			start := time.Now()
@@ -757,32 +765,33 @@ func TestSenderIsSlowedToItsRateAndNeverDropped(t *testing.T) {
 					t.Fatalf("frame %d was read after %v, want %v", n+1, got, want)
 				}
 			}
-		}))
+		})
 	}
 }
 
-func TestBurstComesBackAfterSilence(t *testing.T) { inRoom(testBurst)(t) }
-func testBurst(t *testing.T, r *room) {
-	p := r.join(t).unbuffered()
-	go io.Copy(io.Discard, p.NetConn())
-	burst := func() time.Duration {
-		start := time.Now()
-		for range rateBurst {
-			p.write(encode(0x81, "x"))
+func TestBurstComesBackAfterSilence(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		p := r.join(t).unbuffered()
+		go io.Copy(io.Discard, p.NetConn())
+		burst := func() time.Duration {
+			start := time.Now()
+			for range rateBurst {
+				p.write(encode(0x81, "x"))
+			}
+			return time.Since(start)
 		}
-		return time.Since(start)
-	}
-	for range 3 {
-		if got := burst(); got != 0 {
-			t.Errorf("a burst took %v, want no time", got)
+		for range 3 {
+			if got := burst(); got != 0 {
+				t.Errorf("a burst took %v, want no time", got)
+			}
+			time.Sleep(rateBurst * rateInterval)
 		}
-		time.Sleep(rateBurst * rateInterval)
-	}
-	burst()
-	time.Sleep(rateBurst*rateInterval/2 + rateInterval/3)
-	if got, want := burst(), rateBurst*rateInterval/2-rateInterval-rateInterval/3; got != want {
-		t.Errorf("a burst after half the silence took %v, want %v", got, want)
-	}
+		burst()
+		time.Sleep(rateBurst*rateInterval/2 + rateInterval/3)
+		if got, want := burst(), rateBurst*rateInterval/2-rateInterval-rateInterval/3; got != want {
+			t.Errorf("a burst after half the silence took %v, want %v", got, want)
+		}
+	})
 }
 
 // Promise 4. A stuck client costs the room only that bounded pause until its
@@ -821,7 +830,7 @@ func TestPeerIsDroppedPongWaitAfterItsLastMessageOrControlFrame(t *testing.T) {
 		"drip and pings":    {list(step{quarter, begin}, step{time.Second, slices.Concat(ping, more)}), 100, quarter + pongWait},
 		"drip and pongs":    {list(step{quarter, begin}, step{time.Second, slices.Concat(pong, more)}), 100, quarter + pongWait},
 	} {
-		t.Run(name, inRoom(func(t *testing.T, r *room) {
+		runInRoom(t, name, func(t *testing.T, r *room) {
 			p := r.join(t)
 			p.SetPingHandler(func(string) error { return nil })
 			start := time.Now()
@@ -839,65 +848,68 @@ func TestPeerIsDroppedPongWaitAfterItsLastMessageOrControlFrame(t *testing.T) {
 			}
 			p.pipe().CloseWrite()
 			time.Sleep(2 * pongWait) // until it has done all
-		}))
+		})
 	}
 }
 
-func TestClientThatTheRoomHoldsUpIsNotTakenForSilent(t *testing.T) { inRoom(testHeldUp)(t) }
-func testHeldUp(t *testing.T, r *room) {
-	front := *r.hub // It takes what clients say, and passes nothing on.
-	front.broadcast = make(chan []byte)
-	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
-	p := r.join(t)
-	go io.Copy(io.Discard, p.NetConn())
-	for range 3 {
-		p.say("hello")
-		time.Sleep(2 * pongWait)
-		<-front.broadcast
-		time.Sleep(pongWait / 2)
-		p.write(encode(0x8a, ""))
-	}
-	r.wantLogged(t)
-	if len(r.clients()) != 1 {
-		t.Error("the client was dropped")
-	}
+func TestClientThatTheRoomHoldsUpIsNotTakenForSilent(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		front := *r.hub // It takes what clients say, and passes nothing on.
+		front.broadcast = make(chan []byte)
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
+		p := r.join(t)
+		go io.Copy(io.Discard, p.NetConn())
+		for range 3 {
+			p.say("hello")
+			time.Sleep(2 * pongWait)
+			<-front.broadcast
+			time.Sleep(pongWait / 2)
+			p.write(encode(0x8a, ""))
+		}
+		r.wantLogged(t)
+		if len(r.clients()) != 1 {
+			t.Error("the client was dropped")
+		}
+	})
 }
 
 // Promise 6. SIGINT or SIGTERM: no new connections, every client gets what is
 // queued and 1001, as shown above. The process is further down.
 
-func TestShutdownIsReadByAClientThatSendsBeforeItReads(t *testing.T) { inRoom(testDeafShutdown)(t) }
-func testDeafShutdown(t *testing.T, r *room) {
-	p := r.join(t)
-	r.hub.stop()
-	synctest.Wait()
-	start := time.Now()
-	for range 10 * rateBurst {
-		p.write(encode(0x81, "what is sent now is no longer heard"))
-		p.write(encode(0x89, ""))
-		p.write(encode(0x8a, ""))
-	}
-	if got := time.Since(start); got != 0 {
-		t.Errorf("the client is held up for %v, want it let go", got)
-	}
-	p.wantGoodbye(shuttingDown)
+func TestShutdownIsReadByAClientThatSendsBeforeItReads(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		p := r.join(t)
+		r.hub.stop()
+		synctest.Wait()
+		start := time.Now()
+		for range 10 * rateBurst {
+			p.write(encode(0x81, "what is sent now is no longer heard"))
+			p.write(encode(0x89, ""))
+			p.write(encode(0x8a, ""))
+		}
+		if got := time.Since(start); got != 0 {
+			t.Errorf("the client is held up for %v, want it let go", got)
+		}
+		p.wantGoodbye(shuttingDown)
+	})
 }
 
-func TestHandshakeDuringShutdownIsRefused(t *testing.T) { inRoom(testLateHandshake)(t) }
-func testLateHandshake(t *testing.T, r *room) {
-	last := join(r.hub, 0)
-	r.hub.stop()
-	synctest.Wait()
-	for range 20 {
-		_, response, err := r.dialer(t).Dial(roomURL, nil)
-		if err == nil || response == nil || response.StatusCode != http.StatusServiceUnavailable {
-			t.Fatalf("dial returned %v, %v; want status 503", response, err)
+func TestHandshakeDuringShutdownIsRefused(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		last := join(r.hub, 0)
+		r.hub.stop()
+		synctest.Wait()
+		for range 20 {
+			_, response, err := r.dialer(t).Dial(roomURL, nil)
+			if err == nil || response == nil || response.StatusCode != http.StatusServiceUnavailable {
+				t.Fatalf("dial returned %v, %v; want status 503", response, err)
+			}
+			if body, _ := io.ReadAll(response.Body); string(body) != "the server is shutting down\n" {
+				t.Errorf("the answer is %q, want it to say why", body)
+			}
 		}
-		if body, _ := io.ReadAll(response.Body); string(body) != "the server is shutting down\n" {
-			t.Errorf("the answer is %q, want it to say why", body)
-		}
-	}
-	r.hub.left <- last
+		r.hub.left <- last
+	})
 }
 
 // Promise 7. No goroutine outlives its client, and none the hub: run returns, and
@@ -917,7 +929,7 @@ func TestHubEndsSoonHoweverItsClientEnds(t *testing.T) {
 		"somebody unregisters it":          func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] },
 		"somebody unregisters it for long": func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0]; time.Sleep(pongWait) },
 	} {
-		t.Run(name, inRoom(func(t *testing.T, r *room) {
+		runInRoom(t, name, func(t *testing.T, r *room) {
 			p := r.join(t)
 			p.pipe().far.onClose = func() {
 				synctest.Wait()
@@ -937,16 +949,17 @@ func TestHubEndsSoonHoweverItsClientEnds(t *testing.T) {
 			if got := time.Since(start); got > closeWait {
 				t.Errorf("the hub ended %v after it was stopped, want at most %v", got, closeWait)
 			}
-		}))
+		})
 	}
 }
 
-func TestRequestIsOverWhenItsHandshakeIsAnswered(t *testing.T) { inRoom(testRequest)(t) }
-func testRequest(t *testing.T, r *room) {
-	returned := make(chan bool)
-	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(r.hub, w, req); close(returned) }
-	r.join(t)
-	wait(t, returned, "serveWs")
+func TestRequestIsOverWhenItsHandshakeIsAnswered(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		returned := make(chan bool)
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(r.hub, w, req); close(returned) }
+		r.join(t)
+		wait(t, returned, "serveWs")
+	})
 }
 
 // run and serve. The process is in hub_test.go.
@@ -965,58 +978,61 @@ func TestServerNamesAnAddressThatCanBeOpened(t *testing.T) {
 	}
 }
 
-func TestServeReturnsWhyItNoLongerListens(t *testing.T) { synctest.Test(t, testListenerFails) }
-func testListenerFails(t *testing.T) {
-	r, listener, _, result := startServe(t)
-	p := r.join(t)
-	listener.Close()
-	p.wantGoodbye(shuttingDown)
-	if err := wait(t, result, "serve"); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("serve returned %v, want %v", err, net.ErrClosed)
-	}
-}
-
-func TestServeReturnsAtOnceIfEverybodyLeaves(t *testing.T) { synctest.Test(t, testGoodShutdown) }
-func testGoodShutdown(t *testing.T) {
-	r, _, cancel, result := startServe(t)
-	for range 10 {
+func TestServeReturnsWhyItNoLongerListens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, listener, _, result := startServe(t)
 		p := r.join(t)
-		go p.wantGoodbye(shuttingDown)
-	}
-	idle := r.connect(t) // as browsers keep one ready
-	defer idle.Close()
-	synctest.Wait()
-	start := time.Now()
-	cancel()
-	if err := wait(t, result, "serve"); err != nil {
-		t.Errorf("serve returned %v, want nil", err)
-	}
-	if _, err := idle.Read(make([]byte, 1)); err != io.EOF {
-		t.Errorf("reading from the server gives %v, want %v", err, io.EOF)
-	}
-	if got := time.Since(start); got != 0 {
-		t.Errorf("serve returned after %v, want at once", got)
-	}
-	r.wantLogged(t, "shutting down")
+		listener.Close()
+		p.wantGoodbye(shuttingDown)
+		if err := wait(t, result, "serve"); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("serve returned %v, want %v", err, net.ErrClosed)
+		}
+	})
 }
 
-func TestServeReturnsInTimeEvenIfAClientIsStuck(t *testing.T) { synctest.Test(t, testStuckShutdown) }
-func testStuckShutdown(t *testing.T) {
-	r, _, cancel, result := startServe(t)
-	stuck, p := r.join(t).unbuffered(), r.join(t)
-	p.say("the stuck one does not take this")
-	synctest.Wait()
-	start := time.Now()
-	cancel()
-	p.wantGoodbye(shuttingDown)
-	if err := wait(t, result, "serve"); err != nil {
-		t.Errorf("serve returned %v, want nil", err)
-	}
-	if got := time.Since(start); got != shutdownWait {
-		t.Errorf("serve returned after %v, want %v", got, shutdownWait)
-	}
-	r.wantLogged(t, "shutting down", "leaving clients behind that do not close within 5s")
-	stuck.Close()
+func TestServeReturnsAtOnceIfEverybodyLeaves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, _, cancel, result := startServe(t)
+		for range 10 {
+			p := r.join(t)
+			go p.wantGoodbye(shuttingDown)
+		}
+		idle := r.connect(t) // as browsers keep one ready
+		defer idle.Close()
+		synctest.Wait()
+		start := time.Now()
+		cancel()
+		if err := wait(t, result, "serve"); err != nil {
+			t.Errorf("serve returned %v, want nil", err)
+		}
+		if _, err := idle.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("reading from the server gives %v, want %v", err, io.EOF)
+		}
+		if got := time.Since(start); got != 0 {
+			t.Errorf("serve returned after %v, want at once", got)
+		}
+		r.wantLogged(t, "shutting down")
+	})
+}
+
+func TestServeReturnsInTimeEvenIfAClientIsStuck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, _, cancel, result := startServe(t)
+		stuck, p := r.join(t).unbuffered(), r.join(t)
+		p.say("the stuck one does not take this")
+		synctest.Wait()
+		start := time.Now()
+		cancel()
+		p.wantGoodbye(shuttingDown)
+		if err := wait(t, result, "serve"); err != nil {
+			t.Errorf("serve returned %v, want nil", err)
+		}
+		if got := time.Since(start); got != shutdownWait {
+			t.Errorf("serve returned after %v, want %v", got, shutdownWait)
+		}
+		r.wantLogged(t, "shutting down", "leaving clients behind that do not close within 5s")
+		stuck.Close()
+	})
 }
 
 func TestServeCutsOffASlowRequest(t *testing.T) {
@@ -1228,12 +1244,15 @@ func TestCodeInREADMEIsTheCodeHere(t *testing.T) {
 // a failing one takes.
 const patience = 20 * time.Second
 
-// inRoom makes a test of one that needs a room: it runs in a synctest bubble,
-// where time passes only while everybody waits.
-func inRoom(test func(*testing.T, *room)) func(*testing.T) {
-	return func(t *testing.T) {
-		synctest.Test(t, func(t *testing.T) { test(t, pipeRoom(t)) })
-	}
+// inRoom runs test with a room in a synctest bubble, where time passes only while
+// everybody waits.
+func inRoom(t *testing.T, test func(*testing.T, *room)) {
+	synctest.Test(t, func(t *testing.T) { test(t, pipeRoom(t)) })
+}
+
+// runInRoom does so as a subtest.
+func runInRoom(t *testing.T, name string, test func(*testing.T, *room)) {
+	t.Run(name, func(t *testing.T) { inRoom(t, test) })
 }
 
 // A room is a running server, and how to reach it.

@@ -134,206 +134,216 @@ func wantQueue(t *testing.T, client *Client, wantClosed bool, want ...string) {
 // A broadcast goes to every client. The hub never blocks on one: a client whose
 // queue is full is dropped.
 
-func TestEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) { synctest.Test(t, testBroadcast) }
-func testBroadcast(t *testing.T) {
-	hub, clients := startHub(t, 4, 4)
-	hub.broadcast <- []byte("one")
-	hub.broadcast <- []byte("two")
-	synctest.Wait()
-	for _, client := range clients {
-		wantQueue(t, client, false, "one", "two")
-	}
+func TestEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 4, 4)
+		hub.broadcast <- []byte("one")
+		hub.broadcast <- []byte("two")
+		synctest.Wait()
+		for _, client := range clients {
+			wantQueue(t, client, false, "one", "two")
+		}
+	})
 }
 
-func TestFullQueueDropsItsClientAlone(t *testing.T) { synctest.Test(t, testFullQueue) }
-func testFullQueue(t *testing.T) {
-	hub, clients := startHub(t, 2, 3)
-	for _, message := range []string{"1", "2", "3"} {
-		hub.broadcast <- []byte(message)
-	}
-	synctest.Wait()
-	wantQueue(t, clients[0], true, "1", "2")
-	wantQueue(t, clients[1], false, "1", "2", "3")
-	if hub.clients[clients[0]] || len(hub.clients) != 1 {
-		t.Errorf("the hub has %d clients, want the healthy one alone", len(hub.clients))
-	}
-	if got := clients[0].goodbye.Load(); got != fellBehind {
-		t.Errorf("goodbye is %v, want %v", got, fellBehind)
-	}
+func TestFullQueueDropsItsClientAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 2, 3)
+		for _, message := range []string{"1", "2", "3"} {
+			hub.broadcast <- []byte(message)
+		}
+		synctest.Wait()
+		wantQueue(t, clients[0], true, "1", "2")
+		wantQueue(t, clients[1], false, "1", "2", "3")
+		if hub.clients[clients[0]] || len(hub.clients) != 1 {
+			t.Errorf("the hub has %d clients, want the healthy one alone", len(hub.clients))
+		}
+		if got := clients[0].goodbye.Load(); got != fellBehind {
+			t.Errorf("goodbye is %v, want %v", got, fellBehind)
+		}
+	})
 }
 
-func TestUnregisterTwiceIsHarmless(t *testing.T) { synctest.Test(t, testUnregisterTwice) }
-func testUnregisterTwice(t *testing.T) {
-	hub, clients := startHub(t, 1, 1)
-	hub.unregister <- clients[0]
-	hub.unregister <- clients[0]
-	hub.broadcast <- []byte("still here")
-	synctest.Wait()
-	wantQueue(t, clients[0], true)
-	wantQueue(t, clients[1], false, "still here")
+func TestUnregisterTwiceIsHarmless(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 1, 1)
+		hub.unregister <- clients[0]
+		hub.unregister <- clients[0]
+		hub.broadcast <- []byte("still here")
+		synctest.Wait()
+		wantQueue(t, clients[0], true)
+		wantQueue(t, clients[1], false, "still here")
+	})
 }
 
-func TestUnregisterOfAStrangerIsHarmless(t *testing.T) { synctest.Test(t, testUnregisterStranger) }
-func testUnregisterStranger(t *testing.T) {
-	hub, clients := startHub(t, 1)
-	hub.unregister <- &Client{hub: hub, send: make(chan []byte, 1)}
-	hub.broadcast <- []byte("still here")
-	synctest.Wait()
-	wantQueue(t, clients[0], false, "still here")
+func TestUnregisterOfAStrangerIsHarmless(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 1)
+		hub.unregister <- &Client{hub: hub, send: make(chan []byte, 1)}
+		hub.broadcast <- []byte("still here")
+		synctest.Wait()
+		wantQueue(t, clients[0], false, "still here")
+	})
 }
 
-func TestClientThatEndsBeforeRunHasTakenItInIsDropped(t *testing.T) { synctest.Test(t, testQuickEnd) }
-func testQuickEnd(t *testing.T) {
-	hub, _ := startHub(t)
-	client := &Client{hub: hub, send: make(chan []byte, 1)}
-	client.goodbye.Store(notText) // readPump may be that quick
-	hub.register <- client
-	hub.unregister <- client
-	synctest.Wait()
-	wantQueue(t, client, true)
-	hub.left <- client
+func TestClientThatEndsBeforeRunHasTakenItInIsDropped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, _ := startHub(t)
+		client := &Client{hub: hub, send: make(chan []byte, 1)}
+		client.goodbye.Store(notText) // readPump may be that quick
+		hub.register <- client
+		hub.unregister <- client
+		synctest.Wait()
+		wantQueue(t, client, true)
+		hub.left <- client
+	})
 }
 
-func TestWhoSeesItsQueueClosedFindsTheReason(t *testing.T) { synctest.Test(t, testReason) }
-func testReason(t *testing.T) {
-	hub, clients := startHub(t, 1)
-	var early atomic.Bool
-	var waiting sync.WaitGroup
-	for range 10_000 { // The first of so many looks while the others are being woken.
-		waiting.Go(func() {
-			<-clients[0].send
-			early.CompareAndSwap(false, clients[0].goodbye.Load() == nil)
-		})
-	}
-	synctest.Wait()
-	hub.unregister <- clients[0]
-	waiting.Wait()
-	if early.Load() {
-		t.Error("the queue was closed before there was a goodbye")
-	}
+func TestWhoSeesItsQueueClosedFindsTheReason(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 1)
+		var early atomic.Bool
+		var waiting sync.WaitGroup
+		for range 10_000 { // The first of so many looks while the others are being woken.
+			waiting.Go(func() {
+				<-clients[0].send
+				early.CompareAndSwap(false, clients[0].goodbye.Load() == nil)
+			})
+		}
+		synctest.Wait()
+		hub.unregister <- clients[0]
+		waiting.Wait()
+		if early.Load() {
+			t.Error("the queue was closed before there was a goodbye")
+		}
+	})
 }
 
 // Promise 3. A healthy client is never dropped because somebody else sends fast:
 // when any queue is more than half full after a broadcast, the hub pauses.
 
-func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) { synctest.Test(t, testPauses) }
-func testPauses(t *testing.T) {
-	hub, _ := startHub(t, 8, 8, 100)
-	start := time.Now()
-	for n := range 8 {
-		hub.broadcast <- []byte("message")
-		hub.unregister <- nil // returns when the hub has finished with the message
-		// The first four fill half of the smaller queues; each of the others
-		// leaves them more than half full, for which one pause is enough.
-		want := breather * time.Duration(max(0, n-3))
-		if got := time.Since(start); got != want {
-			t.Errorf("after %d messages the hub has paused for %v, want %v", n+1, got, want)
+func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, _ := startHub(t, 8, 8, 100)
+		start := time.Now()
+		for n := range 8 {
+			hub.broadcast <- []byte("message")
+			hub.unregister <- nil // returns when the hub has finished with the message
+			// The first four fill half of the smaller queues; each of the others
+			// leaves them more than half full, for which one pause is enough.
+			want := breather * time.Duration(max(0, n-3))
+			if got := time.Since(start); got != want {
+				t.Errorf("after %d messages the hub has paused for %v, want %v", n+1, got, want)
+			}
 		}
-	}
+	})
 }
 
 // Promise 4. A stuck client costs the room only that bounded pause until its queue
 // is full, and nothing after.
 
 func TestStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
-	synctest.Test(t, testStuckClient)
-}
-func testStuckClient(t *testing.T) {
-	hub, _ := startHub(t, sendQueueSize)
-	start := time.Now()
-	for range sendQueueSize + 1 {
-		hub.broadcast <- []byte("message")
-	}
-	hub.unregister <- nil
-	if got, most := time.Since(start), sendQueueSize/2*breather; got > most {
-		t.Errorf("the stuck client cost the room %v, want at most %v", got, most)
-	}
-	dropped := time.Now()
-	for range 1000 {
-		hub.broadcast <- []byte("message")
-	}
-	hub.unregister <- nil
-	if got := time.Since(dropped); got != 0 {
-		t.Errorf("the dropped client cost the room %v, want nothing", got)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		hub, _ := startHub(t, sendQueueSize)
+		start := time.Now()
+		for range sendQueueSize + 1 {
+			hub.broadcast <- []byte("message")
+		}
+		hub.unregister <- nil
+		if got, most := time.Since(start), sendQueueSize/2*breather; got > most {
+			t.Errorf("the stuck client cost the room %v, want at most %v", got, most)
+		}
+		dropped := time.Now()
+		for range 1000 {
+			hub.broadcast <- []byte("message")
+		}
+		hub.unregister <- nil
+		if got := time.Since(dropped); got != 0 {
+			t.Errorf("the dropped client cost the room %v, want nothing", got)
+		}
+	})
 }
 
 // Promises 6 and 7. Every client gets what is queued and 1001, and run returns.
 
-func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) { synctest.Test(t, testStop) }
-func testStop(t *testing.T) {
-	hub := newHub()
-	ended := false
-	go func() { hub.run(); ended = true }()
-	inside, dropped := join(hub, 2), join(hub, 0)
-	hub.broadcast <- []byte("last words")
-	hub.stop()
-	synctest.Wait()
-	wantQueue(t, inside, true, "last words")
-	if got := inside.goodbye.Load(); got != shuttingDown {
-		t.Errorf("goodbye is %v, want %v", got, shuttingDown)
-	}
-	if got := dropped.goodbye.Load(); got != fellBehind {
-		t.Errorf("goodbye is %v, want the first one, %v", got, fellBehind)
-	}
+func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub := newHub()
+		ended := false
+		go func() { hub.run(); ended = true }()
+		inside, dropped := join(hub, 2), join(hub, 0)
+		hub.broadcast <- []byte("last words")
+		hub.stop()
+		synctest.Wait()
+		wantQueue(t, inside, true, "last words")
+		if got := inside.goodbye.Load(); got != shuttingDown {
+			t.Errorf("goodbye is %v, want %v", got, shuttingDown)
+		}
+		if got := dropped.goodbye.Load(); got != fellBehind {
+			t.Errorf("goodbye is %v, want the first one, %v", got, fellBehind)
+		}
 
-	// Until they have left, clients can talk to the hub.
-	hub.left <- inside
-	hub.broadcast <- []byte("too late")
-	hub.unregister <- dropped
-	synctest.Wait()
-	if ended {
-		t.Error("the hub ended before its last client left")
-	}
-	hub.left <- dropped
-	synctest.Wait()
-	if !ended {
-		t.Error("the hub still runs after its last client left")
-	}
+		// Until they have left, clients can talk to the hub.
+		hub.left <- inside
+		hub.broadcast <- []byte("too late")
+		hub.unregister <- dropped
+		synctest.Wait()
+		if ended {
+			t.Error("the hub ended before its last client left")
+		}
+		hub.left <- dropped
+		synctest.Wait()
+		if !ended {
+			t.Error("the hub still runs after its last client left")
+		}
+	})
 }
 
 // Promise 8. A naive move in a copy costs at most its own client.
 
-func TestRegisteringAgainIsHarmless(t *testing.T) { synctest.Test(t, testRegisteringAgain) }
-func testRegisteringAgain(t *testing.T) {
-	hub, clients := startHub(t, 2, 2)
-	hub.register <- clients[0]
-	hub.broadcast <- []byte("heard once")
-	hub.unregister <- clients[0]
-	hub.register <- clients[0] // Its queue is closed: it stays out.
-	hub.broadcast <- []byte("heard by the other")
-	synctest.Wait()
-	wantQueue(t, clients[0], true, "heard once")
-	wantQueue(t, clients[1], false, "heard once", "heard by the other")
+func TestRegisteringAgainIsHarmless(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 2, 2)
+		hub.register <- clients[0]
+		hub.broadcast <- []byte("heard once")
+		hub.unregister <- clients[0]
+		hub.register <- clients[0] // Its queue is closed: it stays out.
+		hub.broadcast <- []byte("heard by the other")
+		synctest.Wait()
+		wantQueue(t, clients[0], true, "heard once")
+		wantQueue(t, clients[1], false, "heard once", "heard by the other")
 
-	hub.left <- clients[0]
-	hub.register <- clients[0] // as above, also when it has left
-	hub.broadcast <- []byte("still here")
-	synctest.Wait()
-	wantQueue(t, clients[1], false, "still here")
+		hub.left <- clients[0]
+		hub.register <- clients[0] // as above, also when it has left
+		hub.broadcast <- []byte("still here")
+		synctest.Wait()
+		wantQueue(t, clients[1], false, "still here")
+	})
 }
 
-func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) { synctest.Test(t, testLeavingTwice) }
-func testLeavingTwice(t *testing.T) {
-	hub, clients := startHub(t, 2, 2)
-	hub.left <- clients[0]
-	hub.left <- clients[0]
-	hub.left <- &Client{hub: hub}
-	hub.stop()
-	hub.broadcast <- []byte("one is present") // or this would wait for ever
-	synctest.Wait()
-	wantQueue(t, clients[0], true)
-	wantQueue(t, clients[1], true)
+func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 2, 2)
+		hub.left <- clients[0]
+		hub.left <- clients[0]
+		hub.left <- &Client{hub: hub}
+		hub.stop()
+		hub.broadcast <- []byte("one is present") // or this would wait for ever
+		synctest.Wait()
+		wantQueue(t, clients[0], true)
+		wantQueue(t, clients[1], true)
+	})
 }
 
-func TestAnybodyMayStopTheHubAnyNumberOfTimes(t *testing.T) { synctest.Test(t, testStoppingOften) }
-func testStoppingOften(t *testing.T) {
-	hub, _ := startHub(t, 1)
-	for range 3 {
-		go hub.stop()
-	}
-	<-hub.stopped
-	hub.stop()
+func TestAnybodyMayStopTheHubAnyNumberOfTimes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, _ := startHub(t, 1)
+		for range 3 {
+			go hub.stop()
+		}
+		<-hub.stopped
+		hub.stop()
+	})
 }
 
 func TestMessageForOneClientReachesItAlone(t *testing.T) {
@@ -385,115 +395,115 @@ func copied(t *testing.T, joined func(*Client), said func(*Hub, []byte)) *Hub {
 	return h
 }
 
-func TestQueueClosedByHandIsANormalEnd(t *testing.T) { inRoom(testQueueClosedByHand)(t) }
-func testQueueClosedByHand(t *testing.T, r *room) {
-	var first *Client
-	hub := copied(t, func(client *Client) {
-		if first == nil {
-			first = client
-		}
-	}, func(h *Hub, message []byte) {
-		if string(message) == "go" {
-			delete(h.clients, first)
-			close(first.send)
-			return
-		}
-		for client := range h.clients {
-			client.send <- message
-		}
+func TestQueueClosedByHandIsANormalEnd(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		var first *Client
+		hub := copied(t, func(client *Client) {
+			if first == nil {
+				first = client
+			}
+		}, func(h *Hub, message []byte) {
+			if string(message) == "go" {
+				delete(h.clients, first)
+				close(first.send)
+				return
+			}
+			for client := range h.clients {
+				client.send <- message
+			}
+		})
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
+		sentAway, other := r.join(t), r.join(t)
+		other.say("hello")
+		sentAway.wantLines("hello")
+		other.wantLines("hello")
+		other.say("go")
+		sentAway.wantGoodbye(&goodbye{Code: 1000, Text: "the server has ended this connection"})
+		other.say("still here")
+		other.wantLines("still here")
 	})
-	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
-	sentAway, other := r.join(t), r.join(t)
-	other.say("hello")
-	sentAway.wantLines("hello")
-	other.wantLines("hello")
-	other.say("go")
-	sentAway.wantGoodbye(&goodbye{Code: 1000, Text: "the server has ended this connection"})
-	other.say("still here")
-	other.wantLines("still here")
 }
 
 func TestWaitingForAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
-	inRoom(testRunThatWaits)(t)
-}
-func testRunThatWaits(t *testing.T, r *room) {
-	hub := copied(t, func(*Client) {}, func(h *Hub, message []byte) {
-		for client := range h.clients {
-			client.send <- message // waits for room in the queue
+	inRoom(t, func(t *testing.T, r *room) {
+		hub := copied(t, func(*Client) {}, func(h *Hub, message []byte) {
+			for client := range h.clients {
+				client.send <- message // waits for room in the queue
+			}
+		})
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
+		r.join(t).unbuffered() // It reads nothing.
+		other := r.join(t)
+		start := time.Now()
+		var want []string
+		for n := range 2 * sendQueueSize {
+			want = append(want, fmt.Sprint("line ", n))
+		}
+		go func() {
+			for _, line := range want {
+				hub.broadcast <- []byte(line)
+			}
+		}()
+		other.SetReadDeadline(time.Now().Add(pongWait))
+		other.wantLines(want...)
+		if got := time.Since(start); got > writeWait {
+			t.Errorf("the room stood still for %v, want at most %v", got, writeWait)
 		}
 	})
-	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
-	r.join(t).unbuffered() // It reads nothing.
-	other := r.join(t)
-	start := time.Now()
-	var want []string
-	for n := range 2 * sendQueueSize {
-		want = append(want, fmt.Sprint("line ", n))
-	}
-	go func() {
-		for _, line := range want {
-			hub.broadcast <- []byte(line)
-		}
-	}()
-	other.SetReadDeadline(time.Now().Add(pongWait))
-	other.wantLines(want...)
-	if got := time.Since(start); got > writeWait {
-		t.Errorf("the room stood still for %v, want at most %v", got, writeWait)
-	}
 }
 
 func TestAnswerToAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
-	inRoom(testAnswerThatWaits)(t)
-}
-func testAnswerThatWaits(t *testing.T, r *room) {
-	front := *r.hub // Its client's messages come here, and go back to that client.
-	front.register, front.unregister, front.broadcast = make(chan *Client), make(chan *Client), make(chan []byte)
-	served := r.serve
-	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
-	over := make(chan struct{})
-	defer close(over)
-	go func() {
-		client := <-front.register
-		r.hub.register <- client
-		for {
-			select {
-			case message := <-front.broadcast:
-				client.send <- message // while readPump waits
-			case client := <-front.unregister:
-				r.hub.unregister <- client // nothing is sent to it after that
-			case <-over:
-				return
+	inRoom(t, func(t *testing.T, r *room) {
+		front := *r.hub // Its client's messages come here, and go back to that client.
+		front.register, front.unregister, front.broadcast = make(chan *Client), make(chan *Client), make(chan []byte)
+		served := r.serve
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
+		over := make(chan struct{})
+		defer close(over)
+		go func() {
+			client := <-front.register
+			r.hub.register <- client
+			for {
+				select {
+				case message := <-front.broadcast:
+					client.send <- message // while readPump waits
+				case client := <-front.unregister:
+					r.hub.unregister <- client // nothing is sent to it after that
+				case <-over:
+					return
+				}
 			}
+		}()
+		p := r.join(t).unbuffered()
+		r.serve = served
+		other := r.join(t)
+		start := time.Now()
+		var err error
+		for err == nil && time.Since(start) < pongWait { // It reads nothing.
+			time.Sleep(rateInterval)
+			_, err = p.NetConn().Write(encode(0x81, "answer me"))
 		}
-	}()
-	p := r.join(t).unbuffered()
-	r.serve = served
-	other := r.join(t)
-	start := time.Now()
-	var err error
-	for err == nil && time.Since(start) < pongWait { // It reads nothing.
-		time.Sleep(rateInterval)
-		_, err = p.NetConn().Write(encode(0x81, "answer me"))
-	}
-	if got, most := time.Since(start), writeWait+closeWait+time.Second; got > most {
-		t.Errorf("its connection ended after %v, want at most %v", got, most)
-	}
-	r.say("still here")
-	other.wantLines("still here")
+		if got, most := time.Since(start), writeWait+closeWait+time.Second; got > most {
+			t.Errorf("its connection ended after %v, want at most %v", got, most)
+		}
+		r.say("still here")
+		other.wantLines("still here")
+	})
 }
 
-func TestHistoryForARequestThatIsNoHandshakeHoldsNobodyUp(t *testing.T) { inRoom(testHistory)(t) }
-func testHistory(t *testing.T, r *room) {
-	history := make([]string, sendQueueSize+44)
-	hub := copied(t, func(client *Client) {
-		for n := range history {
-			history[n] = fmt.Sprint("line ", n)
-			client.send <- []byte(history[n])
-		}
-	}, nil)
-	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
-	serveWs(hub, httptest.NewRecorder(), httptest.NewRequest("GET", "/ws", nil))
-	r.join(t).wantLines(history...)
+func TestHistoryForARequestThatIsNoHandshakeHoldsNobodyUp(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		history := make([]string, sendQueueSize+44)
+		hub := copied(t, func(client *Client) {
+			for n := range history {
+				history[n] = fmt.Sprint("line ", n)
+				client.send <- []byte(history[n])
+			}
+		}, nil)
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
+		serveWs(hub, httptest.NewRecorder(), httptest.NewRequest("GET", "/ws", nil))
+		r.join(t).wantLines(history...)
+	})
 }
 
 // The process: main. In these tests time is real, and nothing waits for it.
