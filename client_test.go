@@ -5,11 +5,13 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"maps"
 	"net"
 	"net/http"
@@ -47,6 +49,8 @@ func TestFiguresAndGoodbyesAreThePromisedOnes(t *testing.T) {
 		"rateInterval":   {rateInterval, time.Second / 100},
 		"breather":       {breather, time.Millisecond},
 		"shutdownWait":   {shutdownWait, 5 * time.Second},
+		"logWait":        {logWait, time.Second / 10},
+		"maxHeaderSize":  {maxHeaderSize, 16384},
 		"pageTimeout":    {pageTimeout, 10 * time.Second},
 		"newline":        {string(newline), "\n"},
 		"addr":           {*addr, ":8080"},
@@ -54,7 +58,7 @@ func TestFiguresAndGoodbyesAreThePromisedOnes(t *testing.T) {
 		"write buffer":   {upgrader.WriteBufferSize, 32767},
 		"buffers shared": {upgrader.WriteBufferPool != nil, true},
 		"shuttingDown":   {*shuttingDown, goodbye{Code: 1001, Text: "the server is shutting down"}},
-		"unregistered":   {*unregistered, goodbye{Code: 1000, Text: "the server has ended this connection"}},
+		"noReason":       {*noReason, goodbye{Code: 1000, Text: "the server has ended this connection"}},
 		"notText":        {*notText, goodbye{Code: 1003, Text: "send text messages, not binary ones"}},
 		"notUTF8":        {*notUTF8, goodbye{Code: 1007, Text: "send text as valid UTF-8"}},
 		"tooBig":         {*tooBig, goodbye{Code: 1009, Text: "send at most 512 bytes in a message"}},
@@ -364,6 +368,22 @@ func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 	}
 }
 
+func TestTLSPeerThatDiesWithinARecordHasVanished(t *testing.T) {
+	issuer := httptest.NewTLSServer(nil) // for its certificate
+	issuer.Close()
+	synctest.Test(t, func(t *testing.T) {
+		pipes := newPipeListener()
+		r := newRoom(t, tls.NewListener(pipes, issuer.TLS))
+		r.connect = func(t testing.TB) net.Conn {
+			return tls.Client(pipes.connect(t), &tls.Config{InsecureSkipVerify: true})
+		}
+		conn := r.join(t).NetConn().(*tls.Conn).NetConn()
+		conn.Write([]byte{23, 3, 3, 0, 100, 'x'}) // one byte of a record of 100
+		conn.Close()
+		r.wantLogged(t, `pipe: left with "websocket: close 1006 (abnormal closure): unexpected EOF"`)
+	})
+}
+
 // That the pipes behave as TCP does: here it is TCP, and little to send, so that
 // it takes no time.
 
@@ -476,11 +496,15 @@ func TestEveryEndIsSaidAndLoggedAsWhatItIs(t *testing.T) {
 			`dropped with "websocket: close 1002 (protocol error): websocket: bad opcode 15"`},
 		{"the peer does not read", func(r *room, p *peer) { stall(r, p, all+2) }, sendQueueSize / 2 * breather, all, fellBehind,
 			`dropped with "websocket: close 1013: read as fast as the others write"`},
-		{"somebody unregisters it", func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] }, 0, 0, unregistered, ""},
+		{"somebody unregisters it", func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] }, 0, 0, noReason, ""},
+		{"somebody unregisters it for a long reason", func(r *room, _ *peer) {
+			r.clients()[0].end(&goodbye{Code: 4000, Text: "x" + strings.Repeat("é", 70)})
+		}, 0, 0, &goodbye{Code: 4000, Text: "x" + strings.Repeat("é", 61)},
+			`dropped with "websocket: close 4000: x` + strings.Repeat("é", 70) + `"`},
 		{"somebody has a reason, then another", func(r *room, _ *peer) {
 			client := r.clients()[0]
-			client.unregister(notText)
-			client.unregister(tooBig)
+			client.end(notText)
+			client.end(tooBig)
 		}, 0, 0, notText, `dropped with "websocket: close 1003 (unsupported data): send text messages, not binary ones"`},
 		{"the server shuts down", func(r *room, p *peer) { stall(r, p, 3); r.hub.stop() }, 0, 3, shuttingDown, ""},
 	} {
@@ -525,8 +549,8 @@ func TestClientThatNeverReadsIsCutOff(t *testing.T) {
 		want  *goodbye // in the log
 	}{
 		"a message":           {func(r *room, p *peer) { r.say("this") }, writeWait, fellBehind},
-		"why it has to go":    {func(r *room, p *peer) { r.say("this"); r.clients()[0].unregister(notText) }, writeWait, notText},
-		"a goodbye":           {func(r *room, _ *peer) { r.clients()[0].unregister(notText) }, writeWait, notText},
+		"why it has to go":    {func(r *room, p *peer) { r.say("this"); r.clients()[0].end(notText) }, writeWait, notText},
+		"a goodbye":           {func(r *room, _ *peer) { r.clients()[0].end(notText) }, writeWait, notText},
 		"a ping":              {func(*room, *peer) {}, pingPeriod + writeWait, fellBehind},
 		"heartbeat":           {func(_ *room, p *peer) { go io.ReadFull(p.NetConn(), make([]byte, 2)) }, pingPeriod + writeWait, fellBehind},
 		"a pong":              {func(_ *room, p *peer) { ping(p) }, pingPeriod, fellBehind}, // when writing fails
@@ -585,18 +609,25 @@ func TestPeerThatDoesNotTakeTheHandshakeIsDroppedAfterWriteWait(t *testing.T) {
 			start := time.Now()
 			fmt.Fprintf(conn, "%s\r\n", handshake)
 			client := r.clients()[0]
+			r.hub.broadcast <- []byte("nobody takes this")
 			if stopping {
 				r.hub.stop()
-				r.wantEnd(t)
+			}
+			time.Sleep(writeWait - 1)
+			if synctest.Wait(); conn.far.isClosed() {
+				t.Errorf("TCP was closed before %v have passed", writeWait)
 			}
 			for range client.send { // Closed when the hub has dropped it.
 			}
-			if got := time.Since(start); got != writeWait {
-				t.Errorf("it was dropped after %v, want %v", got, writeWait)
+			time.Sleep(time.Until(start.Add(writeWait)))
+			if synctest.Wait(); !conn.far.isClosed() {
+				t.Errorf("TCP was not closed after %v", writeWait)
 			}
-			r.wantLogged(t, `pipe: "i/o timeout"`)
-			if !conn.far.isClosed() {
-				t.Error("the server has not closed TCP")
+			if stopping {
+				r.wantEnd(t)
+				r.wantLogged(t)
+			} else {
+				r.wantLogged(t, `pipe: left with "websocket: close 1006 (abnormal closure): answering the handshake: i/o timeout"`)
 			}
 		})
 	}
@@ -618,21 +649,34 @@ func TestPongWaitsForAStalledPeer(t *testing.T) {
 	})
 }
 
-func TestRequestThatIsNoHandshakeIsRefused(t *testing.T) {
+// Promise 1. Joined when Dial returns: a message sent by anyone after a client's
+// handshake succeeded reaches that client. Only a peer whose handshake is right
+// registers.
+
+func TestRequestThatIsNoHandshakeIsRefusedAndRegistersNobody(t *testing.T) {
+	without := func(header string) string {
+		return regexp.MustCompile(header+": .*\r\n").ReplaceAllString(handshake, "")
+	}
+	const badHandshake = "the client is not using the websocket protocol: "
+	const badKey = "not a websocket handshake: 'Sec-WebSocket-Key' header must be Base64 encoded value of 16-byte in length"
 	for _, test := range []struct {
 		name, request string
 		want          int
 		log           string
 	}{
-		{"handshake", handshake, http.StatusSwitchingProtocols, ""},
-		{"own origin", handshake + "Origin: http://pipe\r\n", http.StatusSwitchingProtocols, ""},
 		{"foreign origin", handshake + "Origin: http://example.com\r\n", http.StatusForbidden, "request origin not allowed by Upgrader.CheckOrigin"},
-		{"no upgrade", "GET /ws HTTP/1.1\r\nHost: pipe\r\n", http.StatusBadRequest, "the client is not using the websocket protocol: 'upgrade' token not found in 'Connection' header"},
-		{"no key", regexp.MustCompile("Sec-WebSocket-Key.*\r\n").ReplaceAllString(handshake, ""), http.StatusBadRequest, "not a websocket handshake: 'Sec-WebSocket-Key' header must be Base64 encoded value of 16-byte in length"},
-		{"POST", strings.Replace(handshake, "GET", "POST", 1), http.StatusMethodNotAllowed, "the client is not using the websocket protocol: request method is not GET"},
+		{"plain GET", "GET /ws HTTP/1.1\r\nHost: pipe\r\n", http.StatusBadRequest, badHandshake + "'upgrade' token not found in 'Connection' header"},
+		{"plain HEAD", "HEAD /ws HTTP/1.1\r\nHost: pipe\r\n", http.StatusBadRequest, badHandshake + "'upgrade' token not found in 'Connection' header"},
+		{"another upgrade", strings.Replace(handshake, "websocket", "h2c", 1), http.StatusBadRequest, badHandshake + "'websocket' token not found in 'Upgrade' header"},
+		{"POST", strings.Replace(handshake, "GET", "POST", 1), http.StatusMethodNotAllowed, badHandshake + "request method is not GET"},
+		{"version 12", strings.Replace(handshake, "13", "12", 1), http.StatusBadRequest, "unsupported version: 13 not found in 'Sec-Websocket-Version' header"},
+		{"no key", without("Sec-WebSocket-Key"), http.StatusBadRequest, badKey},
+		{"short key", without("Sec-WebSocket-Key") + "Sec-WebSocket-Key: c2hvcnQ=\r\n", http.StatusBadRequest, badKey},
 	} {
 		runInRoom(t, test.name, func(t *testing.T, r *room) {
-			other := r.join(t)
+			front := *r.hub
+			front.register = make(chan *Client) // Who registers waits for ever, and gets no answer.
+			r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
 			conn := r.connect(t)
 			defer conn.Close()
 			fmt.Fprintf(conn, "%s\r\n", test.request)
@@ -644,22 +688,49 @@ func TestRequestThatIsNoHandshakeIsRefused(t *testing.T) {
 			if response.StatusCode != test.want {
 				t.Errorf("got status %d, want %d", response.StatusCode, test.want)
 			}
-			if test.log == "" {
-				r.wantLogged(t)
-			} else {
-				r.wantLogged(t, fmt.Sprintf(`pipe: "websocket: %s"`, test.log))
-				if got := len(r.clients()); got != 1 {
-					t.Errorf("the hub has %d clients, want the other one alone", got)
-				}
-			}
-			r.say("still here")
-			other.wantLines("still here")
+			r.wantLogged(t, fmt.Sprintf(`pipe: "websocket: %s"`, test.log))
 		})
 	}
 }
 
-// Promise 1. Joined when Dial returns: a message sent by anyone after a client's
-// handshake succeeded reaches that client.
+func TestPanicInCheckOriginLeavesNothingInTheHub(t *testing.T) {
+	defer func(old websocket.Upgrader) { upgrader = old }(upgrader)
+	upgrader.CheckOrigin = func(*http.Request) bool { panic("a copy's mistake") }
+	inRoom(t, func(t *testing.T, r *room) {
+		if _, _, err := r.dialer(t).Dial(roomURL, nil); err == nil {
+			t.Error("the handshake succeeded")
+		}
+		if got := len(r.clients()); got != 0 {
+			t.Errorf("the hub has %d clients, want none", got)
+		}
+	}) // and the hub ends
+}
+
+func TestHandshakeIsAnsweredWhenTheClientHasRegistered(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		front := *r.hub
+		front.register = make(chan *Client)
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
+		const slow = 50 * time.Millisecond
+		go func() {
+			time.Sleep(slow)
+			client := <-front.register
+			if got := client.conn.RemoteAddr().String(); got != "pipe" {
+				t.Errorf("run sees a client at %s, want pipe", got)
+			}
+			r.hub.register <- client
+		}()
+		start := time.Now()
+		conn, _, err := r.dialer(t).Dial(roomURL, http.Header{"Origin": {"http://pipe"}}) // its own
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if got := time.Since(start); got != slow {
+			t.Errorf("the handshake was answered after %v, want %v", got, slow)
+		}
+	})
+}
 
 func TestClientIsInTheRoomBeforeItsHandshakeSucceeds(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
@@ -674,6 +745,46 @@ func TestClientIsInTheRoomBeforeItsHandshakeSucceeds(t *testing.T) {
 		}
 		r.join(t).wantLines("welcome")
 	})
+}
+
+func TestJoinedWhenDialReturnsOverTCP(t *testing.T) {
+	r := tcpRoom(t)
+	for n := range 300 {
+		p, want := r.join(t), fmt.Sprint("line ", n)
+		r.hub.broadcast <- []byte(want)
+		p.wantLines(want)
+		p.Close()
+	}
+}
+
+func TestMiddlewareNeedsNoMoreThanUnwrap(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(r.hub, wrapped{w}, req) }
+		p := r.join(t)
+		p.say("hello")
+		p.wantLines("hello")
+	})
+}
+
+// wrapped is what a middleware's ResponseWriter may be: http.ResponseController
+// looks through it.
+type wrapped struct{ inner http.ResponseWriter }
+
+func (w wrapped) Header() http.Header         { return w.inner.Header() }
+func (w wrapped) Write(p []byte) (int, error) { return w.inner.Write(p) }
+func (w wrapped) WriteHeader(status int)      { w.inner.WriteHeader(status) }
+func (w wrapped) Unwrap() http.ResponseWriter { return w.inner }
+
+func TestServerThatCannotHijackSaysSo(t *testing.T) {
+	book, rec := captureLog(t), httptest.NewRecorder()
+	req, err := http.ReadRequest(bufio.NewReader(strings.NewReader(handshake + "\r\n")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	serveWs(nil, rec, req) // It needs no hub.
+	if want := list(`: "feature not supported"`); rec.Code != http.StatusInternalServerError || !slices.Equal(book.lines(), want) {
+		t.Errorf("got status %d and the log %q, want 500 and %q", rec.Code, book.lines(), want)
+	}
 }
 
 // Promise 2. One order: every client sees the same messages in the same order.
@@ -764,7 +875,11 @@ func TestSenderIsSlowedToItsRateAndNeverDropped(t *testing.T) {
 				if got := time.Since(start); got != want {
 					t.Fatalf("frame %d was read after %v, want %v", n+1, got, want)
 				}
+				if n == rateBurst-1 {
+					r.wantLogged(t)
+				}
 			}
+			r.wantLogged(t, "pipe: slowed, as it sends more than 100 messages a second")
 		})
 	}
 }
@@ -1077,6 +1192,84 @@ func TestServeCutsOffASlowRequest(t *testing.T) {
 	}
 }
 
+func TestServeLimitsTheHeaderAndSoALineOfTheLog(t *testing.T) {
+	for _, header := range []string{
+		"GET /?" + strings.Repeat("x", 900_000) + " HTTP/1.1\r\nHost: pipe\r\n\r\n",
+		"GET / HTTP/1.1\r\nHost: pipe\r\nCookie: " + strings.Repeat("x", 900_000) + "\r\n\r\n",
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r, _, _, _ := startServe(t)
+			conn := r.connect(t)
+			defer conn.Close()
+			go io.WriteString(conn, header)
+			response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil || response.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+				t.Errorf("got %v, %v, want status 431", response, err)
+			}
+			r.wantLogged(t)
+			time.Sleep(time.Second) // net/http takes half of it to close a connection like this.
+		})
+	}
+}
+
+// Promise 10. Nothing in the shutdown waits for the log.
+
+// A stuckLog is one that nobody reads. It takes what is written when it is closed.
+type stuckLog chan struct{}
+
+func (l stuckLog) Write(p []byte) (int, error) { <-l; return len(p), nil }
+
+func TestHubEndsAlthoughTheLogIsStuck(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		stuck := make(stuckLog)
+		defer close(stuck)
+		log.SetOutput(stuck)
+		p, other := r.join(t), r.join(t)
+		p.Close() // which is logged
+		synctest.Wait()
+		r.hub.stop()
+		other.wantGoodbye(shuttingDown)
+		start := time.Now()
+		r.wantEnd(t)
+		if got := time.Since(start); got != 0 {
+			t.Errorf("the hub waits %v for the log", got)
+		}
+	})
+}
+
+func TestClientThatIsSlowedWaitsForNoLog(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		stuck := make(stuckLog)
+		defer close(stuck)
+		log.SetOutput(stuck)
+		p := r.join(t)
+		for n := range 2 * rateBurst {
+			p.say(fmt.Sprint("line ", n))
+		}
+		p.lines(2 * rateBurst)
+	})
+}
+
+func TestServeReturnsAlthoughTheLogIsStuck(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, _, cancel, result := startServe(t)
+		stuck := make(stuckLog)
+		defer close(stuck)
+		log.SetOutput(stuck)
+		p := r.join(t)
+		start := time.Now()
+		cancel()
+		p.wantGoodbye(shuttingDown)
+		if got := time.Since(start); got != 0 {
+			t.Errorf("the clients wait %v for the log", got)
+		}
+		wait(t, result, "serve")
+		if got := time.Since(start); got != logWait {
+			t.Errorf("serve returned after %v, want %v", got, logWait)
+		}
+	})
+}
+
 // The page.
 
 func TestHomePage(t *testing.T) {
@@ -1380,21 +1573,19 @@ func (r *room) say(lines ...string) {
 	}
 }
 
-// clients returns who is in the hub, at a moment at which it has nothing to do;
-// call it in a synctest bubble.
-func (r *room) clients() []*Client {
-	for {
-		synctest.Wait()
-		select {
-		case r.hub.unregister <- nil: // It was waiting for somebody, and does again:
-			synctest.Wait()
-			clients := slices.Collect(maps.Keys(r.hub.clients))
-			r.hub.unregister <- nil // so the next thing that it does, it does after that.
-			return clients
-		default:
-			time.Sleep(breather)
-		}
-	}
+// clients returns who is in the hub, at a moment at which nothing more is to be
+// done; call it in a synctest bubble, and not after the hub's end.
+func (r *room) clients() (clients []*Client) {
+	synctest.Wait()
+	r.hub.ask(func() { clients = slices.Collect(maps.Keys(r.hub.clients)) })
+	return clients
+}
+
+// ask has run call it, and returns when it has done so.
+func (h *Hub) ask(call func()) {
+	done := make(chan struct{})
+	h.do <- func() { call(); close(done) }
+	<-done
 }
 
 // dialer returns a dialer that connects to the room. It offers compression, which

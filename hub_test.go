@@ -2,13 +2,11 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"fmt"
 	"io"
 	"log"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"regexp"
@@ -26,7 +24,7 @@ import (
 )
 
 // asProcess is the environment variable with which this binary is not a test, but
-// the chat server. With the value "hanging:true" it hangs when it shuts down.
+// the chat server: "sound", or one with what its value names.
 const asProcess = "CHAT_TEST_PROCESS"
 
 func TestMain(m *testing.M) {
@@ -35,24 +33,30 @@ func TestMain(m *testing.M) {
 		log.SetFlags(0)
 		log.SetOutput(io.Discard)
 		os.Exit(m.Run())
-	case "hanging:true":
-		log.SetOutput(hanging{})
+	case "stuck log": // after the first line
+		log.SetOutput(&stuckAfterOne{})
+	case "stuck client": // whose pump gets no buffer to say goodbye with
+		upgrader.WriteBufferPool = stuckPool{}
 	}
 	time.AfterFunc(time.Minute, func() { os.Exit(3) }) // if the test has died
 	main()
 	os.Exit(0)
 }
 
-// hanging is a log that hangs when the server shuts down, after saying so.
-type hanging struct{}
+type stuckAfterOne struct{ full bool }
 
-func (hanging) Write(line []byte) (int, error) {
-	os.Stderr.Write(line)
-	if bytes.Contains(line, []byte("shutting down")) {
+func (s *stuckAfterOne) Write(line []byte) (int, error) {
+	if s.full {
 		select {}
 	}
-	return len(line), nil
+	s.full = true
+	return os.Stderr.Write(line)
 }
+
+type stuckPool struct{}
+
+func (stuckPool) Get() any { select {} }
+func (stuckPool) Put(any)  {}
 
 // A logBook is what the program has logged.
 type logBook struct {
@@ -228,7 +232,7 @@ func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
 		start := time.Now()
 		for n := range 8 {
 			hub.broadcast <- []byte("message")
-			hub.unregister <- nil // returns when the hub has finished with the message
+			hub.ask(func() {}) // returns when the hub has finished with the message
 			// The first four fill half of the smaller queues; each of the others
 			// leaves them more than half full, for which one pause is enough.
 			want := breather * time.Duration(max(0, n-3))
@@ -249,7 +253,7 @@ func TestStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
 		for range sendQueueSize + 1 {
 			hub.broadcast <- []byte("message")
 		}
-		hub.unregister <- nil
+		hub.ask(func() {})
 		if got, most := time.Since(start), sendQueueSize/2*breather; got > most {
 			t.Errorf("the stuck client cost the room %v, want at most %v", got, most)
 		}
@@ -257,7 +261,7 @@ func TestStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
 		for range 1000 {
 			hub.broadcast <- []byte("message")
 		}
-		hub.unregister <- nil
+		hub.ask(func() {})
 		if got := time.Since(dropped); got != 0 {
 			t.Errorf("the dropped client cost the room %v, want nothing", got)
 		}
@@ -332,6 +336,21 @@ func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
 		synctest.Wait()
 		wantQueue(t, clients[0], true)
 		wantQueue(t, clients[1], true)
+	})
+}
+
+func TestLeavingWithoutUnregisteringIsEnough(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 2, 2)
+		hub.left <- clients[0]
+		hub.broadcast <- []byte("still here")
+		here := 0
+		hub.ask(func() { here = len(hub.clients) })
+		wantQueue(t, clients[0], true)
+		wantQueue(t, clients[1], false, "still here")
+		if here != 1 {
+			t.Errorf("the hub has %d clients, want the other one alone", here)
+		}
 	})
 }
 
@@ -452,10 +471,10 @@ func TestWaitingForAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
 	})
 }
 
-func TestAnswerToAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
+func TestAnswersToAClientThatDoesNotReadCostItAlone(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		front := *r.hub // Its client's messages come here, and go back to that client.
-		front.register, front.unregister, front.broadcast = make(chan *Client), make(chan *Client), make(chan []byte)
+		front.register, front.broadcast = make(chan *Client), make(chan []byte)
 		served := r.serve
 		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
 		over := make(chan struct{})
@@ -466,9 +485,7 @@ func TestAnswerToAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
 			for {
 				select {
 				case message := <-front.broadcast:
-					client.send <- message // while readPump waits
-				case client := <-front.unregister:
-					r.hub.unregister <- client // nothing is sent to it after that
+					r.hub.do <- func() { r.hub.queue(client, message) }
 				case <-over:
 					return
 				}
@@ -491,7 +508,7 @@ func TestAnswerToAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
 	})
 }
 
-func TestHistoryForARequestThatIsNoHandshakeHoldsNobodyUp(t *testing.T) {
+func TestHistoryMayBeLongerThanAQueue(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		history := make([]string, sendQueueSize+44)
 		hub := copied(t, func(client *Client) {
@@ -501,15 +518,158 @@ func TestHistoryForARequestThatIsNoHandshakeHoldsNobodyUp(t *testing.T) {
 			}
 		}, nil)
 		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
-		serveWs(hub, httptest.NewRecorder(), httptest.NewRequest("GET", "/ws", nil))
 		r.join(t).wantLines(history...)
+	})
+}
+
+func TestRunMayWriteToConnWhenItTakesAClientIn(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		hub := copied(t, func(client *Client) {
+			welcome := "welcome, " + client.conn.RemoteAddr().String()
+			client.conn.WriteMessage(websocket.TextMessage, []byte(welcome)) // upstream's run can, too
+		}, nil)
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
+		r.join(t).wantLines("welcome, pipe")
+	})
+}
+
+func TestPeerMayBeAskedForAPasswordBeforeItRegisters(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		r.serve = func(w http.ResponseWriter, req *http.Request) {
+			conn, err := upgrader.Upgrade(holdAnswer{w}, req, nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if _, password, err := conn.ReadMessage(); err != nil || string(password) != "sesame" {
+				t.Errorf("the password is %q, %v", password, err)
+			}
+			client := &Client{hub: r.hub, conn: conn, send: make(chan []byte, sendQueueSize)}
+			r.hub.register <- client
+			go client.writePump()
+			go client.readPump()
+		}
+		p := r.join(t)
+		p.say("sesame")
+		p.say("hello")
+		p.wantLines("hello")
+	})
+}
+
+func TestUpstreamsServeWsWorksWithThesePumps(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		r.serve = func(w http.ResponseWriter, req *http.Request) {
+			conn, err := upgrader.Upgrade(w, req, nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			client := &Client{hub: r.hub, conn: conn, send: make(chan []byte, 256)}
+			client.hub.register <- client
+			go client.writePump()
+			go client.readPump()
+		}
+		offender, other := r.join(t), r.join(t)
+		offender.write(encode(0x8f, "")) // so that readPump has to close conn by halves
+		offender.wantGoodbye(&goodbye{Code: 1002, Text: "bad opcode 15"})
+		offender.Close()
+		synctest.Wait()
+		other.say("hello")
+		other.wantLines("hello")
+	})
+}
+
+// Promise 9. From any goroutine, at any time, a copy can tell one client something,
+// ask who is here, and send one away: through do.
+
+func TestAnybodyCanTellAClientSomethingAskWhoIsHereAndSendOneAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, 2, 2)
+		var wg sync.WaitGroup
+		here := 0
+		wg.Go(func() {
+			hub.do <- func() { hub.queue(clients[0], []byte("for you alone")) }
+			hub.do <- func() { here = len(hub.clients) }
+			hub.do <- func() { hub.drop(clients[1], tooBig) }
+			hub.do <- func() { hub.queue(clients[1], []byte("too late")) } // which is no panic
+		})
+		wg.Wait()
+		synctest.Wait()
+		wantQueue(t, clients[0], false, "for you alone")
+		wantQueue(t, clients[1], true)
+		if got := clients[1].goodbye.Load(); got != tooBig || here != 2 {
+			t.Errorf("goodbye is %v, and %d were here, want %v and 2", got, here, tooBig)
+		}
+
+		// Until the last one has left, run does what it is asked to.
+		hub.stop()
+		done := make(chan bool)
+		hub.do <- func() { here = len(hub.clients); close(done) }
+		wait(t, done, "run's answer")
+	})
+}
+
+func TestWhoOutlivesTheHubSelectsOnStopped(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, clients := startHub(t, sendQueueSize)
+		ended := make(chan bool)
+		go func() {
+			for range time.Tick(time.Second) {
+				select {
+				case hub.do <- func() { hub.queue(clients[0], []byte("tick")) }:
+				case <-hub.stopped:
+					close(ended)
+					return
+				}
+			}
+		}()
+		time.Sleep(3*time.Second + 1)
+		wantQueue(t, clients[0], false, "tick", "tick", "tick")
+		hub.stop()
+		wait(t, ended, "the ticker")
+	})
+}
+
+func TestTheLastConnectionWinsAgainstHandshakesAlone(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		front := *r.hub // It keeps one connection of a user, the newest.
+		front.register = make(chan *Client)
+		over := make(chan struct{})
+		defer close(over)
+		go func() {
+			var newest *Client
+			for {
+				select {
+				case client := <-front.register:
+					r.hub.register <- client
+					r.hub.ask(func() { r.hub.drop(newest, &goodbye{Code: 4000, Text: "here elsewhere"}) })
+					newest = client
+				case <-over:
+					return
+				}
+			}
+		}()
+		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
+		first := r.join(t)
+		for _, request := range []string{"GET /ws HTTP/1.1\r\nHost: pipe\r\n", handshake + "Origin: http://example.com\r\n"} {
+			conn := r.connect(t)
+			fmt.Fprintf(conn, "%s\r\n", request)
+			synctest.Wait()
+			conn.Close()
+		}
+		first.say("still here")
+		first.wantLines("still here")
+		second := r.join(t)
+		first.wantGoodbye(&goodbye{Code: 4000, Text: "here elsewhere"})
+		second.say("me, too")
+		second.wantLines("me, too")
 	})
 }
 
 // The process: main. In these tests time is real, and nothing waits for it.
 
 func TestProcessServesWhereItSays(t *testing.T) {
-	url := startProcess(t, false, "-addr", ":0").url(t)
+	url := startProcess(t, "sound", "-addr", ":0").url(t)
 	if !regexp.MustCompile(`^http://localhost:\d+/$`).MatchString(url) {
 		t.Errorf("the server says that it listens on %s", url)
 	}
@@ -528,7 +688,7 @@ func TestProcessServesWhereItSays(t *testing.T) {
 
 func TestSignalSendsEverybodyHomeAndEndsTheProcessWithStatus0(t *testing.T) {
 	for _, sig := range signals(t) {
-		process := startProcess(t, false, "-addr", "127.0.0.1:0")
+		process := startProcess(t, "sound", "-addr", "127.0.0.1:0")
 		p := joinProcess(t, process.url(t))
 		process.Process.Signal(sig)
 		p.wantGoodbye(shuttingDown)
@@ -537,13 +697,31 @@ func TestSignalSendsEverybodyHomeAndEndsTheProcessWithStatus0(t *testing.T) {
 }
 
 func TestSecondSignalEndsTheProcessAtOnce(t *testing.T) {
+	signals := signals(t)
+	for i, first := range signals {
+		second := signals[1-i]
+		for _, during := range []bool{true, false} { // the shutdown, or right behind the first signal
+			process := startProcess(t, "stuck client", "-addr", "127.0.0.1:0")
+			joinProcess(t, process.url(t))
+			process.Process.Signal(first)
+			if during {
+				process.next(t, "shutting down")
+			}
+			process.Process.Signal(second)
+			process.wantEnd(t, "exit status 1")
+		}
+	}
+}
+
+func TestSignalEndsTheProcessAlthoughItsLogIsStuck(t *testing.T) {
 	for _, sig := range signals(t) {
-		process := startProcess(t, true, "-addr", "127.0.0.1:0")
-		process.url(t)
+		process := startProcess(t, "stuck log", "-addr", "127.0.0.1:0")
+		p := joinProcess(t, process.url(t))
+		gone := joinProcess(t, "http://"+p.RemoteAddr().String()+"/")
+		gone.NetConn().Close() // which is logged, or would be
 		process.Process.Signal(sig)
-		process.next(t, "shutting down")
-		process.Process.Signal(sig)
-		process.wantEnd(t, "signal: "+sig.String())
+		p.wantGoodbye(shuttingDown)
+		process.wantEnd(t, "exit status 0")
 	}
 }
 
@@ -570,7 +748,7 @@ func TestProcessThatCannotServeSaysSo(t *testing.T) {
 		"-port 9000":                    {"exit status 2", "-addr host:port"},
 	} {
 		t.Run(args, func(t *testing.T) {
-			lines := startProcess(t, false, strings.Fields(args)...).wantEnd(t, want.status)
+			lines := startProcess(t, "sound", strings.Fields(args)...).wantEnd(t, want.status)
 			if text := strings.Join(lines, "\n"); !strings.Contains(text, want.log) || strings.Contains(text, "listening") {
 				t.Errorf("it says %s, want %q in it", brief(lines), want.log)
 			}
@@ -588,10 +766,10 @@ type process struct {
 }
 
 // startProcess starts the server as a process, which the test's end kills.
-func startProcess(t *testing.T, hanging bool, args ...string) *process {
+func startProcess(t *testing.T, mode string, args ...string) *process {
 	t.Helper()
 	p := &process{exec.Command(os.Args[0], args...), make(chan string, 1000)}
-	p.Env = append(os.Environ(), fmt.Sprintf("%s=hanging:%v", asProcess, hanging))
+	p.Env = append(os.Environ(), asProcess+"="+mode)
 	stderr, err := p.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
