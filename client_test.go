@@ -187,7 +187,8 @@ func TestWhoAsksForHeartbeatsGetsAnEmptyMessageWithEachPing(t *testing.T) {
 	}
 }
 
-// RFC 6455: a chat with one client is an echo server.
+// RFC 6455: a chat with one client is an echo server. gorilla/websocket parses the
+// frames, and has tests for that; these are what the pumps do with them.
 
 func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 	const bye, byeBack = "\x03\xe8", `close 1000 ""`
@@ -198,66 +199,35 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 		want []string // the end of TCP is expected after that
 	}
 	tests := []test{
-		// Section 5.2: base framing.
 		{"5.2 text", list(hello), list(helloBack, byeBack)},
-		{"5.2 length of 125", list(encode(0x81, strings.Repeat("x", 125))), list(`text "`+strings.Repeat("x", 125)+`"`, byeBack)},
-		{"5.2 length of 126", list(encode(0x81, strings.Repeat("x", 126))), list(`text "`+strings.Repeat("x", 126)+`"`, byeBack)},
-		{"5.2 RSV1", list(encode(0xc1, "x")), list(`close 1002 "RSV1 set"`)},
-		{"5.2 RSV2", list(encode(0xa1, "x")), list(`close 1002 "RSV2 set"`)},
-		{"5.2 RSV3", list(encode(0x91, "x")), list(`close 1002 "RSV3 set"`)},
-		{"5.2 all wrong at once", list([]byte{0x7f, 0x7f}), list(`close 1002 "RSV1 set, RSV2 set, RSV3 set, bad opcode 15, bad MASK"`)},
-		{"5.2 negative length", list([]byte{0x81, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}), list(`close 1002 "websocket: read limit exceeded"`)},
+		{"5.2 against the protocol", list(encode(0x8f, "")), list(`close 1002 "bad opcode 15"`)},
 		{"5.2 HTTP", list([]byte("GET / HTTP/1.1\r\n\r\n")), list(`close 1002 "RSV1 set, bad opcode 7, bad MASK"`)},
-		// A sender must use the shortest form, but a receiver need not insist.
-		{"5.2 16 bits for a short length", list([]byte{0x81, 0xfe, 0, 1, 0, 0, 0, 0, 'x'}), list(`text "x"`, byeBack)},
-		{"5.2 64 bits for a short length", list([]byte{0x81, 0xff, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 'x'}), list(`text "x"`, byeBack)},
-
-		// Sections 5.1 and 5.3: masking.
-		{"5.1 not masked", list([]byte{0x81, 1, 'x'}), list(`close 1002 "bad MASK"`)},
-		{"5.3 masked", list([]byte{0x81, 0x85, 0x37, 0xfa, 0x21, 0x3d, 0x7f, 0x9f, 0x4d, 0x51, 0x58}), list(`text "Hello"`, byeBack)},
-
-		// Section 5.4: fragmentation.
+		{"5.2 negative length", list([]byte{0x81, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}), list(`close 1002 "websocket: read limit exceeded"`)},
 		{"5.4 two fragments", list(encode(0x01, "hel"), encode(0x80, "lo")), list(helloBack, byeBack)},
 		{"5.4 empty fragments", list(encode(0x01, ""), encode(0x00, "hello"), encode(0x00, ""), encode(0x80, "")), list(helloBack, byeBack)},
 		{"5.4 a ping in between", list(encode(0x01, "hel"), encode(0x89, "?"), encode(0x80, "lo")), list(`pong "?"`, helloBack, byeBack)},
 		{"5.4 a close in between", list(encode(0x01, "hel"), encodeClose(1000, "")), list(byeBack)},
 		{"5.4 a close in a binary message", list(encode(0x02, "hel"), encodeClose(1000, "")), list(byeBack)},
-		{"5.4 continuation of nothing", list(encode(0x80, "x")), list(`close 1002 "continuation after FIN"`)},
 		{"5.4 text within a text", list(encode(0x01, "x"), hello), list(`close 1002 "data before FIN"`)},
 		{"5.4 too long together", list(encode(0x01, strings.Repeat("x", 300)), encode(0x80, strings.Repeat("x", 300))), list(`close 1009 "send at most 512 bytes in a message"`)},
-
-		// Section 5.5: control frames.
-		{"5.5 fragmented ping", list(encode(0x09, "x")), list(`close 1002 "FIN not set on control"`)},
-		{"5.5 ping of 126 bytes", list(encode(0x89, strings.Repeat("x", 126))), list(`close 1002 "len > 125 for control"`)},
 		{"5.5.1 close without a code", list(encode(0x88, "")), list(`close`)},
 		// Half a code is wrong, but gorilla/websocket takes it for none.
 		{"5.5.1 close with half a code", list(encode(0x88, "\x03")), list(`close`)},
 		{"5.5.1 close with a reason", list(encodeClose(1000, "good night")), list(`close 1000 "good night"`)},
-		{"5.5.1 reason that is not UTF-8", list(encodeClose(1000, "\xff")), list(`close 1002 "invalid utf8 payload in close frame"`)},
+		{"5.5.1 close with a code of one's own", list(encodeClose(4999, "why")), list(`close 4999 "why"`)},
+		{"5.5.1 close with a code that is none", list(encodeClose(1006, "why")), list(`close 1002 "bad close code 1006"`)},
 		{"5.5.1 text after the close", list(encodeClose(1000, ""), hello), list(byeBack)},
 		{"5.5.1 ping after the close", list(encodeClose(1000, ""), encode(0x89, "?")), list(byeBack)},
 		{"5.5.1 text before the close", list(hello, encodeClose(1000, "")), list(helloBack, byeBack)},
 		{"5.5.2 ping", list(encode(0x89, "")), list(`pong ""`, byeBack)},
 		{"5.5.2 ping of 125 bytes", list(encode(0x89, strings.Repeat("x", 125))), list(`pong "`+strings.Repeat("x", 125)+`"`, byeBack)},
 		{"5.5.3 pong that nobody asked for", list(encode(0x8a, "x")), list(byeBack)},
-
-		// Section 5.6 and 8.1: data.
-		{"5.6 binary", list(encode(0x82, "x")), list(`close 1003 "send text messages, not binary ones"`)},
 		{"5.6 fragmented binary", list(encode(0x02, "x"), encode(0x80, "x")), list(`close 1003 "send text messages, not binary ones"`)},
 		{"8.1 character over two fragments", list(encode(0x01, "\xc3"), encode(0x80, "\xa9")), list(`text "é"`, byeBack)},
 		{"8.1 first and last of each length", list(encode(0x81, "\u00a1\u07ff\u0800\uffff\U00010000\U0010ffff.")), list(fmt.Sprintf("text %q", "\u00a1\u07ff\u0800\uffff\U00010000\U0010ffff."), byeBack)},
 	}
-	for _, opcode := range []byte{3, 4, 5, 6, 7, 11, 12, 13, 14, 15} {
-		tests = append(tests, test{fmt.Sprintf("5.2 opcode %d", opcode), list(encode(0x80|opcode, "")), list(fmt.Sprintf(`close 1002 "bad opcode %d"`, opcode))})
-	}
 	for _, bad := range []string{"\xff", "\xc3", "\xc0\xaf", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\x80", "\xe2\x82"} {
 		tests = append(tests, test{fmt.Sprintf("8.1 %q is not UTF-8", bad), list(encode(0x81, "x"+bad)), list(`close 1007 "send text as valid UTF-8"`)})
-	}
-	for _, code := range []int{1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 3000, 3999, 4000, 4999} {
-		tests = append(tests, test{fmt.Sprint("7.4 close ", code), list(encodeClose(code, "why")), list(fmt.Sprintf(`close %d "why"`, code))})
-	}
-	for _, code := range []int{0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535} {
-		tests = append(tests, test{fmt.Sprint("7.4 close ", code), list(encodeClose(code, "why")), list(fmt.Sprintf(`close 1002 "bad close code %d"`, code))})
 	}
 	for _, test := range tests {
 		runInRoom(t, test.name, func(t *testing.T, r *room) {
@@ -371,7 +341,7 @@ func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 func TestTLSPeerThatDiesWithinARecordHasVanished(t *testing.T) {
 	issuer := httptest.NewTLSServer(nil) // for its certificate
 	issuer.Close()
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		pipes := newPipeListener()
 		r := newRoom(t, tls.NewListener(pipes, issuer.TLS))
 		r.connect = func(t testing.TB) net.Conn {
@@ -427,7 +397,7 @@ func (l wholeListener) Accept() (net.Conn, error) {
 }
 
 func TestOffenderReadsWhyWhereNothingCanBeHalfClosed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		listener := newPipeListener()
 		r := newRoom(t, wholeListener{listener})
 		r.connect = listener.connect
@@ -749,7 +719,7 @@ func TestClientIsInTheRoomBeforeItsHandshakeSucceeds(t *testing.T) {
 
 func TestJoinedWhenDialReturnsOverTCP(t *testing.T) {
 	r := tcpRoom(t)
-	for n := range 300 {
+	for n := 0; n < 300 && !t.Failed(); n++ {
 		p, want := r.join(t), fmt.Sprint("line ", n)
 		r.hub.broadcast <- []byte(want)
 		p.wantLines(want)
@@ -1094,7 +1064,7 @@ func TestServerNamesAnAddressThatCanBeOpened(t *testing.T) {
 }
 
 func TestServeReturnsWhyItNoLongerListens(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		r, listener, _, result := startServe(t)
 		p := r.join(t)
 		listener.Close()
@@ -1106,7 +1076,7 @@ func TestServeReturnsWhyItNoLongerListens(t *testing.T) {
 }
 
 func TestServeReturnsAtOnceIfEverybodyLeaves(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		r, _, cancel, result := startServe(t)
 		for range 10 {
 			p := r.join(t)
@@ -1131,7 +1101,7 @@ func TestServeReturnsAtOnceIfEverybodyLeaves(t *testing.T) {
 }
 
 func TestServeReturnsInTimeEvenIfAClientIsStuck(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		r, _, cancel, result := startServe(t)
 		stuck, p := r.join(t).unbuffered(), r.join(t)
 		p.say("the stuck one does not take this")
@@ -1164,7 +1134,7 @@ func TestServeCutsOffASlowRequest(t *testing.T) {
 		{"no second request", page, "", true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
 				r, _, _, _ := startServe(t)
 				conn := r.connect(t).(*pipe)
 				var dripping sync.WaitGroup
@@ -1197,7 +1167,7 @@ func TestServeLimitsTheHeaderAndSoALineOfTheLog(t *testing.T) {
 		"GET /?" + strings.Repeat("x", 900_000) + " HTTP/1.1\r\nHost: pipe\r\n\r\n",
 		"GET / HTTP/1.1\r\nHost: pipe\r\nCookie: " + strings.Repeat("x", 900_000) + "\r\n\r\n",
 	} {
-		synctest.Test(t, func(t *testing.T) {
+		inBubble(t, func(t *testing.T) {
 			r, _, _, _ := startServe(t)
 			conn := r.connect(t)
 			defer conn.Close()
@@ -1251,7 +1221,7 @@ func TestClientThatIsSlowedWaitsForNoLog(t *testing.T) {
 }
 
 func TestServeReturnsAlthoughTheLogIsStuck(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		r, _, cancel, result := startServe(t)
 		stuck := make(stuckLog)
 		defer close(stuck)
@@ -1365,7 +1335,7 @@ func TestThePageKnowsTheServersFigures(t *testing.T) {
 // README.md, "Copy it": the code there is the code here, and works.
 
 func TestCodeInREADMEWorks(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		mux := http.NewServeMux()
 		pipes := newPipeListener()
 		server := &http.Server{Handler: mux}
@@ -1437,10 +1407,16 @@ func TestCodeInREADMEIsTheCodeHere(t *testing.T) {
 // a failing one takes.
 const patience = 20 * time.Second
 
-// inRoom runs test with a room in a synctest bubble, where time passes only while
-// everybody waits.
+// inBubble runs test in a synctest bubble, where time passes only while everybody
+// waits. A test that hangs, as nobody waits or somebody waits for a lock, is ended.
+func inBubble(t *testing.T, test func(*testing.T)) {
+	defer time.AfterFunc(patience, func() { panic(t.Name() + " hangs") }).Stop()
+	synctest.Test(t, test)
+}
+
+// inRoom runs test in a bubble with a room.
 func inRoom(t *testing.T, test func(*testing.T, *room)) {
-	synctest.Test(t, func(t *testing.T) { test(t, pipeRoom(t)) })
+	inBubble(t, func(t *testing.T) { test(t, pipeRoom(t)) })
 }
 
 // runInRoom does so as a subtest.
@@ -1994,6 +1970,7 @@ func (r *room) fuzz(t *testing.T, other *peer, sent []byte) {
 	for {
 		lines, err := other.read(patience)
 		if err != nil {
+			other.Close() // so that what follows fails at once
 			t.Fatalf("the other one's connection ended with %v", err)
 		}
 		for _, line := range lines {

@@ -139,7 +139,7 @@ func wantQueue(t *testing.T, client *Client, wantClosed bool, want ...string) {
 // queue is full is dropped.
 
 func TestEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 4, 4)
 		hub.broadcast <- []byte("one")
 		hub.broadcast <- []byte("two")
@@ -151,7 +151,7 @@ func TestEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) {
 }
 
 func TestFullQueueDropsItsClientAlone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 2, 3)
 		for _, message := range []string{"1", "2", "3"} {
 			hub.broadcast <- []byte(message)
@@ -169,7 +169,7 @@ func TestFullQueueDropsItsClientAlone(t *testing.T) {
 }
 
 func TestUnregisterTwiceIsHarmless(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 1, 1)
 		hub.unregister <- clients[0]
 		hub.unregister <- clients[0]
@@ -181,7 +181,7 @@ func TestUnregisterTwiceIsHarmless(t *testing.T) {
 }
 
 func TestUnregisterOfAStrangerIsHarmless(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 1)
 		hub.unregister <- &Client{hub: hub, send: make(chan []byte, 1)}
 		hub.broadcast <- []byte("still here")
@@ -191,7 +191,7 @@ func TestUnregisterOfAStrangerIsHarmless(t *testing.T) {
 }
 
 func TestClientThatEndsBeforeRunHasTakenItInIsDropped(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, _ := startHub(t)
 		client := &Client{hub: hub, send: make(chan []byte, 1)}
 		client.goodbye.Store(notText) // readPump may be that quick
@@ -204,7 +204,7 @@ func TestClientThatEndsBeforeRunHasTakenItInIsDropped(t *testing.T) {
 }
 
 func TestWhoSeesItsQueueClosedFindsTheReason(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 1)
 		var early atomic.Bool
 		var waiting sync.WaitGroup
@@ -227,7 +227,7 @@ func TestWhoSeesItsQueueClosedFindsTheReason(t *testing.T) {
 // when any queue is more than half full after a broadcast, the hub pauses.
 
 func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, _ := startHub(t, 8, 8, 100)
 		start := time.Now()
 		for n := range 8 {
@@ -247,7 +247,7 @@ func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
 // is full, and nothing after.
 
 func TestStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, _ := startHub(t, sendQueueSize)
 		start := time.Now()
 		for range sendQueueSize + 1 {
@@ -271,7 +271,7 @@ func TestStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
 // Promises 6 and 7. Every client gets what is queued and 1001, and run returns.
 
 func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub := newHub()
 		ended := false
 		go func() { hub.run(); ended = true }()
@@ -306,7 +306,7 @@ func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
 // Promise 8. A naive move in a copy costs at most its own client.
 
 func TestRegisteringAgainIsHarmless(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 2, 2)
 		hub.register <- clients[0]
 		hub.broadcast <- []byte("heard once")
@@ -326,7 +326,7 @@ func TestRegisteringAgainIsHarmless(t *testing.T) {
 }
 
 func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 2, 2)
 		hub.left <- clients[0]
 		hub.left <- clients[0]
@@ -340,7 +340,7 @@ func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
 }
 
 func TestLeavingWithoutUnregisteringIsEnough(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 2, 2)
 		hub.left <- clients[0]
 		hub.broadcast <- []byte("still here")
@@ -355,7 +355,7 @@ func TestLeavingWithoutUnregisteringIsEnough(t *testing.T) {
 }
 
 func TestAnybodyMayStopTheHubAnyNumberOfTimes(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, _ := startHub(t, 1)
 		for range 3 {
 			go hub.stop()
@@ -583,7 +583,7 @@ func TestUpstreamsServeWsWorksWithThesePumps(t *testing.T) {
 // ask who is here, and send one away: through do.
 
 func TestAnybodyCanTellAClientSomethingAskWhoIsHereAndSendOneAway(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 2, 2)
 		var wg sync.WaitGroup
 		here := 0
@@ -610,7 +610,7 @@ func TestAnybodyCanTellAClientSomethingAskWhoIsHereAndSendOneAway(t *testing.T) 
 }
 
 func TestWhoOutlivesTheHubSelectsOnStopped(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, sendQueueSize)
 		ended := make(chan bool)
 		go func() {
@@ -783,7 +783,8 @@ func startProcess(t *testing.T, mode string, args ...string) *process {
 		}
 		close(p.log)
 	}()
-	t.Cleanup(func() { p.Process.Kill(); p.Wait() })
+	tooLong := time.AfterFunc(patience, func() { p.Process.Kill() }) // or the test would hang
+	t.Cleanup(func() { tooLong.Stop(); p.Process.Kill(); p.Wait() })
 	return p
 }
 
