@@ -38,7 +38,7 @@ func TestEveryEngineSendsAndShowsWhatIsSaid(t *testing.T) {
 
 		limit := strings.Repeat("🐢", 128)
 		w.send(limit + "x")
-		w.until(fmt.Sprintf(`$("msg").value == "%sx" && $("msg").validationMessage.includes("Too long")`, limit))
+		w.until(fmt.Sprintf(`$("msg").value == "%sx" && $("counter").textContent == "1 bytes too long"`, limit))
 		w.press(backspace)
 		w.press(enter)
 		w.until(fmt.Sprintf(`$("msg").value == "" && %s == %q`, lastLine, limit))
@@ -53,7 +53,7 @@ func TestEveryEngineKeepsTheDraftAndComesBack(t *testing.T) {
 		s.stop(t)
 		w.until(`$("status").textContent.includes("restarting")`)
 		w.send("patience")
-		w.until(`$("msg").validationMessage.includes("Not sent yet")`)
+		w.until(`$("counter").textContent == "Not sent yet"`)
 		s = startQuick(t, s.addr)
 		w.until(connected)
 		w.until(`$("msg").value == "patience"`)
@@ -288,7 +288,8 @@ var quick = sync.OnceValues(func() (string, error) {
 	replace := make(map[string]string) // files by other files
 	for _, edit := range []struct{ file, old, new string }{
 		{"client.go", "pongWait = 60 * time.Second", "pongWait = 2 * time.Second"},
-		{"home.html", "patience = 10_000;", "patience = 1_000;"},
+		{"home.html", "answerTimeout = 10_000;", "answerTimeout = 1_000;"},
+		{"home.html", "longestPause = 10_000;", "longestPause = 1_000;"},
 		{"home.html", "pingPeriod = 54_000;", "pingPeriod = 1_800;"},
 	} {
 		file, err := filepath.Abs(filepath.Join("..", edit.file))

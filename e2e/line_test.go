@@ -14,7 +14,7 @@ import (
 )
 
 // logged is the class and the text of each line of the log, as JavaScript.
-const logged = `[...$("log").children].map((line) => line.className + ": " + line.lastChild.textContent)`
+const logged = `[...$("log").children].map((line) => line.className + ": " + line.querySelector(".words").textContent)`
 
 // wire passes TCP connections on to the server at to. After cut those that are
 // open are dead: nothing passes any more, and neither end gets to know.
@@ -287,7 +287,7 @@ func TestAfterARestartNotEverybodyComesAtOnce(t *testing.T) {
 		setTimeout = (f, ms) => waits.push(ms);
 		for (let i = 0; i < 1000; i++) {
 			tries = 0;
-			lose(1001);
+			lose("The server is restarting.");
 		}
 		setTimeout = realTimeout;
 		waits.filter((ms) => ms > 400)`) // without those for a frame
@@ -444,7 +444,7 @@ func TestWhatCannotBeSentAgainNowCanBeLater(t *testing.T) {
 		w.open(s.addr)
 		s.stop(t)
 		w.until(`$("status").textContent.includes("restarting")`)
-		get[bool](w, `mayBeLost("Grete: hello") ?? true`)
+		get[bool](w, `showLost("Grete: hello") ?? true`)
 		w.insert("a draft")
 		w.until(`document.querySelector(".notice button")`)
 		w.click(`document.querySelector(".notice button")`)
@@ -475,13 +475,13 @@ func TestALossIsToldOnce(t *testing.T) {
 		s.stop(t)
 		w.until(lastLine + ` == "The server is restarting."`)
 		w.send("a draft")
-		w.until(`$("counter").textContent == "Not sent yet" && $("msg").validationMessage.includes("Not sent yet") && $("msg").value == "a draft"`)
+		w.until(`$("counter").textContent == "Not sent yet" && $("msg").getAttribute("aria-invalid") == "true" && $("msg").value == "a draft"`)
 		startServer(t, s.addr)
 		w.until(connected)
-		w.until(`$("counter").textContent == "" && $("msg").validity.valid`)
+		w.until(`$("counter").textContent == "" && $("msg").getAttribute("aria-invalid") == "false"`)
 		w.until(lastLine + `.startsWith("Connected again")`)
-		spoken := get[[]string](w, `spoken.map((text) => text.replace(/^\d\d:\d\d( [AP]M)?/, ""))`)
-		if want := []string{"The server is restarting.", "Not sent yet", "Connected again. Messages may have been missed in between."}; !slices.Equal(spoken, want) {
+		spoken := get[[]string](w, `spoken.map((text) => text.replace(/^\d+:\d\d [AP]M/, ""))`)
+		if want := []string{"Notice, The server is restarting.", "Not sent yet", "Notice, Connected again. Messages may have been missed in between."}; !slices.Equal(spoken, want) {
 			t.Errorf("a screen reader says %q, want %q", spoken, want)
 		}
 		if got := get[int](w, "bubbles"); got != 0 {
