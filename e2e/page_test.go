@@ -23,7 +23,9 @@ import (
 	"github.com/chromedp/cdproto/css"
 	"github.com/chromedp/cdproto/dom"
 	"github.com/chromedp/cdproto/emulation"
+	"github.com/chromedp/cdproto/input"
 	"github.com/chromedp/cdproto/network"
+	"github.com/chromedp/cdproto/page"
 	"github.com/chromedp/cdproto/performance"
 	"github.com/chromedp/chromedp"
 	"github.com/chromedp/chromedp/kb"
@@ -556,6 +558,28 @@ func TestTheLogStaysWhereTheReaderPutIt(t *testing.T) {
 	p.until(atEnd + ` && $("jump").hidden`)
 }
 
+func TestOnlyWhatPeopleSayIsANewMessage(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	talk(t, s, 100)
+	p.untilShown(100)
+	p.scroll("-500")
+	want := eval[string](p, beingRead)
+	s.stop(t)
+	p.until(lastLine + ` == "The server is restarting."`)
+	s = startServer(t, s.addr)
+	p.until(lastLine + `.startsWith("Connected again")`)
+	if !eval[bool](p, `$("jump").hidden`) {
+		t.Error("after two notices there is a button for new messages")
+	}
+	say(t, s.dial(t), "new")
+	p.until(`!$("jump").hidden`)
+	if got := eval[string](p, beingRead); got != want {
+		t.Errorf("what is read moved from %q to %q", want, got)
+	}
+}
+
 func TestTheLogDropsOldLinesNotWhatIsRead(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
@@ -781,7 +805,7 @@ func TestItFitsScreensOfAnyWidth(t *testing.T) {
 			s.stop(t)
 		}
 		p.until(fmt.Sprintf(`$("status").textContent == %q`, status))
-		for _, size := range [][2]int64{{320, 256}, {320, 568}, {360, 640}, {360, 300}, {640, 160}, {580, 256}, {1280, 800}, {2560, 1440}} {
+		for _, size := range [][2]int64{{320, 256}, {320, 568}, {360, 640}, {360, 300}, {640, 160}, {341, 156}, {580, 256}, {1280, 800}, {2560, 1440}} {
 			do(p, chromedp.EmulateViewport(size[0], size[1]))
 			p.until(fmt.Sprintf("innerWidth == %d && innerHeight == %d", size[0], size[1]))
 			if got := eval[string](p, `[document.documentElement, ...document.querySelectorAll("*")]
@@ -795,14 +819,152 @@ func TestItFitsScreensOfAnyWidth(t *testing.T) {
 			}).map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
 				t.Errorf("%v: not on the screen: %s", size, got)
 			}
-			if got := eval[string](p, `[
-				[$("log"), "clientHeight", 80], [$("msg"), "clientWidth", 180], [$("name"), "clientWidth", 80],
-			].filter(([e, side, least]) => e[side] < least).map(([e, side]) => e.id + "'s " + side + " " + e[side]).join()`); got != "" {
+			width := 180
+			if size[1] < 240 && size[0] < 400 { // the counter is beside it
+				width = 100
+			}
+			if got := eval[string](p, fmt.Sprintf(`[
+				[$("log"), "clientHeight", 64], [$("msg"), "clientWidth", %d], [$("name"), "clientWidth", 80],
+			].filter(([e, side, least]) => e[side] < least).map(([e, side]) => e.id + "'s " + side + " " + e[side]).join()`, width)); got != "" {
 				t.Errorf("%v: too small: %s", size, got)
 			}
 			p.until(atEnd) // also when a phone's keyboard takes half of the screen
 		}
 	}
+}
+
+func TestTheLogHasTwoLinesInTheSmallestWindow(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	talk(t, s, 100)
+	p.untilShown(100)
+	s.stop(t)
+	p.until(`$("status").textContent == "The server is restarting. Reconnecting…"`)
+	p.fill("msg", strings.Repeat("w", 520))
+	for _, size := range [][2]int64{{341, 156}, {320, 120}, {200, 100}, {640, 80}} {
+		for _, font := range []string{"16px", "32px"} {
+			do(p, chromedp.EmulateViewport(size[0], size[1]))
+			p.until(fmt.Sprintf("innerWidth == %d && innerHeight == %d", size[0], size[1]))
+			lines := eval[float64](p, `document.documentElement.style.fontSize = "`+font+`"; scrollTo(0, 9999);
+				const [log, line] = [$("log"), $("log").lastChild].map((e) => getComputedStyle(e));
+				($("log").clientHeight - 2 * parseFloat(log.paddingTop)) / (parseFloat(line.lineHeight) + 2 * parseFloat(line.paddingTop))`)
+			if lines < 2 {
+				t.Errorf("%v at %s: room for %.1f lines, want two", size, font, lines)
+			}
+			if got := eval[float64](p, `$("msg").getBoundingClientRect().bottom - innerHeight`); got > 0 {
+				t.Errorf("%v at %s: the input ends %v pixels below the window, as far as one can scroll", size, font, got)
+			}
+		}
+	}
+}
+
+// A browser that does not know dvh gets the height of what it shows, not that which there
+// would be without its bar.
+func TestWithoutDvhTheFormIsInSight(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	call(p, page.SetBypassCSP, page.SetBypassCSPParams{Enabled: true}) // the style is to be another
+	p.open("http://" + s.addr + "/")
+	// Chromium knows vh, so here it is as wrong as on a phone.
+	eval[bool](p, `const style = document.querySelector("style");
+		style.textContent = style.textContent.replaceAll(/\d+dvh/g, "none").replaceAll("100vh", "calc(100vh + 80px)"); true`)
+	p.until(`$("form").getBoundingClientRect().bottom == innerHeight`)
+	talk(t, s, 100)
+	p.untilShown(100)
+	if got := eval[string](p, `[$("form").getBoundingClientRect().bottom - innerHeight, document.documentElement.scrollHeight - innerHeight].join()`); got != "0,0" {
+		t.Errorf("form and page end so many pixels below the window: %s, want 0,0", got)
+	}
+}
+
+func TestWhatIsDroppedReplacesNothing(t *testing.T) {
+	t.Parallel()
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		for _, tt := range []struct {
+			what, on string
+			taken    bool
+		}{
+			{"file", `$("log")`, false}, {"file", `$("msg")`, false}, {"file", "document.body", false}, {"file", `$("jump")`, false},
+			{"text", `$("log")`, false}, {"text", `$("msg")`, true}, {"text", `$("name")`, true},
+		} {
+			for _, event := range []string{"dragover", "drop"} {
+				if got := get[bool](w, fmt.Sprintf(`(() => {
+					const dataTransfer = new DataTransfer();
+					if (%q == "file") dataTransfer.items.add(new File(["x"], "x.txt", { type: "text/plain" }));
+					else dataTransfer.setData("text/plain", "x");
+					return %s.dispatchEvent(new DragEvent(%q, { dataTransfer, bubbles: true, cancelable: true }));
+				})()`, tt.what, tt.on, event)); got != tt.taken {
+					t.Errorf("%s of a %s on %s is left to the browser: %v, want %v", event, tt.what, tt.on, got, tt.taken)
+				}
+			}
+		}
+	})
+}
+
+// The same, as far as the browser goes: only Chromium can be told to drop.
+func TestAFileThatIsDroppedLeavesThePageAndTextGoesIn(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, "localhost:0")
+	p := openTab(t, s)
+	file := filepath.Join(t.TempDir(), "x.txt")
+	if err := os.WriteFile(file, []byte("x"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	drop := func(id string, data *input.DragData) {
+		t.Helper()
+		data.DragOperationsMask = 1
+		at := eval[[]float64](p, `const box = $("`+id+`").getBoundingClientRect(); [box.left + 50, box.top + 10]`)
+		for _, event := range []input.DispatchDragEventType{"dragEnter", "dragOver", "drop"} {
+			call(p, input.DispatchDragEvent, input.DispatchDragEventParams{Type: event, X: at[0], Y: at[1], Data: data})
+		}
+	}
+	for _, id := range []string{"log", "msg", "form"} {
+		drop(id, &input.DragData{Files: []string{file}})
+	}
+	drop("msg", &input.DragData{Items: []*input.DragDataItem{{MimeType: "text/plain", Data: "dropped"}}})
+	p.until(`$("msg").value == "dropped"`)
+	p.press(kb.Enter)
+	p.until(lastLine + ` == "dropped" && sockets.length == 1`)
+}
+
+// A proxy wants a login again, somewhere else: what answers is not the chat.
+func TestWhenSomethingElseAnswersItAdvisesToReload(t *testing.T) {
+	t.Parallel()
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startQuick(t, "localhost:0")
+		login := httptest.NewServer(http.NotFoundHandler())
+		t.Cleanup(login.Close)
+		var expired, asked atomic.Int32
+		proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr})
+		front := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			switch {
+			case expired.Load() == 0:
+				proxy.ServeHTTP(rw, r)
+			case asked.Add(1)%2 == 1: // some say so, others redirect
+				http.Error(rw, "log in", http.StatusUnauthorized)
+			default:
+				http.Redirect(rw, r, login.URL, http.StatusFound)
+			}
+		}))
+		t.Cleanup(front.Close)
+		w.open(strings.TrimPrefix(front.URL, "http://"))
+		w.insert("a draft")
+		expired.Store(1)
+		get[bool](w, `socket.close() ?? true`)
+		const advice = `$("status").textContent.startsWith("Something other than this chat answers. Try to reload the page.")`
+		w.until(advice)
+		for n := asked.Load(); asked.Load() < n+4; { // also as it goes on trying
+			w.until(advice + ` || state == "connecting"`)
+		}
+		expired.Store(0)
+		w.until(connected)
+		if got := get[string](w, `$("msg").value`); got != "a draft" {
+			t.Errorf("the draft is %q", got)
+		}
+	})
 }
 
 func TestNothingMoves(t *testing.T) {
