@@ -954,7 +954,7 @@ func TestWhenSomethingElseAnswersItAdvisesToReload(t *testing.T) {
 		w.insert("a draft")
 		expired.Store(1)
 		get[bool](w, `socket.close() ?? true`)
-		const advice = `$("status").textContent.startsWith("Something other than this chat answers. Try to reload the page.")`
+		const advice = `$("status").textContent.startsWith("Something else than this chat answers. A reload may help.")`
 		w.until(advice)
 		for n := asked.Load(); asked.Load() < n+4; { // also as it goes on trying
 			w.until(advice + ` || state == "connecting"`)
