@@ -14,7 +14,7 @@ import (
 )
 
 // logged is the class and the text of each line of the log, as JavaScript.
-const logged = `[...$("log").children].map((line) => line.className + ": " + line.querySelector(".words").textContent)`
+const logged = `[...$("log").children].map((line) => line.className + ": " + (line.querySelector(".words") ?? line.lastChild).textContent)`
 
 // wire passes TCP connections on to the server at to. After cut those that are
 // open are dead: nothing passes any more, and neither end gets to know.

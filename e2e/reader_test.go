@@ -390,6 +390,8 @@ func TestPrintShowsAllLinesAndNoForm(t *testing.T) {
 	p := openTab(t, s)
 	talk(t, s, 150)
 	p.untilShown(150)
+	eval[bool](p, `showLost("lost"); true`)
+	p.until(`$("log").textContent.includes("arrived: lost")`)
 	call(p, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Media: "print"})
 	if got := eval[float64](p, `$("log").scrollHeight - document.body.getBoundingClientRect().height`); got > 0 {
 		t.Errorf("printed, %v pixels of the log are beyond the page's end", got)
