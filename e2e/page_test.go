@@ -878,6 +878,8 @@ func TestWithoutDvhTheFormIsInSight(t *testing.T) {
 	}
 }
 
+// Of the three engines none can be told to drop a file. What replaces the page is what a
+// browser does if the page leaves the event to it.
 func TestWhatIsDroppedReplacesNothing(t *testing.T) {
 	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
@@ -904,67 +906,67 @@ func TestWhatIsDroppedReplacesNothing(t *testing.T) {
 	})
 }
 
-// The same, as far as the browser goes: only Chromium can be told to drop.
-func TestAFileThatIsDroppedLeavesThePageAndTextGoesIn(t *testing.T) {
+func TestTextThatIsDroppedOnTheInputGoesIn(t *testing.T) {
 	t.Parallel()
-	s := startServer(t, "localhost:0")
-	p := openTab(t, s)
-	file := filepath.Join(t.TempDir(), "x.txt")
-	if err := os.WriteFile(file, []byte("x"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	drop := func(id string, data *input.DragData) {
-		t.Helper()
-		data.DragOperationsMask = 1
+	p := openTab(t, startServer(t, "localhost:0"))
+	for _, id := range []string{"log", "msg"} {
 		at := eval[[]float64](p, `const box = $("`+id+`").getBoundingClientRect(); [box.left + 50, box.top + 10]`)
 		for _, event := range []input.DispatchDragEventType{"dragEnter", "dragOver", "drop"} {
-			call(p, input.DispatchDragEvent, input.DispatchDragEventParams{Type: event, X: at[0], Y: at[1], Data: data})
+			call(p, input.DispatchDragEvent, input.DispatchDragEventParams{Type: event, X: at[0], Y: at[1], Data: &input.DragData{
+				Items:              []*input.DragDataItem{{MimeType: "text/plain", Data: "dropped on " + id}},
+				DragOperationsMask: 1,
+			}})
 		}
 	}
-	for _, id := range []string{"log", "msg", "form"} {
-		drop(id, &input.DragData{Files: []string{file}})
-	}
-	drop("msg", &input.DragData{Items: []*input.DragDataItem{{MimeType: "text/plain", Data: "dropped"}}})
-	p.until(`$("msg").value == "dropped"`)
+	p.until(`$("msg").value == "dropped on msg"`)
 	p.press(kb.Enter)
-	p.until(lastLine + ` == "dropped" && sockets.length == 1`)
+	p.until(lastLine + ` == "dropped on msg" && sockets.length == 1`)
 }
 
-// A proxy wants a login again, somewhere else: what answers is not the chat.
+// A proxy wants a login again, here or somewhere else: what answers is not the chat.
 func TestWhenSomethingElseAnswersItAdvisesToReload(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
-		s := startQuick(t, "localhost:0")
-		login := httptest.NewServer(http.NotFoundHandler())
-		t.Cleanup(login.Close)
-		var expired, asked atomic.Int32
-		proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr})
-		front := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
-			switch {
-			case expired.Load() == 0:
-				proxy.ServeHTTP(rw, r)
-			case asked.Add(1)%2 == 1: // some say so, others redirect
-				http.Error(rw, "log in", http.StatusUnauthorized)
-			default:
-				http.Redirect(rw, r, login.URL, http.StatusFound)
-			}
-		}))
-		t.Cleanup(front.Close)
-		w.open(strings.TrimPrefix(front.URL, "http://"))
-		w.insert("a draft")
-		expired.Store(1)
-		get[bool](w, `socket.close() ?? true`)
-		const advice = `$("status").textContent.startsWith("Something else than this chat answers. A reload may help.")`
-		w.until(advice)
-		for n := asked.Load(); asked.Load() < n+4; { // also as it goes on trying
-			w.until(advice + ` || state == "connecting"`)
+	for _, status := range []int{http.StatusFound, http.StatusUnauthorized} {
+		t.Run(fmt.Sprint(status), func(t *testing.T) {
+			t.Parallel()
+			inThreeEngines(t, func(t *testing.T, w *window) { testLogin(t, w, status) })
+		})
+	}
+}
+
+func testLogin(t *testing.T, w *window, status int) {
+	s := startQuick(t, "localhost:0")
+	login := httptest.NewServer(http.NotFoundHandler())
+	t.Cleanup(login.Close)
+	var expired atomic.Bool
+	var asked atomic.Int32
+	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr})
+	front := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if !expired.Load() {
+			proxy.ServeHTTP(rw, r)
+			return
 		}
-		expired.Store(0)
-		w.until(connected)
-		if got := get[string](w, `$("msg").value`); got != "a draft" {
-			t.Errorf("the draft is %q", got)
+		asked.Add(1)
+		rw.Header().Set("Location", login.URL)
+		rw.WriteHeader(status)
+	}))
+	t.Cleanup(front.Close)
+	w.open(strings.TrimPrefix(front.URL, "http://"))
+	w.insert("a draft")
+	expired.Store(true)
+	get[bool](w, `socket.close() ?? true`)
+	const advice = `$("status").textContent == "Something else than this chat answers. A reload may help. Reconnecting…"`
+	w.until(advice)
+	for n := asked.Load(); asked.Load() < n+3; time.Sleep(pollInterval) { // also as it goes on trying
+		if !get[bool](w, advice) {
+			t.Fatalf("the status is %q", get[string](w, `$("status").textContent`))
 		}
-	})
+	}
+	expired.Store(false)
+	w.until(connected)
+	if got := get[string](w, `$("msg").value`); got != "a draft" {
+		t.Errorf("the draft is %q", got)
+	}
 }
 
 func TestNothingMoves(t *testing.T) {
