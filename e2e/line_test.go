@@ -525,7 +525,7 @@ func TestALossIsToldOnce(t *testing.T) {
 		w.until(connected)
 		w.until(`$("counter").textContent == "" && $("msg").getAttribute("aria-invalid") == "false"`)
 		w.until(lastLine + `.startsWith("Connected again")`)
-		spoken := get[[]string](w, `announcements.map((text) => text.replace(/^\d+:\d\d [AP]M/, ""))`)
+		spoken := get[[]string](w, `announcements.map((text) => text.replace(/^\d+:\d\d [AP]M /, ""))`)
 		if want := []string{"Notice, The server is restarting.", "Not sent yet", "Notice, Connected again. Messages may have been missed in between."}; !slices.Equal(spoken, want) {
 			t.Errorf("a screen reader says %q, want %q", spoken, want)
 		}

@@ -157,7 +157,7 @@ func TestMyLinesAndNoticesDifferWithoutColors(t *testing.T) {
 	}
 	// A node for each line, and in it the time, if the eye sees one. What it is comes from the
 	// page: a message never starts like a notice.
-	time := regexp.MustCompile(`^\d+:\d\d [AP]M\|`)
+	time := regexp.MustCompile(`^\d+:\d\d [AP]M ?\|`)
 	want := []string{"By |Ilse|: hello", "Somebody: |Notice, The server is restarting.", "You, |mine", "Notice, |The server is restarting."}
 	timed := 0
 	for i := range spoken {
@@ -190,8 +190,8 @@ func TestTimesAreShownWhereTheMinuteChanges(t *testing.T) {
 		p.untilShown(i + 1)
 	}
 	got := eval[[]string](p, `[...$("log").children].map((line) => line.textContent)`)
-	want := []string{"9:40 AMSomebody: line 0", "Somebody: line 1", "9:41 AMSomebody: line 2", "Somebody: line 3",
-		"Notice, Tuesday, November 24, 2026", "9:40 AMSomebody: line 4", "Somebody: line 5"}
+	want := []string{"9:40 AM Somebody: line 0", "Somebody: line 1", "9:41 AM Somebody: line 2", "Somebody: line 3",
+		"Notice, Tuesday, November 24, 2026", "9:40 AM Somebody: line 4", "Somebody: line 5"}
 	if fmt.Sprintf("%q", got) != fmt.Sprintf("%q", want) {
 		t.Errorf("the log has %q, want %q", got, want)
 	}
@@ -203,7 +203,7 @@ func TestTimesAreShownWhereTheMinuteChanges(t *testing.T) {
 	call(p, emulation.SetTimezoneOverride, emulation.SetTimezoneOverrideParams{TimezoneID: "Asia/Tokyo"})
 	say(t, conn, "arrived")
 	p.untilShown(7)
-	if got, want := eval[string](p, `$("log").lastChild.textContent`), "6:40 PMSomebody: arrived"; got != want {
+	if got, want := eval[string](p, `$("log").lastChild.textContent`), "6:40 PM Somebody: arrived"; got != want {
 		t.Errorf("in another time zone a line is %q, want %q", got, want)
 	}
 }
@@ -846,7 +846,7 @@ func TestTheLogStandsStillWhileSomethingIsSelected(t *testing.T) {
 		line := func(n int) string { return fmt.Sprintf(`$("log").children[%d].lastChild.firstChild`, n) }
 		const span = `$("log").children[50].lastChild`
 		conn := s.dial(t)
-		w.mouse(w.moveTo(span, 0.01), pointerDown, w.moveTo(span, 0.05))
+		w.mouse(w.moveTo(span, 0.05), pointerDown, w.moveTo(span, 0.4))
 		w.until("!getSelection().isCollapsed")
 		want := get[string](w, reading)
 		for i := range 20 {
@@ -854,7 +854,7 @@ func TestTheLogStandsStillWhileSomethingIsSelected(t *testing.T) {
 		}
 		w.until(lastLine + ` == "meanwhile 19" && !$("jump").hidden`)
 		w.wantPlace(want, "as lines came while something was selected")
-		w.mouse(w.moveTo(span, 0.08), pointerUp)
+		w.mouse(w.moveTo(span, 0.6), pointerUp)
 		if got := get[string](w, "getSelection().toString()"); got == "" || !strings.Contains("That is all.", got) {
 			t.Errorf("selected %q, want part of the line where the mouse went down", got)
 		}
