@@ -1064,7 +1064,7 @@ func TestScreenshots(t *testing.T) {
 	}
 	for scheme, sizes := range map[string][][2]int64{
 		"light": {{640, 524}, {320, 480}, {1920, 1000}},
-		"dark":  {{360, 710}, {640, 400}},
+		"dark":  {{360, 716}, {640, 400}},
 	} {
 		if !*screenshots {
 			sizes = sizes[:1]
