@@ -291,10 +291,17 @@ func TestWhatHasNotComeBackIsKeptUntilItHas(t *testing.T) {
 		say(t, conn, "does not")
 		w.until(kept + ` == "is lost" && $("log").lastChild.className == "message mine"`)
 
-		// So it is when the very words arrive late, or when it is discarded.
+		// Said once more instead, it comes back as what is under way; then, late, as what was lost.
+		w.send("is lost")
+		w.until(kept + ` == "is lost\nis lost"`)
+		say(t, conn, "is lost")
+		w.until(kept + ` == "is lost" && !document.querySelector(".pending")`)
+		wantLost("is lost")
 		say(t, conn, "is lost")
 		w.until(kept + ` == "" && $("log").textContent.endsWith("is lost")`)
 		wantLost()
+
+		// What is discarded is not kept, either.
 		w.send("is nothing")
 		w.until(`document.querySelector(".pending")`)
 		open()

@@ -501,6 +501,8 @@ func TestATabSpeaksUnderItsOwnName(t *testing.T) {
 		w.open(s.addr)
 		get[bool](w, `$("name").focus() ?? true`)
 		w.typeText("Alice")
+		newTab()
+		wantName("Alice")
 		inAnotherTab("Bob")
 		wantName("Alice")
 		newTab()
@@ -754,6 +756,12 @@ func TestTheMarkTellsWhichLinesAreGone(t *testing.T) {
 			if got := eval[int](p, `document.querySelectorAll(".mark").length`); got != 0 {
 				t.Error("the mark is still there after the page has been looked at and left")
 			}
+			show = p.hide()
+			talk(t, s, 1100)
+			p.until(`document.title == "(1100) Chat"`)
+			show()
+			p.until("!batch.hasChildNodes()")
+			wantMark(101)
 		})
 	}
 }
