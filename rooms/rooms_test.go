@@ -1077,15 +1077,20 @@ func TestPageIsFoundWithASlashAtItsEnd(t *testing.T) {
 
 // The copies.
 
-// README.md shows the whole difference to the files they come from: patch applies
-// it, and so does this test.
-func TestREADMEShowsTheWholeDifference(t *testing.T) {
+// README.md and home.diff show the whole difference to the files they come from:
+// patch applies it, and so does this test.
+func TestTheWholeDifferenceIsShown(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	_, diffs, _ := strings.Cut(string(readme), "```diff\n")
 	diffs, _, _ = strings.Cut(diffs, "```\n")
+	page, err := os.ReadFile("home.diff")
+	if err != nil {
+		t.Fatal(err)
+	}
+	diffs += string(page)
 	for _, name := range []string{"hub.go", "client.go", "home.html"} {
 		root, err := os.ReadFile("../" + name)
 		if err != nil {
@@ -1097,7 +1102,7 @@ func TestREADMEShowsTheWholeDifference(t *testing.T) {
 		}
 		_, diff, found := strings.Cut(diffs, "+++ "+name+"\n")
 		if !found {
-			t.Fatalf("README.md has no difference of %s", name)
+			t.Fatalf("there is no difference of %s", name)
 		}
 		diff, _, _ = strings.Cut(diff, "--- ")
 		want, rest := "", string(root)
@@ -1113,12 +1118,12 @@ func TestREADMEShowsTheWholeDifference(t *testing.T) {
 			}
 			before, after, found := strings.Cut(rest, old)
 			if !found {
-				t.Fatalf("README.md changes what ../%s does not have: %q", name, old)
+				t.Fatalf("it changes what ../%s does not have: %q", name, old)
 			}
 			want, rest = want+before+new, after
 		}
 		if want+rest != string(here) {
-			t.Errorf("%s is not ../%s with the difference in README.md: run go generate", name, name)
+			t.Errorf("%s is not ../%s with the difference that is shown: run go generate", name, name)
 		}
 	}
 }
