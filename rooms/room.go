@@ -145,6 +145,7 @@ func (h *Hub) welcome(client *Client, person *Person) {
 	for _, other := range h.people {
 		hello.People = append(hello.People, other.Name)
 	}
+	slices.Sort(hello.People)
 	h.queue(client, hello.encode())
 	lines := slices.Concat(h.history, h.whispers)
 	slices.SortFunc(lines, func(a, b Line) int { return a.N - b.N })

@@ -108,6 +108,7 @@ func TestLinesAreNumberedInTheirRoomAndBearTheServersTime(t *testing.T) {
 		grete.say("one")
 		time.Sleep(time.Minute)
 		grete.say(`<b>"two"</b>`)
+		grete.heard()
 		hans := w.join("Hans", "kitchen")
 		time.Sleep(time.Minute)
 		start := time.Now().Add(-2 * time.Minute)
@@ -124,7 +125,7 @@ func TestLinesAreNumberedInTheirRoomAndBearTheServersTime(t *testing.T) {
 		if fmt.Sprint(got) != fmt.Sprint(want) {
 			t.Errorf("Hans hears %v, want %v", got, want)
 		}
-		if fmt.Sprint(grete.documents()) == "" || hans.hello.Who != "Hans" || fmt.Sprint(hans.hello.People) != "[Grete Hans]" || hans.hello.Room == "" {
+		if hans.hello.Who != "Hans" || fmt.Sprint(hans.hello.People) != "[Grete Hans]" || hans.hello.Room == "" {
 			t.Errorf("Hans is told %+v", hans.hello)
 		}
 	})
