@@ -344,6 +344,27 @@ func TestWhoComesAsARoomClosesIsLetIn(t *testing.T) {
 	})
 }
 
+// However long the handshake takes of somebody who was admitted in the last second.
+func TestRoomWaitsForWhoIsOnTheWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		grete := w.join("Grete", "kitchen")
+		grete.heard()
+		grete.leave()
+		time.Sleep(awayTime + roomLife - 2*time.Second)
+		hub, _, _ := w.admit("kitchen", Identity{"an ID", "Hans"})
+		time.Sleep(roomLife - 2*time.Second)
+		if w.room("kitchen") != hub {
+			t.Error("the room is another")
+		}
+		select {
+		case <-hub.stopped:
+			t.Error("the hub has stopped")
+		default:
+		}
+	})
+}
+
 func TestSeatsAreForThoseWhoAreIn(t *testing.T) {
 	w := startTCP(t)
 	grete := w.join("Grete", "kitchen")
