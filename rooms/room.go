@@ -218,8 +218,8 @@ func (h *Hub) hear(client *Client, line string) {
 		h.tell(Line{Kind: "to", Who: speaker.Name, To: other.Name, Text: text, Line: line, only: []string{speaker.ID, other.ID}})
 	case speaker != h.host():
 		h.answer(client, line, "Only "+h.host().Name+" can send people away.")
-	case other == speaker || other.ID == h.founder:
-		h.answer(client, line, "You cannot send away yourself, nor who opened the room.")
+	case other == speaker: // So nobody sends away who opened the room: while they are here, they are the host.
+		h.answer(client, line, "You cannot send yourself away.")
 	default:
 		h.rooms.mu.Lock()
 		h.kicked[other.ID] = true
