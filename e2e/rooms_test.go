@@ -70,6 +70,11 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 		eval[bool](hans, `connectNow(); true`)
 		hans.until(fmt.Sprintf(`$("log").textContent.includes(%q)`, missed))
 	}
+	ursel := newTab(t)
+	do(ursel, chromedp.Navigate("http://"+s.addr+"/"))
+	ursel.enterRoom("Ursel", "kitchen")
+	grete.until(`$("log").textContent.includes("Ursel has come.")`)
+	hans.until(`$("log").textContent.includes("Ursel has come.") || batch.textContent.includes("Ursel has come.")`)
 	if got := eval[string](hans, `document.title`); got != "(3) Chat" {
 		t.Errorf("the title is %q, want 3 unread", got)
 	}
