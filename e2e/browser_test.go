@@ -112,7 +112,7 @@ func (p *tab) open(url string) {
 	do(p, chromedp.Navigate(url))
 	p.until(`$("status").textContent == "Connected"`)
 	p.until(focused)
-	eval[bool](p, `var arrived = 0, pageAdd = add; add = (kind, text) => { arrived += kind.startsWith("message"); return pageAdd(kind, text); }; true`)
+	eval[bool](p, `var arrived = 0, pageReceive = receive; receive = (lines) => { arrived += lines.length; pageReceive(lines); }; true`)
 }
 
 // openTab opens the server's page in a new tab and waits until it is connected.

@@ -38,7 +38,7 @@ func TestEveryEngineSendsAndShowsWhatIsSaid(t *testing.T) {
 
 		limit := strings.Repeat("🐢", 128)
 		w.send(limit + "x")
-		w.until(fmt.Sprintf(`$("msg").value == "%sx" && $("msg").validationMessage.includes("Too long")`, limit))
+		w.until(fmt.Sprintf(`$("msg").value == "%sx" && $("counter").textContent == "1 bytes too long"`, limit))
 		w.press(backspace)
 		w.press(enter)
 		w.until(fmt.Sprintf(`$("msg").value == "" && %s == %q`, lastLine, limit))
@@ -53,7 +53,7 @@ func TestEveryEngineKeepsTheDraftAndComesBack(t *testing.T) {
 		s.stop(t)
 		w.until(`$("status").textContent.includes("restarting")`)
 		w.send("patience")
-		w.until(`$("msg").validationMessage.includes("Not sent yet")`)
+		w.until(`$("counter").textContent == "Not sent yet"`)
 		s = startQuick(t, s.addr)
 		w.until(connected)
 		w.until(`$("msg").value == "patience"`)
@@ -191,13 +191,16 @@ func TestEveryEngineKeepsUpWithAThousandLinesASecond(t *testing.T) {
 	inEveryEngine(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
+		get[bool](w, `(window.flushes = 0, window.pageFlush = flush, flush = () => { flushes++; pageFlush(); }, true)`)
+		start := time.Now()
 		<-flood(t, s, 5000, 1000)
 		sent := time.Now()
 		w.until(`$("log").textContent.includes("line 4999 ")`)
-		late := time.Since(sent)
-		t.Logf("the last line was shown %v after it was sent", late)
-		if late > 5*time.Second {
-			t.Errorf("the page shows the last line %v after it was sent, want it to keep up", late)
+		t.Logf("the last line was shown %v after it was sent", time.Since(sent))
+		// How late that is depends on the machine. What has to be done for each line does
+		// not: it is little if many lines are laid out at once.
+		if got, most := get[int](w, "flushes"), int(time.Since(start)/(100*time.Millisecond))+1; got > most {
+			t.Errorf("5,000 lines were laid out in %d parts, want at most %d", got, most)
 		}
 		if got := get[string](w, `[$("log").childElementCount, document.querySelectorAll(".notice").length].join()`); got != "1000,0" {
 			t.Errorf("lines and notices are %s, want 1000 and none", got)
@@ -288,7 +291,8 @@ var quick = sync.OnceValues(func() (string, error) {
 	replace := make(map[string]string) // files by other files
 	for _, edit := range []struct{ file, old, new string }{
 		{"client.go", "pongWait = 60 * time.Second", "pongWait = 2 * time.Second"},
-		{"home.html", "patience = 10_000;", "patience = 1_000;"},
+		{"home.html", "answerTimeout = 10_000;", "answerTimeout = 1_000;"},
+		{"home.html", "longestPause = 10_000;", "longestPause = 1_000;"},
 		{"home.html", "pingPeriod = 54_000;", "pingPeriod = 1_800;"},
 	} {
 		file, err := filepath.Abs(filepath.Join("..", edit.file))

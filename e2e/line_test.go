@@ -14,7 +14,7 @@ import (
 )
 
 // logged is the class and the text of each line of the log, as JavaScript.
-const logged = `[...$("log").children].map((line) => line.className + ": " + line.lastChild.textContent)`
+const logged = `[...$("log").children].map((line) => line.className + ": " + (line.querySelector(".words") ?? line.lastChild).textContent)`
 
 // wire passes TCP connections on to the server at to. After cut those that are
 // open are dead: nothing passes any more, and neither end gets to know.
@@ -235,20 +235,82 @@ func TestWhatIsUnderWayStaysInSight(t *testing.T) {
 	p.until(`!$("log").querySelector(".pending") && $("log").lastChild.className == "message mine"`)
 }
 
-func TestAReloadTellsWhatWasUnderWay(t *testing.T) {
+// kept is what the tab has kept of what it has not heard yet, as JavaScript.
+const kept = `sessionStorage["chat / unheard"]`
+
+func TestWhatHasNotComeBackIsKeptUntilItHas(t *testing.T) {
 	t.Parallel()
-	s := startServer(t, "localhost:0")
-	url, conns := mute(t, s)
-	p := newTab(t)
-	p.open(url)
-	p.send("arrives")
-	p.send("does not")
-	say(t, <-conns, "arrives")
-	p.until(`$("log").querySelectorAll(".pending").length == 1`)
-	p.open(url)
-	p.wantLog("notice: This may not have arrived: does not")
-	p.open(url)
-	p.wantLog()
+	inThreeEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		url, conns := mute(t, s)
+		open := func() *websocket.Conn {
+			t.Helper()
+			w.open(strings.TrimPrefix(url, "http://"))
+			return <-conns
+		}
+		wantLost := func(want ...string) {
+			t.Helper()
+			w.until("!batch.hasChildNodes()")
+			got := get[[]string](w, logged)
+			for i := range want {
+				want[i] = "notice: This may not have arrived: " + want[i]
+			}
+			got = slices.DeleteFunc(got, func(line string) bool { return !strings.Contains(line, "arrived") })
+			if !slices.Equal(got, want) {
+				t.Errorf("the log tells of %q, want %q", got, want)
+			}
+		}
+
+		// Under way, at a reload. A crash would come without any event, so it is kept by now.
+		conn := open()
+		w.send("arrives")
+		w.send("does not")
+		w.until(kept + ` == "arrives\ndoes not"`)
+		say(t, conn, "arrives")
+		w.until(kept + ` == "does not"`)
+		conn = open()
+		wantLost("does not")
+
+		// After the connection, and at two reloads.
+		w.send("is lost")
+		w.until(kept + ` == "does not\nis lost"`)
+		conn.Close()
+		w.until(`$("log").textContent.includes("arrived: is lost")`)
+		w.until(connected)
+		<-conns
+		for range 2 {
+			conn = open()
+			wantLost("does not", "is lost")
+		}
+
+		// Sent again it is under way; when it has come back, it is not kept any more.
+		w.click(`document.querySelector(".notice button")`)
+		w.until(`document.querySelector(".pending")`)
+		wantLost("is lost")
+		w.until(kept + ` == "is lost\ndoes not"`)
+		say(t, conn, "does not")
+		w.until(kept + ` == "is lost" && $("log").lastChild.className == "message mine"`)
+
+		// Said once more instead, it comes back as what is under way; then, late, as what was lost.
+		w.send("is lost")
+		w.until(kept + ` == "is lost\nis lost"`)
+		say(t, conn, "is lost")
+		w.until(kept + ` == "is lost" && !document.querySelector(".pending")`)
+		wantLost("is lost")
+		say(t, conn, "is lost")
+		w.until(kept + ` == "" && $("log").textContent.endsWith("is lost")`)
+		wantLost()
+
+		// What is discarded is not kept, either.
+		w.send("is nothing")
+		w.until(`document.querySelector(".pending")`)
+		open()
+		wantLost("is nothing")
+		w.click(`document.querySelectorAll(".notice button")[1]`)
+		w.until(kept + ` == "" && !$("log").hasChildNodes() && document.activeElement == $("log")`)
+		open()
+		wantLost()
+	})
 }
 
 func TestOnlyAConnectionThatLastsIsASuccess(t *testing.T) {
@@ -287,7 +349,7 @@ func TestAfterARestartNotEverybodyComesAtOnce(t *testing.T) {
 		setTimeout = (f, ms) => waits.push(ms);
 		for (let i = 0; i < 1000; i++) {
 			tries = 0;
-			lose(1001);
+			lose("The server is restarting.");
 		}
 		setTimeout = realTimeout;
 		waits.filter((ms) => ms > 400)`) // without those for a frame
@@ -382,7 +444,7 @@ func TestToConnectIsNoAlarm(t *testing.T) {
 	}
 }
 
-func TestWhatMayBeLostCanBeSentAgain(t *testing.T) {
+func TestSendAgainSends(t *testing.T) {
 	t.Parallel()
 	inThreeEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
@@ -392,10 +454,14 @@ func TestWhatMayBeLostCanBeSentAgain(t *testing.T) {
 		w.typeText("Grete")
 		w.press(enter)
 		const button = `document.querySelector(".notice button")`
-		wantButtons := func(want int) {
+		wantSent := func(draft string) {
 			t.Helper()
-			if got := get[int](w, `document.querySelectorAll(".notice button").length`); got != want {
-				t.Errorf("%d lines can be sent again, want %d", got, want)
+			w.until(`document.querySelector(".pending .words")?.textContent == "Grete: first" && document.activeElement == $("log")`)
+			if got := get[int](w, `document.querySelectorAll(".notice button, .pending").length`); got != 1 {
+				t.Errorf("%d lines are under way or offered, want the one that was sent again", got)
+			}
+			if got := get[string](w, `$("msg").value`); got != draft {
+				t.Errorf("the input has %q, want %q", got, draft)
 			}
 		}
 
@@ -404,15 +470,8 @@ func TestWhatMayBeLostCanBeSentAgain(t *testing.T) {
 		w.until(`document.querySelector(".pending")`)
 		(<-conns).Close()
 		w.until(connected + ` && !document.querySelector(".pending")`)
-		wantButtons(1)
 		w.click(button)
-		w.until(`$("msg").value == "first" && document.activeElement == $("msg")`)
-		wantButtons(0)
-		if got := get[string](w, `sessionStorage["chat draft"]`); got != "first" {
-			t.Errorf("the draft that is kept is %q, want what is in the input", got)
-		}
-		w.press(enter)
-		w.until(`document.querySelector(".pending")?.lastChild.textContent == "Grete: first"`)
+		wantSent("")
 
 		// By keyboard, and while something else is in the input.
 		(<-conns).Close()
@@ -426,14 +485,7 @@ func TestWhatMayBeLostCanBeSentAgain(t *testing.T) {
 		} else { // no key presses a button then, and a headless Firefox never has the focus
 			get[bool](w, "document.activeElement.click() ?? true")
 		}
-		w.until(`document.querySelector(".pending")?.lastChild.textContent == "Grete: first" && document.activeElement == $("msg")`)
-		wantButtons(0)
-		if got := get[string](w, `$("msg").value`); got != "a draft" {
-			t.Errorf("the input has %q, want the draft", got)
-		}
-		if got := get[int](w, `document.querySelectorAll(".pending").length`); got != 1 {
-			t.Errorf("%d lines are under way, want 1", got)
-		}
+		wantSent("a draft")
 	})
 }
 
@@ -444,7 +496,7 @@ func TestWhatCannotBeSentAgainNowCanBeLater(t *testing.T) {
 		w.open(s.addr)
 		s.stop(t)
 		w.until(`$("status").textContent.includes("restarting")`)
-		get[bool](w, `mayBeLost("Grete: hello") ?? true`)
+		get[bool](w, `showLost("Grete: hello") ?? true`)
 		w.insert("a draft")
 		w.until(`document.querySelector(".notice button")`)
 		w.click(`document.querySelector(".notice button")`)
@@ -457,11 +509,11 @@ func TestWhatCannotBeSentAgainNowCanBeLater(t *testing.T) {
 }
 
 // announced notes what a screen reader says: texts that come or change in live regions.
-const announced = `(window.spoken ??= (new MutationObserver((changes) => {
+const announced = `(window.announcements ??= (new MutationObserver((changes) => {
 	for (const { target, addedNodes } of changes) for (const node of addedNodes) {
 		const element = node.nodeType == Node.ELEMENT_NODE ? node : target;
 		const region = element.closest("[aria-live], [role=status], [role=log], [role=alert]");
-		if (region && region.getAttribute("aria-live") != "off") spoken.push(node.textContent);
+		if (region && region.getAttribute("aria-live") != "off") announcements.push(node.textContent);
 	}
 }).observe(document.body, { childList: true, subtree: true }), []))`
 
@@ -475,13 +527,13 @@ func TestALossIsToldOnce(t *testing.T) {
 		s.stop(t)
 		w.until(lastLine + ` == "The server is restarting."`)
 		w.send("a draft")
-		w.until(`$("counter").textContent == "Not sent yet" && $("msg").validationMessage.includes("Not sent yet") && $("msg").value == "a draft"`)
+		w.until(`$("counter").textContent == "Not sent yet" && $("msg").getAttribute("aria-invalid") == "true" && $("msg").value == "a draft"`)
 		startServer(t, s.addr)
 		w.until(connected)
-		w.until(`$("counter").textContent == "" && $("msg").validity.valid`)
+		w.until(`$("counter").textContent == "" && $("msg").getAttribute("aria-invalid") == "false"`)
 		w.until(lastLine + `.startsWith("Connected again")`)
-		spoken := get[[]string](w, `spoken.map((text) => text.replace(/^\d\d:\d\d( [AP]M)?/, ""))`)
-		if want := []string{"The server is restarting.", "Not sent yet", "Connected again. Messages may have been missed in between."}; !slices.Equal(spoken, want) {
+		spoken := get[[]string](w, `announcements.map((text) => text.replace(/^\d+:\d\d [AP]M /, ""))`)
+		if want := []string{"Notice, The server is restarting.", "Not sent yet", "Notice, Connected again. Messages may have been missed in between."}; !slices.Equal(spoken, want) {
 			t.Errorf("a screen reader says %q, want %q", spoken, want)
 		}
 		if got := get[int](w, "bubbles"); got != 0 {
@@ -499,7 +551,7 @@ func TestWithoutANoticeTheStatusIsSpoken(t *testing.T) {
 		get[bool](w, `(since = 0, state = "connecting", tries = 3, lose(), true)`)
 		w.until(`$("status").textContent.includes("Reconnecting…")`)
 		w.until(connected)
-		if got, want := get[[]string](w, "spoken"), []string{"No connection to the server. Reconnecting…", "Connected"}; !slices.Equal(got, want) {
+		if got, want := get[[]string](w, `announcements.map((text) => text)`), []string{"No connection to the server. Reconnecting…", "Connected"}; !slices.Equal(got, want) {
 			t.Errorf("a screen reader says %q, want %q", got, want)
 		}
 	})

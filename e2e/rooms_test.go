@@ -1,8 +1,10 @@
 package e2e
 
 import (
+	"fmt"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/chromedp/chromedp"
@@ -44,35 +46,83 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	hans.send("<b>dinner</b>: in the kitchen")
 	grete.until(`batch.childElementCount == 0 && $("log").textContent.includes("dinner")`)
 	grete.send("/to hans bring wine")
-	grete.wantLog("message: * Grete has come.", "message: * Grete is here.", "message: * Hans has come.",
-		"message: Hans: <b>dinner</b>: in the kitchen", "message mine: Grete: /to hans bring wine")
+	grete.send("/tp Hans hush")
+	grete.wantLog("notice: Here: Grete.", "notice: Grete has come.", "notice: Hans has come.",
+		"message: Hans: <b>dinner</b>: in the kitchen", "message mine: Grete to Hans: bring wine",
+		"notice: /tp Hans hush: There are two commands, /to NAME text and /kick NAME.")
 	hans.until(`$("log").textContent.includes("wine")`)
-	if got := eval[string](hans, `[...document.querySelectorAll("#log b")].map((b) => b.textContent).join()`); got != "Hans,Grete" {
+	if got := eval[string](hans, `[...document.querySelectorAll("#log b")].map((b) => b.textContent).join()`); got != "Hans,Grete to Hans" {
 		t.Errorf("the names %q are set off, want Hans and Grete", got)
 	}
-	if got := eval[string](hans, `[...document.querySelectorAll("#log .mine")].map((line) => line.lastChild.textContent).join()`); got != "Hans: <b>dinner</b>: in the kitchen" {
-		t.Errorf("Hans has said %q", got)
+	uwe.wantLog("notice: Here: Uwe.", "notice: Uwe has come.")
+
+	// After each break a line stands there once, with the server's time, and only what
+	// people say counts as unread.
+	lines := []string{"notice: Here: Grete, Hans.", "notice: Grete has come.", "notice: Hans has come.",
+		"message mine: Hans: <b>dinner</b>: in the kitchen", "message: Grete to Hans: bring wine"}
+	hans.wantLog(lines...)
+	eval[bool](hans, `Object.defineProperty(document, "hidden", {get: () => true, configurable: true}); mark = document.createElement("div"); true`)
+	for n := range 3 {
+		eval[bool](hans, `lose(); true`)
+		missed := fmt.Sprint("missed ", n)
+		grete.send(missed)
+		grete.until(`underWay.length == 0`)
+		eval[bool](hans, `connectNow(); true`)
+		hans.until(fmt.Sprintf(`$("log").textContent.includes(%q)`, missed))
 	}
-	uwe.wantLog("message: * Uwe has come.", "message: * Uwe is here.")
+	ursel := newTab(t)
+	do(ursel, chromedp.Navigate("http://"+s.addr+"/"))
+	ursel.enterRoom("Ursel", "kitchen")
+	grete.until(`$("log").textContent.includes("Ursel has come.")`)
+	hans.until(`$("log").textContent.includes("Ursel has come.") || batch.textContent.includes("Ursel has come.")`)
+	if got := eval[string](hans, `document.title`); got != "(3) Chat" {
+		t.Errorf("the title is %q, want 3 unread", got)
+	}
+	for _, text := range []string{"dinner", "wine", "missed 0", "missed 1", "missed 2", "Hans has come"} {
+		if n := eval[int](hans, fmt.Sprintf(`$("log").textContent.split(%q).length - 1`, text)); n != 1 {
+			t.Errorf("%q stands in the log %d times", text, n)
+		}
+	}
+	if eval[bool](hans, `$("log").textContent.includes("missed in between")`) {
+		t.Error("the page says that messages may have been missed")
+	}
+	eval[bool](hans, `delete document.hidden; true`)
 
-	// A reload hears what was said, and is told so.
+	// A reload brings all of it.
 	do(hans, chromedp.Reload())
-	hans.until(`$("status")?.textContent == "Connected" && $("log").textContent.includes("dinner")`)
+	hans.until(`$("status")?.textContent == "Connected" && $("log").textContent.includes("missed 2")`)
 
-	// Who is sent away stays away, and reads why.
+	// A second login in the same browser changes nobody's name here, and the page says so.
+	if got := eval[string](hans, `$("name").value`); got != "Hans" {
+		t.Errorf("the page says that he is %q", got)
+	}
+
+	// Whoever is sent away stays away, and reads why.
+	const away = `$("status").textContent == "Disconnected: you have been sent away from this room." && state == "ended"`
 	grete.send("/kick Hans")
-	hans.until(`$("status").textContent.startsWith("Disconnected: you have been sent away from this room.")`)
-	hans.until(`socket === null`)
+	hans.until(away)
+	eval[bool](hans, `connectNow(); document.dispatchEvent(new Event("visibilitychange")); dispatchEvent(new Event("online")); true`)
+	hans.until(away + ` && !$("log").textContent.includes("Connected again")`)
 	do(hans, chromedp.Reload())
 	hans.until(`$("status")?.textContent.startsWith("Disconnected: you have been sent away from this room.")`)
 
-	// After a restart nobody is known any more: the page leads to the form.
+	// After a restart nobody is known any more: the page leads to the form, which fits a
+	// phone, and nothing typed is lost.
+	do(grete, chromedp.EmulateViewport(360, 640))
+	eval[bool](grete, `showUnderWay("last words"); msg.value = "a draft"; changed(msg); true`)
 	addr := s.addr
 	s.stop(t)
 	startCommand(t, exec.Command(program, "-addr", addr))
 	grete.until(`document.querySelector("[name=name]")`)
-	grete.enterRoom("Grete", "kitchen")
+	if !eval[bool](grete, `document.documentElement.scrollWidth <= innerWidth && [...document.querySelectorAll("input, button")].every((e) => e.getBoundingClientRect().height >= 30)`) {
+		t.Error("the form does not fit a phone")
+	}
+	grete.enterRoom("Grete ", "kitchen ")
 	if got := eval[string](grete, `$("name").textContent + " in " + document.querySelector("h1").textContent`); got != "Grete in kitchen" {
 		t.Errorf("the page says %q", got)
+	}
+	grete.until(`batch.childElementCount == 0`)
+	if got := eval[string](grete, `msg.value + ", " + $("log").textContent`); !strings.HasPrefix(got, "a draft, ") || !strings.Contains(got, "This may not have arrived: last words") {
+		t.Errorf("after the restart there are %q", got)
 	}
 }

@@ -5,26 +5,21 @@ import (
 	"time"
 )
 
-// breather is how long run pauses when a queue is more than half full: long
-// enough for writePumps to catch up and for senders to feel the pressure,
-// short enough that one stuck reader costs the room next to nothing. A reader
-// that is always half behind holds the room to a thousand messages a second,
-// which is more than anybody reads.
-const breather = time.Millisecond
-
 // A Hub passes on to every client in the room what any of them says.
 type Hub struct {
 	// Owned by run:
 	clients map[*Client]bool
 	Room
 
-	// To run from other goroutines. It receives until stop has been called and
-	// every client that registered has left; after that, a send waits for ever.
-	// So does run if it sends here itself: it uses deliver, queue and drop.
-	broadcast  chan []byte  // what clean returns, of at most maxMessageSize bytes
-	register   chan *Client // not after stop: whoever registers selects on stopped, too
+	// From other goroutines to run. It receives until stop has been called and
+	// every client has left. Then a send waits for ever, so whoever may outlive the
+	// hub, as a handler does, selects on stopped, too. What runs in run must not
+	// send here, as it would wait for itself: it calls deliver, queue and drop.
+	broadcast  chan []byte  // for every client: a line, as clean returns it
+	do         chan func()  // to be called by run: what only run may do
+	register   chan *Client // to be taken in
 	unregister chan *Client // to be dropped
-	left       chan *Client // will send no more
+	left       chan *Client // has ended; without it, run would wait for the client
 
 	// stop makes run send everybody away and end. Anybody may call it, any number
 	// of times. It closes stopped.
@@ -37,6 +32,7 @@ func newHub() *Hub {
 	return &Hub{
 		clients:    make(map[*Client]bool),
 		broadcast:  make(chan []byte),
+		do:         make(chan func()),
 		register:   make(chan *Client),
 		unregister: make(chan *Client),
 		left:       make(chan *Client),
@@ -53,18 +49,22 @@ func (h *Hub) run() {
 	for stopped != nil || len(present) > 0 {
 		select {
 		case client := <-register:
-			if !client.dropped { // or its queue would be closed
+			if !client.dropped { // It may register twice, but its queue opens only once.
 				h.clients[client] = true
 				present[client] = true
 				h.enter(client)
 			}
 		case client := <-h.unregister:
-			h.drop(client, unregistered)
+			h.drop(client, noReason)
 		case client := <-h.left:
+			h.drop(client, noReason) // if nobody has
 			delete(present, client)
-			h.exit(client)
 		case message := <-h.broadcast:
-			h.hear(message)
+			h.tell(Line{Kind: "said", Text: string(message)})
+		case call := <-h.do:
+			call()
+		case <-h.seconds:
+			h.sweep()
 		case <-stopped:
 			register, stopped = nil, nil // a nil channel is never ready
 			for client := range h.clients {
@@ -74,22 +74,40 @@ func (h *Hub) run() {
 	}
 }
 
-// deliver queues message for these clients, and pauses if one has fallen behind.
-func (h *Hub) deliver(message []byte, clients map[*Client]bool) {
-	crowded := false
-	for client := range clients {
+// breather is how long the hub pauses when a queue is more than half full: long
+// enough for writePumps to catch up and for senders to feel the pressure, short
+// enough that one stuck reader costs the room next to nothing. A reader that is
+// always half behind holds the room to a thousand messages a second, which is
+// more than anybody reads.
+const breather = time.Millisecond
+
+// deliver queues line for whom it is for, and pauses if one has fallen behind.
+// Only run may call it; others send to broadcast.
+func (h *Hub) deliver(line Line) {
+	crowded, message := false, line.encode()
+	for client := range h.clients {
+		if !line.isFor(client) {
+			continue
+		}
 		h.queue(client, message)
-		// One that has just been dropped does not count.
-		crowded = crowded || len(client.send) > cap(client.send)/2 && h.clients[client]
+		// A client that has just been dropped is no reason to pause.
+		if h.clients[client] && len(client.send) > cap(client.send)/2 {
+			crowded = true
+		}
 	}
 	if crowded {
 		time.Sleep(breather)
 	}
 }
 
-// queue queues message for one client, unless that has been dropped. It does not
-// wait: a client whose queue is full is dead or stuck, and is dropped. Only run
-// may call it.
+// queue queues message for one client, unless it has been dropped. It never
+// blocks: a client whose queue is full is dead or stuck, and is dropped. Only run
+// may call it, so others have run do it:
+//
+//	select {
+//	case hub.do <- func() { hub.queue(client, message) }:
+//	case <-hub.stopped:
+//	}
 func (h *Hub) queue(client *Client, message []byte) {
 	if !h.clients[client] {
 		return
@@ -102,12 +120,15 @@ func (h *Hub) queue(client *Client, message []byte) {
 }
 
 // drop takes client out of the room and closes its queue, which makes its
-// writePump say goodbye. Only run may call it; others send to unregister.
+// writePump say goodbye. run drops clients of its own accord, so if you keep a map
+// of clients beside h.clients, delete from it here. Only run may call it, so others
+// have run do it.
 func (h *Hub) drop(client *Client, why *goodbye) {
 	if h.clients[client] {
 		delete(h.clients, client)
 		client.dropped = true
 		client.goodbye.CompareAndSwap(nil, why)
 		close(client.send)
+		h.exit(client)
 	}
 }

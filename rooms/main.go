@@ -12,20 +12,18 @@
 // everybody in all rooms home and ends it with status 0; a second one ends it at once.
 //
 // hub.go, client.go and home.html are those of the chat server, but for the lines
-// that README.md shows. room.go and login.html are new. This file repeats some of that
-// server's main.go, because a package main cannot be imported.
+// that README.md and home.diff show. room.go and login.html are new. This file repeats
+// some of that server's main.go, because a package main cannot be imported.
 package main
 
 //go:generate cp ../hub.go ../client.go ../home.html .
 //go:generate sh -c "sed -n '/^--- /,/^```$/p' README.md | patch --no-backup-if-mismatch"
+//go:generate patch --no-backup-if-mismatch home.html home.diff
 
 import (
 	"cmp"
-	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	_ "embed"
-	"encoding/base64"
 	"flag"
 	"html"
 	"log"
@@ -33,6 +31,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -41,14 +40,11 @@ import (
 	"github.com/gorilla/securecookie"
 )
 
-// pageTimeout is the time allowed for each of these: to send a request, to take the
-// answer, and to send the next request. Without it, who sends nothing would hold a
-// connection for ever.
-const pageTimeout = 10 * time.Second
+// As in the chat server.
+const pageTimeout, shutdownWait, maxHeaderSize = 10 * time.Second, 5 * time.Second, 16 << 10
 
-// Maximum number of rooms, and of connections in a room: a person's second tab is
-// one more.
-const maxRooms, maxSeats = 100, 100
+// Maximum number of rooms at once.
+const maxRooms = 100
 
 var addr = flag.String("addr", "localhost:8080", "listen on `host:port`")
 var secure = flag.Bool("secure", false, "have browsers send cookies over https alone")
@@ -61,58 +57,68 @@ var login string
 
 func main() {
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // so that a second signal ends the process at once
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	listener, err := net.Listen("tcp", *addr)
 	if err != nil {
 		log.Fatal(err)
 	}
 	log.Printf("listening on http://%v/", listener.Addr())
-	cookies := securecookie.New([]byte(cmp.Or(os.Getenv("CHAT_KEY"), rand.Text())), nil)
-	rooms := &Rooms{cookies: cookies, hubs: make(map[string]*Hub)}
-	server := &http.Server{Handler: rooms.handler(), ReadTimeout: pageTimeout, WriteTimeout: pageTimeout}
-	context.AfterFunc(ctx, func() { server.Close() }) // WebSockets are the hubs' to close.
+	key := cmp.Or(os.Getenv("CHAT_KEY"), rand.Text())
+	rooms := &Rooms{cookies: securecookie.New([]byte(key), nil), hubs: make(map[string]*Hub)}
+	server := &http.Server{Handler: rooms.handler(), ReadTimeout: pageTimeout, WriteTimeout: pageTimeout, MaxHeaderBytes: maxHeaderSize}
+	go func() {
+		<-signals
+		server.Close() // WebSockets are the hubs' to close.
+		<-signals      // A second one ends the process at once.
+		os.Exit(1)
+	}()
 	err = server.Serve(listener)
 	log.Print("shutting down")
-	time.AfterFunc(5*time.Second, func() { log.Print("leaving clients behind that do not close"); os.Exit(0) })
+	time.AfterFunc(shutdownWait, func() { log.Print("leaving clients behind that do not close"); os.Exit(0) })
 	rooms.stop()
 	if err != http.ErrServerClosed {
 		log.Fatal(err)
 	}
 }
 
-// Rooms makes each room when somebody comes, and removes it when the last has left.
+// Rooms opens each room when somebody comes. A room closes itself, in sweep.
 type Rooms struct {
 	cookies *securecookie.SecureCookie
 	running sync.WaitGroup // the hubs' run
 
 	mu   sync.Mutex
-	hubs map[string]*Hub // by the names of their rooms; nil after stop
+	hubs map[string]*Hub // by the room's name, folded; nil after stop
 }
 
-// admit takes a seat in the room of that name, and opens the room if there is none.
-// The seat is for a client that registers with the hub. Until that has left, the hub
-// runs, unless stop stops it. If there is no seat for who, admit returns why, and the
-// HTTP status that goes with it.
+// admit returns the hub of the room of that name, and opens the room if there is
+// none. If who cannot get there, it returns why, and the HTTP status for that.
 func (rs *Rooms) admit(name string, who Identity) (hub *Hub, status int, why string) {
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
 	if status, why = rs.refuse(name, who); why != "" {
 		return nil, status, why
 	}
-	if hub = rs.hubs[name]; hub == nil {
+	hub = rs.hubs[fold(name)]
+	if hub == nil {
 		hub = newHub()
-		hub.Room = Room{rs, name, who.ID, 0, nil, make(map[string]*Person), make(map[string]bool)}
-		rs.hubs[name] = hub
+		hub.Room = Room{
+			rooms: rs, name: name, id: rand.Text(), seconds: time.Tick(time.Second), kicked: make(map[string]bool),
+			people: make(map[string]*Person), names: make(map[string]*Person),
+		}
+		rs.hubs[fold(name)] = hub
 		rs.running.Go(hub.run)
 	}
-	hub.seats++
+	if !hub.kicked[who.ID] {
+		hub.used = time.Now() // So it does not close before who has come in.
+	}
 	return hub, status, ""
 }
 
-// refuse returns why there is no seat for who, if so. Call it with mu locked.
+// refuse returns why who cannot get to the room of that name, if so. Whom the room
+// itself does not let in, it tells so in enter. Call refuse with mu locked.
 func (rs *Rooms) refuse(name string, who Identity) (status int, why string) {
-	switch hub := cmp.Or(rs.hubs[name], new(Hub)); {
+	switch {
 	case name == "":
 		return http.StatusOK, "Say who you are, and where you want to go."
 	case parseName(name) != name:
@@ -121,10 +127,8 @@ func (rs *Rooms) refuse(name string, who Identity) (status int, why string) {
 		return http.StatusUnauthorized, "Say who you are."
 	case rs.hubs == nil:
 		return http.StatusServiceUnavailable, "The server is shutting down."
-	case hub.seats == 0 && len(rs.hubs) >= maxRooms:
+	case rs.hubs[fold(name)] == nil && len(rs.hubs) >= maxRooms:
 		return http.StatusServiceUnavailable, "There are as many rooms as there can be."
-	case hub.seats >= maxSeats:
-		return http.StatusServiceUnavailable, "This room is full."
 	}
 	return http.StatusOK, ""
 }
@@ -161,66 +165,57 @@ func (rs *Rooms) who(r *http.Request) (who Identity) {
 // logIn gives who sends the form the name that they ask for, and leads to the room.
 // A real login goes here: ask for a password, or send them to a server that does.
 func (rs *Rooms) logIn(w http.ResponseWriter, r *http.Request) {
-	name, room := parseName(r.PostFormValue("name")), parseName(r.PostFormValue("room"))
-	value, err := rs.cookies.Encode("chat", Identity{cmp.Or(rs.who(r).ID, rand.Text()), name})
-	if name == "" || room == "" || err != nil { // no name is too long for a cookie
-		servePage(w, r, http.StatusBadRequest, r.PostFormValue("name"), r.PostFormValue("room"),
-			"A name is one word of letters, digits, - and _, of at most 32 bytes.")
+	// A phone's keyboard puts a space behind a word.
+	name, room := strings.TrimSpace(r.PostFormValue("name")), strings.TrimSpace(r.PostFormValue("room"))
+	who := Identity{ID: cmp.Or(rs.who(r).ID, rand.Text()), Name: parseName(name)}
+	value, err := rs.cookies.Encode("chat", who)
+	if who.Name == "" || parseName(room) == "" || err != nil { // No name is too long for a cookie.
+		servePage(w, r, http.StatusBadRequest, "A name is one word of letters, digits, - and _, of at most 32 bytes.", name, room)
 		return
 	}
 	http.SetCookie(w, &http.Cookie{Name: "chat", Value: value, Path: "/", HttpOnly: true, Secure: *secure, SameSite: http.SameSiteLaxMode})
-	http.Redirect(w, r, "/room/"+room+"/", http.StatusSeeOther)
+	http.Redirect(w, r, "/room/"+parseName(room)+"/", http.StatusSeeOther)
 }
 
-// serveHome answers with a room's page, or with the form and why there is no seat.
+// serveHome answers with a room's page, or with the form and why there is no way in.
 func (rs *Rooms) serveHome(w http.ResponseWriter, r *http.Request) {
 	room, who := r.PathValue("room"), rs.who(r)
 	rs.mu.Lock()
 	status, why := rs.refuse(room, who)
 	rs.mu.Unlock()
-	servePage(w, r, status, who.Name, room, why)
+	servePage(w, r, status, why, who.Name, room)
 }
 
-// serveRoom makes the request a client in a room. What is no handshake, or is from
-// another site's page, is refused first: then nobody is told that somebody has come.
+// serveRoom makes the request a client in a room.
 func (rs *Rooms) serveRoom(w http.ResponseWriter, r *http.Request) {
-	who := rs.who(r)
-	if origin := r.Header.Get("Origin"); origin != "" && !strings.EqualFold(origin[strings.LastIndex(origin, "/")+1:], r.Host) {
-		http.Error(w, "this is for the chat's own pages", http.StatusForbidden)
-	} else if r.Header.Get("Upgrade") == "" {
-		http.Error(w, "this is for WebSockets", http.StatusBadRequest)
-	} else if hub, status, why := rs.admit(r.PathValue("room"), who); why != "" {
+	visit := Visit{Identity: rs.who(r), Room: r.FormValue("room")}
+	visit.After, _ = strconv.Atoi(r.FormValue("after")) // 0, which is before the first line, if it is no number
+	hub, status, why := rs.admit(r.PathValue("room"), visit.Identity)
+	if why != "" {
 		http.Error(w, why, status)
-	} else {
-		serveWs(hub, who, w, r)
+		return
 	}
+	serveWs(hub, visit, w, r)
 }
 
-// A page gets its own script and style, by their hashes, the icon in it, its own
-// server, and WebSockets; nothing else. https://www.w3.org/TR/CSP3/
-const contentSecurityPolicy = "default-src 'none'; img-src data:; connect-src 'self' ws: wss:" +
-	"; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-
-// servePage answers with a room's page, or the form, and writes these words in it.
-func servePage(w http.ResponseWriter, r *http.Request, status int, name, room, why string) {
-	page := map[bool]string{true: home, false: login}[why == ""]
+// servePage answers with a room's page, or with the form if there is a why, and
+// writes these words in it. A page gets its own script and style, which bear this
+// answer's nonce, the icon in it, its own server, and WebSockets; nothing else.
+// https://www.w3.org/TR/CSP3/
+func servePage(w http.ResponseWriter, r *http.Request, status int, why, name, room string) {
 	log.Printf("%s: %s %q", r.RemoteAddr, r.Method, r.URL)
+	page, nonce := home, rand.Text()
+	if why != "" {
+		page = login
+	}
 	w.Header().Set("Cache-Control", "no-store") // as it depends on the cookie
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
-	w.Header().Set("Content-Security-Policy", contentSecurityPolicy+
-		"; script-src "+hashSource(page, "script")+"; style-src "+hashSource(page, "style"))
+	w.Header().Set("Content-Security-Policy", "default-src 'none'; script-src 'nonce-"+nonce+"'; style-src 'nonce-"+nonce+
+		"'; img-src data:; connect-src 'self' ws: wss:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
 	w.WriteHeader(status)
-	words := []string{"{{name}}", html.EscapeString(name), "{{room}}", html.EscapeString(room), "{{why}}", html.EscapeString(why)}
-	strings.NewReplacer(words...).WriteString(w, page)
-}
-
-// hashSource returns the CSP hash source of what stands in the page's one element
-// of that name. Browsers hash it with the line ends \n, also if git has made these
-// \r\n.
-func hashSource(page, element string) string {
-	_, content, _ := strings.Cut(strings.ReplaceAll(page, "\r\n", "\n"), "<"+element+">")
-	content, _, _ = strings.Cut(content, "</"+element+">")
-	hash := sha256.Sum256([]byte(content))
-	return "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "'"
+	strings.NewReplacer(
+		"<script>", `<script nonce="`+nonce+`">`, "<style>", `<style nonce="`+nonce+`">`,
+		"{{why}}", html.EscapeString(why), "{{name}}", html.EscapeString(name), "{{room}}", html.EscapeString(room),
+	).WriteString(w, page)
 }
