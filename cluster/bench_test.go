@@ -239,7 +239,7 @@ func BenchmarkNATS(b *testing.B) {
 		b.Run(fmt.Sprintf("servers=%d/nodes=%d", room.servers, room.nodes), func(b *testing.B) {
 			var servers []*server.Server
 			if room.servers == 1 {
-				servers = append(servers, natsServer(b, 0))
+				servers = append(servers, natsServer(b))
 			} else {
 				servers, _ = natsCluster(b, false)
 			}
