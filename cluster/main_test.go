@@ -18,6 +18,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/gorilla/websocket"
 	"github.com/nats-io/nats-server/v2/server"
@@ -164,6 +165,83 @@ func TestNodeThatNATSSendsAwayForGoodEndsWithStatus1(t *testing.T) {
 	c.Close()
 	if status, log := p.wait(); status != 1 || !strings.Contains(log, "this is the end") {
 		t.Errorf("got status %d and log %q, want status 1 and why", status, log)
+	}
+}
+
+func TestNodeThatNATSSentAwayBeforeItServedEnds(t *testing.T) {
+	t.Parallel()
+	wire := newWire(t, natsServer(t).Addr().String())
+	relay, _ := startRelay(t, "nats://"+wire.Addr().String(), "chat")
+	wire.mu.Lock()
+	fmt.Fprint(wire.conns[0], "-ERR 'this is the end'\r\n")
+	wire.mu.Unlock()
+	eventually(t, "the connection is closed", relay.nc.IsClosed)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	err = serve(ctx, listener, relay)
+	if err == nil || !strings.Contains(err.Error(), "this is the end") || ctx.Err() != nil {
+		t.Errorf("serve returned %v (%v), want at once why NATS has sent the node away", err, ctx.Err())
+	}
+}
+
+func TestNodeThatSaysMoreThanNATSAcceptsEndsAndSaysSo(t *testing.T) {
+	t.Parallel()
+	nats := natsServer(t)
+	p := start(t, "-addr", "127.0.0.1:0", "-nats", nats.ClientURL())
+	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
+	reload(t, nats, &server.Options{MaxPayload: maxMessageSize}) // of which NATS tells nobody
+	c.say(t, strings.Repeat("x", maxMessageSize))
+	c.wantClose(t, websocket.CloseGoingAway)
+	c.Close()
+	status, log := p.wait()
+	if want := "NATS has sent this node away for good: nats: Maximum Payload Violation"; status != 1 || !strings.Contains(log, want) {
+		t.Errorf("got status %d and log %q, want status 1 and %q", status, log, want)
+	}
+	if strings.Contains(log, "NATS is away") {
+		t.Errorf("log is %q, want not that anything waits", log)
+	}
+}
+
+func TestNodeThatWasPausedHearsWhatNATSKeptForIt(t *testing.T) {
+	t.Parallel()
+	const each = 100
+	nats := natsServer(t)
+	speaker := startNode(t, nats.ClientURL(), "chat")
+	talker := speaker.dial(t)
+	var paused []*process
+	var listeners []*client
+	for range 3 {
+		p := start(t, "-addr", "127.0.0.1:0", "-nats", nats.ClientURL())
+		paused = append(paused, p)
+		listeners = append(listeners, dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws"))
+	}
+	for _, p := range paused {
+		p.Process.Signal(syscall.SIGSTOP)
+	}
+	lines := numbered("while they are paused", each)
+	for _, line := range lines {
+		speaker.front.broadcast <- []byte(line)
+		talker.want(t, line)
+	}
+	over := time.After(answerWait + 3*time.Second)
+	<-over
+	for _, p := range paused {
+		p.Process.Signal(syscall.SIGCONT)
+	}
+	for _, c := range listeners {
+		c.want(t, lines...)
+		c.Close()
+	}
+	speaker.front.broadcast <- []byte("afterwards")
+	for _, p := range paused {
+		p.Process.Signal(syscall.SIGTERM)
+		if status, log := p.wait(); status != 0 || strings.Contains(log, "NATS is away") || strings.Contains(log, "missed") {
+			t.Errorf("got status %d and log %q, want that nothing was missed", status, log)
+		}
 	}
 }
 

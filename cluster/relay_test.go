@@ -1,17 +1,21 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log"
+	"math"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -514,6 +518,30 @@ func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
 	wantNothingLost(t, nodes)
 }
 
+func TestNobodyComesWhileTheOutboxIsFull(t *testing.T) {
+	t.Parallel()
+	s, nodes := startRoom(t, 1)
+	restart := stopNATS(t, s)
+	awaitNoNATS(t, nodes)
+	nodes[0].dial(t) // As long as there is room, anybody may come.
+	for range outboxSize {
+		nodes[0].front.broadcast <- message
+	}
+	eventually(t, "the outbox is full", nodes[0].full.Load)
+
+	// Whoever came, said something and went would leave a connection behind that
+	// waits for NATS.
+	for range 100 {
+		_, response, err := websocket.DefaultDialer.Dial(nodes[0].url, nil)
+		if response == nil || response.StatusCode != http.StatusServiceUnavailable {
+			t.Fatalf("got %v, want status 503", err)
+		}
+	}
+	restart()
+	eventually(t, "the outbox has room", func() bool { return !nodes[0].full.Load() })
+	nodes[0].dial(t)
+}
+
 func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -720,6 +748,7 @@ type wire struct {
 	lost    [2]strings.Builder // by direction
 	isCut   [2]bool
 	latency time.Duration
+	hangUps int // of the next connections, once NATS has accepted them
 }
 
 const (
@@ -769,6 +798,10 @@ func (w *wire) lead(from, to net.Conn, direction int) {
 		}
 		w.mu.Lock()
 		cut, latency := w.isCut[direction], w.latency
+		hangUp := w.hangUps > 0 && direction == fromNATS && bytes.Contains(buffer[:n], []byte("PONG"))
+		if hangUp {
+			w.hangUps--
+		}
 		if cut {
 			w.lost[direction].Write(buffer[:n])
 		}
@@ -778,6 +811,9 @@ func (w *wire) lead(from, to net.Conn, direction int) {
 			w.blocked[direction].RLock()
 			to.Write(buffer[:n])
 			w.blocked[direction].RUnlock()
+		}
+		if hangUp {
+			return
 		}
 	}
 }
@@ -1138,6 +1174,30 @@ func TestFloodOnOneNodeDropsNobodyOnAnother(t *testing.T) {
 	wantNothingLost(t, nodes)
 }
 
+func TestNATSThatGoesAgainAtOnceIsNotBack(t *testing.T) {
+	t.Parallel()
+	s := natsServer(t)
+	wire := newWire(t, s.Addr().String())
+	node := startNode(t, "nats://"+wire.Addr().String(), "chat")
+	c := node.dial(t)
+	const hangUps = 3
+	wire.mu.Lock()
+	wire.hangUps = hangUps
+	wire.mu.Unlock()
+	wire.mend()
+	node.log.wait(t, "NATS is back: 127.0.0.1:", 1)
+	c.say(t, "hello")
+	c.want(t, "hello")
+	if got := node.nc.Stats().Reconnects; got < hangUps+1 {
+		t.Errorf("connected %d times, want %d in vain and one that lasts", got, hangUps)
+	}
+	log := node.log.String()
+	// The handler for the last one in vain may have waited until the one that lasts.
+	if strings.Contains(log, "back: ;") || strings.Count(log, "NATS is back") > 2 {
+		t.Errorf("log is %q, want that NATS is back, and where, only when it is", log)
+	}
+}
+
 func TestSendersWaitAlsoForWhatOthersSay(t *testing.T) {
 	const others = inboxSize / 2
 	s := natsServer(t)
@@ -1356,6 +1416,130 @@ func TestOtherSoftwareCannotMakeTheNodeCountWithoutEnd(t *testing.T) {
 	}
 }
 
+func TestNodeInWhoseNameSomebodyElseSpeaksIsHeard(t *testing.T) {
+	t.Parallel()
+	s, nodes := startRoom(t, 2)
+	near, listener := nodes[0], nodes[1].dial(t)
+	nc := otherSoftware(t, s)
+	overheard, err := nc.SubscribeSync("chat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc.Flush()
+	tests := []struct {
+		name string
+		said func(said uint64) uint64 // after near has said as much
+		text string
+	}{
+		{"a jump", func(uint64) uint64 { return 100 }, ""},
+		{"a jump of a line", func(uint64) uint64 { return 100 }, "forged"},
+		{"the largest", func(uint64) uint64 { return 1<<40 - 1 }, ""},
+		{"the next line of a twin, or a bot's answer to hello", func(said uint64) uint64 { return said }, "forged"},
+	}
+	for n, test := range tests {
+		near.front.broadcast <- []byte("listen")
+		listener.want(t, "listen")
+		message, err := overheard.NextMsg(patience)
+		for err == nil && string(message.Data) != "listen" {
+			message, err = overheard.NextMsg(patience)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		said, _ := strconv.ParseUint(message.Header.Get("Said"), 10, 64)
+		message.Header.Set("Said", fmt.Sprint(test.said(said+1)))
+		message.Data = []byte(test.text)
+		nc.PublishMsg(message)
+		if test.text != "" {
+			listener.want(t, test.text) // Anybody may say a line.
+		}
+		near.log.wait(t, "1 × took another name", n+1)
+		lines := numbered(test.name, 2*windowSize)
+		for _, line := range lines {
+			near.front.broadcast <- []byte(line)
+		}
+		listener.want(t, lines...)
+		if !near.ready.Load() {
+			t.Errorf("%s: not ready", test.name)
+		}
+	}
+	wantNothingLost(t, []*node{near})
+}
+
+func TestMadeUpNumbersStayReadableInTheLog(t *testing.T) {
+	relay := countingRelay()
+	var logged logBook
+	relay.log = log.New(&logged, "", 0)
+	for n := range 1000 {
+		for _, said := range []uint64{0, 100, 1<<40 - 1, 1 << 62, 1<<63 + 10, math.MaxUint64 - 10, math.MaxUint64} {
+			relay.count(&nats.Msg{Header: numberedBy(fmt.Sprint(n%10), said), Data: message})
+		}
+	}
+	relay.report()
+	if got, want := logged.String(), fmt.Sprintf("NATS: %d × missed a message\n", 10*(1<<40-3)); got != want {
+		t.Errorf("log is %q, want %q", got, want)
+	}
+}
+
+func TestWhatIsOnItsWayWhenTheNameChangesIsCounted(t *testing.T) {
+	relay := countingRelay()
+	relay.said, relay.heard["mine"] = 7, 4
+	relay.count(&nats.Msg{Header: numberedBy("mine", 100)})
+	if relay.name == "mine" || relay.onTheWay() != 0 {
+		t.Errorf("name is %q with %d on their way, want another one with none", relay.name, relay.onTheWay())
+	}
+	if got := relay.troubles[notBack]; got != 3 {
+		t.Errorf("%d may be lost, want 3", got)
+	}
+
+	// They come back, as this node hears itself under its old name.
+	for n := 4; n < 7; n++ {
+		if !relay.count(&nats.Msg{Header: numberedBy("mine", n), Data: message}) {
+			t.Errorf("its own number %d is old, want that its clients hear it", n)
+		}
+	}
+	relay.said = 2
+	relay.count(&nats.Msg{Header: numberedBy(relay.name, 2)})
+	if got := relay.troubles[notBack]; got != 5 {
+		t.Errorf("%d may be lost, want that the first two under the new name count, too", got)
+	}
+}
+
+func TestInboxIsBoundedInBytesAndLongMessagesTakeNoRoomInIt(t *testing.T) {
+	s := natsServer(t)
+	relay, book := joinWithoutHub(t, s.ClientURL())
+	nc := otherSoftware(t, s)
+	memory := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := memory()
+	const long, lines = inboxSize + 1000, inboxSize / 2
+	for n := range long {
+		nc.Publish("chat", make([]byte, 16<<10)) // 144 MiB in all
+		if n%100 == 0 {
+			nc.Flush()
+			awaitAll(t, relay)
+		}
+	}
+	for _, line := range numbered("after them", lines) {
+		nc.Publish("chat", []byte(line))
+	}
+	nc.Flush()
+	awaitAll(t, relay)
+	if got, most := memory()-before, uint64(16<<20); got > most {
+		t.Errorf("takes %d bytes, want at most %d", got, most)
+	}
+	for _, want := range numbered("after them", lines) {
+		if got := string(<-relay.hub.broadcast); got != want {
+			t.Fatalf("the hub is told %q, want %q", got, want)
+		}
+	}
+	book.wait(t, fmt.Sprintf("NATS: %d × %s\n", long, refused), 1)
+}
+
 // otherSoftware connects to s something that is no node, until the test ends.
 func otherSoftware(t *testing.T, s *server.Server) *nats.Conn {
 	t.Helper()
@@ -1417,8 +1601,10 @@ func TestOtherSoftwareCannotFillTheLog(t *testing.T) {
 	}
 }
 
-func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
-	t.Parallel()
+// guarded starts a NATS server with an account that may publish and subscribe on
+// chat only, messages of at most payload bytes, and returns its credentials' file.
+func guarded(t *testing.T, payload int64) (s *server.Server, file string) {
+	t.Helper()
 	key := func(pair nkeys.KeyPair, err error) (nkeys.KeyPair, string) {
 		if err != nil {
 			t.Fatal(err)
@@ -1435,6 +1621,7 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 	}
 	claims := jwt.NewUserClaims(userKey)
 	claims.Sub.Allow.Add("chat")
+	claims.Limits.Payload = payload
 	userToken, err := claims.Encode(account)
 	if err != nil {
 		t.Fatal(err)
@@ -1444,14 +1631,49 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	file := filepath.Join(t.TempDir(), "user.creds")
+	file = filepath.Join(t.TempDir(), "user.creds")
 	if err := os.WriteFile(file, credentials, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	accounts := new(server.MemAccResolver)
 	accounts.Store(accountKey, accountToken)
-	s := natsWith(t, &server.Options{TrustedKeys: []string{operatorKey}, AccountResolver: accounts})
+	return natsWith(t, &server.Options{TrustedKeys: []string{operatorKey}, AccountResolver: accounts}), file
+}
 
+func TestNodeDoesNotJoinWithAnAccountWhoseMessagesMustBeShort(t *testing.T) {
+	t.Parallel()
+	s, file := guarded(t, payloadSize-1)
+	nc, err := connect(s.ClientURL(), file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	const want = "NATS accepts messages of at most 639 bytes, and has to accept 640"
+	if _, err := join(newHub(), nc, "chat", log.Default()); err == nil || err.Error() != want {
+		t.Errorf("got %v, want %q", err, want)
+	}
+}
+
+func TestWhatNATSNoLongerAcceptsIsToldAndHoldsNothingUp(t *testing.T) {
+	t.Parallel()
+	s := natsServer(t)
+	node := startNode(t, s.ClientURL(), "chat")
+	c := node.dial(t)
+	address := s.Addr().(*net.TCPAddr)
+	stopNATS(t, s)
+	eventually(t, "the node knows that NATS is away", node.nc.IsReconnecting)
+	c.say(t, strings.Repeat("x", maxMessageSize))
+	c.say(t, "short")
+	natsWith(t, &server.Options{Port: address.Port, MaxPayload: maxMessageSize})
+	c.want(t, "short")
+	node.log.wait(t, "NATS accepts messages of at most 512 bytes, and has to accept 640", 1)
+	node.log.wait(t, "NATS: 1 × lost a message: it is longer than NATS accepts", 1)
+	eventually(t, "the node is not ready", func() bool { return !node.ready.Load() })
+}
+
+func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
+	t.Parallel()
+	s, file := guarded(t, payloadSize)
 	if _, err := connect(s.ClientURL(), ""); err == nil || !errors.Is(err, nats.ErrAuthorization) {
 		t.Errorf("without credentials: got %v, want %v", err, nats.ErrAuthorization)
 	}
