@@ -1778,3 +1778,47 @@ func TestJoinReturnsWhyItCannot(t *testing.T) {
 		nc.Close()
 	}
 }
+
+// natsConfigured starts a NATS server with nats.conf, on loopback ports and with
+// these routes.
+func natsConfigured(t *testing.T, routes string) *server.Server {
+	t.Helper()
+	t.Setenv("CHAT_PASSWORD", "hunter2")
+	options, err := server.ProcessConfigFile("nats.conf") // as nats-server -t does
+	if err != nil {
+		t.Fatal(err)
+	}
+	options.Port = 0
+	options.Cluster.Host, options.Cluster.Port = "127.0.0.1", server.RANDOM_PORT
+	options.Routes = server.RoutesFromStr(routes)
+	return natsWith(t, options)
+}
+
+func TestNodesJoinServersWithTheNATSConfigurationAndNobodyElseDoes(t *testing.T) {
+	first := natsConfigured(t, "")
+	second := natsConfigured(t, "nats://"+first.ClusterAddr().String())
+	eventually(t, "a cluster", func() bool {
+		return first.NumRoutes() > server.DEFAULT_ROUTE_POOL_SIZE && second.NumRoutes() > server.DEFAULT_ROUTE_POOL_SIZE
+	})
+	if first.JetStreamEnabled() {
+		t.Error("JetStream is on, want it off")
+	}
+	url := func(s *server.Server) string { return "nats://chat:hunter2@" + s.Addr().String() }
+	speaker, listener := startNode(t, url(first), "chat"), startNode(t, url(second), "chat").dial(t)
+	long := strings.Repeat("x", maxMessageSize)
+	speaker.front.broadcast <- []byte(long)
+	listener.want(t, long)
+
+	if nc, err := connect(first.ClientURL(), ""); err == nil {
+		nc.Close()
+		t.Error("connected without a password")
+	}
+	nc, err := connect(url(first), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	if _, err := join(newHub(), nc, "secrets", log.Default()); !errors.Is(err, nats.ErrPermissionViolation) {
+		t.Errorf("joined another room: got %v, want %v", err, nats.ErrPermissionViolation)
+	}
+}
