@@ -276,6 +276,34 @@ func BenchmarkNATS(b *testing.B) {
 	}
 }
 
+// BenchmarkDistance measures how many messages a second a node says while others
+// wait, by the time to NATS and back: at most a window's in that time.
+func BenchmarkDistance(b *testing.B) {
+	for _, latency := range []time.Duration{0, 50 * time.Millisecond, 200 * time.Millisecond} {
+		b.Run(fmt.Sprintf("there-and-back=%v", 2*latency), func(b *testing.B) {
+			wire := newWire(b, natsServer(b).Addr().String())
+			node := startNode(b, "nats://"+wire.Addr().String(), "chat")
+			listener := node.dial(b)
+			wire.lengthen(latency)
+			const each = 10 * windowSize
+			for b.Loop() {
+				go func() {
+					for range each {
+						node.front.broadcast <- message
+					}
+				}()
+				for range each {
+					if _, err := listener.hear(); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+			b.ReportMetric(float64(b.N*each)/b.Elapsed().Seconds(), "messages/s")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
 // traffic returns how many messages servers have got, and sent, in all.
 func traffic(b *testing.B, servers []*server.Server) (in, out int64) {
 	b.Helper()

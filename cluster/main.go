@@ -14,7 +14,8 @@
 // node with status 0; a second one ends it at once.
 //
 // hub.go, client.go and home.html are those of the chat server for one machine,
-// to the byte; relay.go is what joins its hub to NATS. This file repeats much of
+// to the byte; relay.go is what joins its hub to NATS, and nats.go what reaches
+// NATS. This file repeats much of
 // that server's main.go, because a package main cannot be imported, and what a
 // Relay needs stands in the midst of main, run and serve. A test fails when the
 // part about the page, at the end, is not the same.
@@ -166,7 +167,7 @@ func serveReady(relay *Relay, w http.ResponseWriter) {
 	if relay.ready.Load() {
 		io.WriteString(w, "ready\n")
 	} else {
-		http.Error(w, "NATS is away, or does not bring back what this node says", http.StatusServiceUnavailable)
+		http.Error(w, "NATS is away, does not bring back what this node says, or accepts only what is shorter", http.StatusServiceUnavailable)
 	}
 }
 
