@@ -15,10 +15,9 @@
 //
 // hub.go, client.go and home.html are those of the chat server for one machine,
 // to the byte; relay.go is what joins its hub to NATS, and nats.go what reaches
-// NATS. This file repeats much of
-// that server's main.go, because a package main cannot be imported, and what a
-// Relay needs stands in the midst of main, run and serve. A test fails when the
-// part about the page, at the end, is not the same.
+// NATS. This file repeats much of that server's main.go, because a package main
+// cannot be imported, and what a Relay needs stands in the midst of main, run and
+// serve. A test fails when the part about the page, at the end, is not the same.
 package main
 
 //go:generate cp ../hub.go ../client.go ../home.html .
