@@ -239,7 +239,7 @@ func BenchmarkNATS(b *testing.B) {
 		b.Run(fmt.Sprintf("servers=%d/nodes=%d", room.servers, room.nodes), func(b *testing.B) {
 			var servers []*server.Server
 			if room.servers == 1 {
-				servers = append(servers, natsServer(b, 0))
+				servers = append(servers, natsServer(b))
 			} else {
 				servers, _ = natsCluster(b, false)
 			}
@@ -271,6 +271,34 @@ func BenchmarkNATS(b *testing.B) {
 			b.ReportMetric(float64(inAfter-in)/float64(said), "in/message")
 			b.ReportMetric(float64(outAfter-out)/float64(said), "out/message")
 			b.ReportMetric(float64(said)/took.Seconds(), "messages/s")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+// BenchmarkDistance measures how many messages a second a node says while others
+// wait, by the time to NATS and back: at most a window's in that time.
+func BenchmarkDistance(b *testing.B) {
+	for _, latency := range []time.Duration{0, 50 * time.Millisecond, 200 * time.Millisecond} {
+		b.Run(fmt.Sprintf("there-and-back=%v", 2*latency), func(b *testing.B) {
+			wire := newWire(b, natsServer(b).Addr().String())
+			node := startNode(b, "nats://"+wire.Addr().String(), "chat")
+			listener := node.dial(b)
+			wire.lengthen(latency)
+			const each = 10 * windowSize
+			for b.Loop() {
+				go func() {
+					for range each {
+						node.front.broadcast <- message
+					}
+				}()
+				for range each {
+					if _, err := listener.hear(); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+			b.ReportMetric(float64(b.N*each)/b.Elapsed().Seconds(), "messages/s")
 			b.ReportMetric(0, "ns/op")
 		})
 	}

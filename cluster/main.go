@@ -14,16 +14,15 @@
 // node with status 0; a second one ends it at once.
 //
 // hub.go, client.go and home.html are those of the chat server for one machine,
-// to the byte; relay.go is what joins its hub to NATS. This file repeats much of
-// that server's main.go, because a package main cannot be imported, and what a
-// Relay needs stands in the midst of main, run and serve. A test fails when the
-// part about the page, at the end, is not the same.
+// to the byte; relay.go is what joins its hub to NATS, and nats.go what reaches
+// NATS. This file repeats much of that server's main.go, because a package main
+// cannot be imported, and what a Relay needs stands in the midst of main, run and
+// serve. A test fails when the part about the page, at the end, is not the same.
 package main
 
 //go:generate cp ../hub.go ../client.go ../home.html .
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	_ "embed"
@@ -40,7 +39,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 )
 
@@ -84,7 +82,7 @@ func main() {
 func run(ctx context.Context, addr, urls, creds, subject string) error {
 	embedded := urls == ""
 	if embedded {
-		nats, err := startNATS(0)
+		nats, err := startNATS()
 		if err != nil {
 			return err
 		}
@@ -128,12 +126,21 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", serveHome)
-	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(relay.front, w, r) })
+	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) {
+		if relay.full.Load() { // What they say would have to wait here, also when they have gone.
+			http.Error(w, "too much waits for NATS", http.StatusServiceUnavailable)
+			return
+		}
+		serveWs(relay.front, w, r)
+	})
 	mux.HandleFunc("/ready", func(w http.ResponseWriter, r *http.Request) { serveReady(relay, w) })
 	server := &http.Server{Handler: mux, ReadTimeout: pageTimeout, WriteTimeout: pageTimeout}
 	context.AfterFunc(ctx, func() { server.Close() }) // WebSockets are the hub's to close.
 	// NATS is sought without end, but for a few errors after which nats.go gives up.
 	relay.nc.SetClosedHandler(func(*nats.Conn) { server.Close() })
+	if relay.nc.IsClosed() { // before the handler was set
+		server.Close()
+	}
 	err := server.Serve(listener)
 	if err == http.ErrServerClosed {
 		err = nil
@@ -159,27 +166,8 @@ func serveReady(relay *Relay, w http.ResponseWriter) {
 	if relay.ready.Load() {
 		io.WriteString(w, "ready\n")
 	} else {
-		http.Error(w, "NATS is away, or does not bring back what this node says", http.StatusServiceUnavailable)
+		http.Error(w, "NATS is away, does not bring back what this node says, or accepts only what is shorter", http.StatusServiceUnavailable)
 	}
-}
-
-// startNATS starts a NATS server on a loopback port, on any free one if port is 0.
-func startNATS(port int) (*server.Server, error) {
-	s, err := server.NewServer(&server.Options{
-		Host:   "127.0.0.1",
-		Port:   cmp.Or(port, server.RANDOM_PORT),
-		NoLog:  true,
-		NoSigs: true,
-	})
-	if err != nil {
-		return nil, err
-	}
-	s.Start()
-	if !s.ReadyForConnections(answerWait) {
-		s.Shutdown()
-		return nil, fmt.Errorf("the embedded NATS server did not start within %v", answerWait)
-	}
-	return s, nil
 }
 
 // contentSecurityPolicy allows the page its own script and style, by their hashes,

@@ -18,6 +18,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/gorilla/websocket"
 	"github.com/nats-io/nats-server/v2/server"
@@ -119,7 +120,7 @@ func TestNodesJoinOverTLS(t *testing.T) {
 
 func TestSIGTERMSendsClientsAwayAndEndsWithStatus0(t *testing.T) {
 	t.Parallel()
-	nats := natsServer(t, 0)
+	nats := natsServer(t)
 	for name, url := range map[string]string{"joined": nats.ClientURL(), "embedded": ""} {
 		t.Run(name, func(t *testing.T) {
 			p := start(t, "-addr", "127.0.0.1:0", "-nats", url)
@@ -138,7 +139,7 @@ func TestSIGTERMSendsClientsAwayAndEndsWithStatus0(t *testing.T) {
 
 func TestSIGTERMWhileNATSIsAwayEndsWithStatus0(t *testing.T) {
 	t.Parallel()
-	nats := natsServer(t, 0)
+	nats := natsServer(t)
 	p := start(t, "-addr", "127.0.0.1:0", "-nats", nats.ClientURL())
 	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
 	stopNATS(t, nats)
@@ -154,7 +155,7 @@ func TestSIGTERMWhileNATSIsAwayEndsWithStatus0(t *testing.T) {
 
 func TestNodeThatNATSSendsAwayForGoodEndsWithStatus1(t *testing.T) {
 	t.Parallel()
-	wire := newWire(t, natsServer(t, 0).Addr().String())
+	wire := newWire(t, natsServer(t).Addr().String())
 	p := start(t, "-addr", "127.0.0.1:0", "-nats", "nats://"+wire.Addr().String())
 	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
 	wire.mu.Lock()
@@ -167,26 +168,107 @@ func TestNodeThatNATSSendsAwayForGoodEndsWithStatus1(t *testing.T) {
 	}
 }
 
+func TestNodeThatNATSSentAwayBeforeItServedEnds(t *testing.T) {
+	t.Parallel()
+	wire := newWire(t, natsServer(t).Addr().String())
+	relay, _ := startRelay(t, "nats://"+wire.Addr().String(), "chat")
+	wire.mu.Lock()
+	fmt.Fprint(wire.conns[0], "-ERR 'this is the end'\r\n")
+	wire.mu.Unlock()
+	eventually(t, "the connection is closed", relay.nc.IsClosed)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	err = serve(ctx, listener, relay)
+	if err == nil || !strings.Contains(err.Error(), "this is the end") || ctx.Err() != nil {
+		t.Errorf("serve returned %v (%v), want at once why NATS has sent the node away", err, ctx.Err())
+	}
+}
+
+func TestNodeThatSaysMoreThanNATSAcceptsEndsAndSaysSo(t *testing.T) {
+	t.Parallel()
+	nats := natsServer(t)
+	p := start(t, "-addr", "127.0.0.1:0", "-nats", nats.ClientURL())
+	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
+	reload(t, nats, &server.Options{MaxPayload: maxMessageSize}) // of which NATS tells nobody
+	c.say(t, strings.Repeat("x", maxMessageSize))
+	c.wantClose(t, websocket.CloseGoingAway)
+	c.Close()
+	status, log := p.wait()
+	if want := "NATS has sent this node away for good: nats: Maximum Payload Violation"; status != 1 || !strings.Contains(log, want) {
+		t.Errorf("got status %d and log %q, want status 1 and %q", status, log, want)
+	}
+	if strings.Contains(log, "NATS is away") {
+		t.Errorf("log is %q, want not that anything waits", log)
+	}
+}
+
+func TestNodeThatWasPausedHearsWhatNATSKeptForIt(t *testing.T) {
+	t.Parallel()
+	const each = 100
+	nats := natsServer(t)
+	speaker := startNode(t, nats.ClientURL(), "chat")
+	talker := speaker.dial(t)
+	var paused []*process
+	var listeners []*client
+	for range 3 {
+		p := start(t, "-addr", "127.0.0.1:0", "-nats", nats.ClientURL())
+		paused = append(paused, p)
+		listeners = append(listeners, dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws"))
+	}
+	for _, p := range paused {
+		p.Process.Signal(syscall.SIGSTOP)
+	}
+	lines := numbered("while they are paused", each)
+	for _, line := range lines {
+		speaker.front.broadcast <- []byte(line)
+		talker.want(t, line)
+	}
+	over := time.After(answerWait + 3*time.Second)
+	<-over
+	for _, p := range paused {
+		p.Process.Signal(syscall.SIGCONT)
+	}
+	for _, c := range listeners {
+		c.want(t, lines...)
+		c.Close()
+	}
+	speaker.front.broadcast <- []byte("afterwards")
+	for _, p := range paused {
+		p.Process.Signal(syscall.SIGTERM)
+		if status, log := p.wait(); status != 0 || strings.Contains(log, "NATS is away") || strings.Contains(log, "missed") {
+			t.Errorf("got status %d and log %q, want that nothing was missed", status, log)
+		}
+	}
+}
+
 func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
 	t.Parallel()
-	nats := natsServer(t, 0)
-	busy := natsServer(t, 0).Addr().String()
-	gone := natsServer(t, 0)
+	nats := natsServer(t)
+	busy := natsServer(t).Addr().String()
+	gone := natsServer(t)
 	stopNATS(t, gone)
 	type test struct {
 		name string
 		args []string
 		want string
 	}
-	unreachable := "no server can be reached"
+	unreachable := "no servers available for connection"
 	guarded := natsWith(t, &server.Options{Username: "bob", Password: "hunter2"})
 	deaf, mute := natsWith(t, allowed("chat", "nothing")), natsWith(t, allowed("nothing", "chat"))
 	tests := []test{
 		{"nobody at the NATS URL", []string{"-nats", strings.Replace(gone.ClientURL(), "//", "//bob:hunter2@", 1)}, unreachable},
 		{"nobody at any of the NATS URLs", []string{"-nats", gone.ClientURL() + "," + gone.ClientURL()}, unreachable},
 		{"no port", []string{"-nats", "nats://bob:hunter2@nonsense:port"}, "malformed"},
-		{"a wrong password", []string{"-nats", strings.Replace(guarded.ClientURL(), "//", "//bob:hunter3@", 1)}, "not accepted"},
-		{"a password that could be a port", []string{"-nats", "nats://127.0.0.1:1/hunter2@localhost"}, unreachable},
+		{"no scheme", []string{"-nats", "bob:hunter2@localhost:4222"}, "malformed"},
+		{"nothing between two commas", []string{"-nats", nats.ClientURL() + ",,"}, "malformed"},
+		{"no such host", []string{"-nats", "nats://bob:hunter2@nats..svc:4222"}, "lookup nats..svc: no such host"},
+		{"no TLS there", []string{"-nats", strings.Replace(nats.ClientURL(), "nats:", "tls:", 1)}, "secure connection not available"},
+		{"a wrong password", []string{"-nats", strings.Replace(guarded.ClientURL(), "//", "//bob:hunter3@", 1)}, "Authorization Violation"},
+		{"a password that could be a port", []string{"-nats", "nats://127.0.0.1:1/hunter2@localhost"}, "malformed"},
 		{"no such credentials", []string{"-nats", nats.ClientURL(), "-creds", "/nonexistent"}, "open /nonexistent:"},
 		{"wildcards", []string{"-nats", nats.ClientURL(), "-subject", "chat.*"}, `"chat.*" cannot name a room`},
 		{"a space", []string{"-nats", nats.ClientURL(), "-subject", "two words"}, `"two words" cannot name a room`},
@@ -197,8 +279,10 @@ func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
 		{"a port in use", []string{"-addr", busy, "-nats", nats.ClientURL()}, "address already in use"},
 	}
 	for _, special := range "/#?, \"%[]\\\n" {
-		url := "nats://bob:hun" + string(special) + "ter2@" + nats.Addr().String()
-		tests = append(tests, test{fmt.Sprintf("a password with %q", special), []string{"-nats", url}, "malformed"})
+		for _, user := range []string{"bob:", ""} { // without one it is a token
+			url := "nats://" + user + "hun" + string(special) + "ter2@" + nats.Addr().String()
+			tests = append(tests, test{fmt.Sprintf("%s and %q", user, special), []string{"-nats", url}, "malformed"})
+		}
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -237,7 +321,7 @@ func TestAPasswordMayHoldAnythingIfItIsEscaped(t *testing.T) {
 
 func TestLoadBalancerIsToldWhetherTheNodeCanTakeClients(t *testing.T) {
 	t.Parallel()
-	s := natsServer(t, 0)
+	s := natsServer(t)
 	p := start(t, "-addr", "127.0.0.1:0", "-nats", s.ClientURL())
 	url := "http" + p.logged(t, `http(://.*/)`) + "ready"
 	eventuallyReady := func(want int) {
@@ -291,12 +375,7 @@ func TestPortAnswersOnlyWhenTheNodeHasJoined(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer silent.Close()
-	free, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := free.Addr().String()
-	free.Close()
+	addr := fmt.Sprint("127.0.0.1:", port(t))
 	p := start(t, "-addr", addr, "-nats", "nats://"+silent.Addr().String())
 	conn, err := silent.Accept() // The node is about to join, for two seconds to come.
 	if err != nil {
@@ -306,8 +385,8 @@ func TestPortAnswersOnlyWhenTheNodeHasJoined(t *testing.T) {
 	if _, err := net.Dial("tcp", addr); err == nil {
 		t.Error("the port answers, want that it is refused")
 	}
-	if status, log := p.wait(); status != 1 || !strings.Contains(log, "no server can be reached") {
-		t.Errorf("got status %d and log %q, want status 1 and that no server can be reached", status, log)
+	if status, log := p.wait(); status != 1 || !strings.Contains(log, "cannot join NATS") {
+		t.Errorf("got status %d and log %q, want status 1 and that it cannot join", status, log)
 	}
 }
 

@@ -5,10 +5,8 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log"
 	"maps"
-	"net/url"
 	"strconv"
 	"strings"
 	"sync"
@@ -68,8 +66,9 @@ const (
 	// does not fit into its line of 4 KiB.
 	maxSubjectSize = 255
 
-	// The most that a message's header takes, in bytes.
-	headerSize = 128
+	// The most that a node's header takes, in bytes, and so what NATS has to accept.
+	headerSize  = 128
+	payloadSize = headerSize + maxMessageSize
 
 	// Nodes that are remembered before all are forgotten: a node that restarts is a
 	// new one, and other software can make nodes up.
@@ -79,6 +78,9 @@ const (
 // notBack is what is reported of a node's own messages that it has not heard: NATS
 // may have them or not. To say them again could deliver them twice.
 const notBack = "may have lost a message: it has not come back from NATS"
+
+// refused is what is reported of messages that no node can have said.
+const refused = "refused a message from NATS: it was too long, or not valid UTF-8"
 
 // A Relay makes the hubs of several nodes one room. What a node's clients say
 // goes to NATS, and what NATS says, this node's own messages among it, goes to
@@ -97,10 +99,9 @@ type Relay struct {
 	// hub, but what they broadcast comes here.
 	front *Hub
 
-	nc   *nats.Conn
-	sub  *nats.Subscription
-	name string // this node's
-	log  *log.Logger
+	nc  *nats.Conn
+	sub *nats.Subscription
+	log *log.Logger
 
 	// From NATS to run.
 	inbox    chan *nats.Msg
@@ -111,59 +112,21 @@ type Relay struct {
 
 	running sync.WaitGroup // run
 
-	// From run to load balancers: what this node says comes back to it.
-	ready atomic.Bool
+	// From run to load balancers and newcomers: what this node says comes back to it;
+	// the outbox is full.
+	ready, full atomic.Bool
 
 	// Owned by run, and before that by join:
 	outbox  [][]byte          // what clients have said, for NATS
 	settled bool              // NATS is there, and has been for settleWait
 	inRoom  bool              // this node has heard itself since it settled
-	heardAt time.Time         // when it last did, or NATS went or came
-	said    uint64            // how many messages this node has said
-	heard   map[string]uint64 // how many each node has said, as far as this one knows
-	dropped int               // messages for which the inbox had no room
+	silent  int               // reports since it last did, or NATS went or came
+	name    string            // what it calls itself in what it says
+	said    uint64            // how many messages it has said under that name
+	heard   map[string]uint64 // how many each name has said, as far as this node knows
 
 	mu       sync.Mutex
-	troubles map[string]int // since the last report
-}
-
-// connect connects to NATS, for as long as the connection is not closed here.
-// It returns an error if none of the servers can be reached, or none accepts.
-func connect(urls, creds string) (*nats.Conn, error) {
-	options := []nats.Option{
-		nats.Name("chat"),
-		nats.NoCallbacksAfterClientClose(),
-
-		// Without end, also while NATS does not know this node's credentials.
-		nats.MaxReconnects(-1),
-		nats.IgnoreAuthErrorAbort(),
-		nats.ReconnectWait(reconnectWait),
-		nats.ReconnectJitter(reconnectWait, reconnectWait),
-
-		// None: nats.go would send what it holds the moment it is connected,
-		// before other nodes are, and forget it if the connection broke again.
-		nats.ReconnectBufSize(-1),
-	}
-	if creds != "" {
-		options = append(options, nats.UserCredentials(creds))
-	}
-	nc, err := nats.Connect(urls, options...)
-	if err == nil {
-		return nc, nil
-	}
-	// The text of err may repeat a URL, and with it a password: say what is wrong
-	// in words that cannot.
-	why := "no server can be reached that accepts this node and its credentials"
-	if _, ok := errors.AsType[*url.Error](err); ok {
-		why = "a URL is malformed; in a name or password write %2F for /, %23 for #, %2C for a comma and so on"
-	} else if file, ok := errors.AsType[*fs.PathError](err); ok {
-		why = file.Error()
-	} else if errors.Is(err, nats.ErrAuthorization) {
-		why = "the credentials are not accepted"
-	} else if errors.Is(err, nats.ErrTLS) {
-		why = "TLS fails; this machine may not know the authority of the server's certificate"
-	}
-	return nil, errors.New("cannot join NATS: " + why)
+	troubles map[string]uint64 // since the last report
 }
 
 // join makes hub part of the room that is called subject. When it returns, hub
@@ -178,50 +141,69 @@ func join(hub *Hub, nc *nats.Conn, subject string, logger *log.Logger) (*Relay, 
 		return nil, fmt.Errorf("%.40q cannot name a room: a NATS subject of at most %d bytes can, without white space and wildcards",
 			subject, maxSubjectSize)
 	}
-	if most := nc.MaxPayload(); most < headerSize+maxMessageSize || !nc.HeadersSupported() {
-		return nil, fmt.Errorf("NATS has to accept messages of %d bytes, with headers", headerSize+maxMessageSize)
-	}
 	front := *hub
 	front.clients, front.broadcast = nil, make(chan []byte)
 	r := &Relay{
 		hub:      hub,
 		front:    &front,
 		nc:       nc,
-		name:     rand.Text(),
 		log:      logger,
 		inbox:    make(chan *nats.Msg, inboxSize),
 		statuses: nc.StatusChanged(nats.CONNECTED, nats.RECONNECTING),
 		over:     make(chan struct{}),
 		settled:  true,
+		name:     rand.Text(),
 		heard:    make(map[string]uint64),
-		troubles: make(map[string]int),
+		troubles: make(map[string]uint64),
 	}
 	nc.SetErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { r.note(err.Error(), 1) })
 	nc.SetDisconnectErrHandler(func(_ *nats.Conn, err error) {
-		// Without an error it is check that has given up.
-		logger.Printf("NATS is away: %v; what is said meanwhile waits", cmp.Or(err, nats.ErrTimeout))
+		if !nc.IsClosed() { // otherwise serve says why
+			// Without an error it is check that has given up.
+			logger.Printf("NATS is away: %v; what is said meanwhile waits", cmp.Or(err, nats.ErrTimeout))
+		}
 	})
 	nc.SetReconnectHandler(func(*nats.Conn) {
-		nc.FlushTimeout(answerWait) // so that NATS knows again that this node listens
-		logger.Printf("NATS is back: %s; this node has missed what others said meanwhile", nc.ConnectedAddr())
+		// Flush, so that NATS knows again that this node listens. If NATS has gone again,
+		// there is no address, or the flush fails.
+		if address := nc.ConnectedAddr(); address != "" && nc.FlushTimeout(answerWait) == nil {
+			logger.Printf("NATS is back: %s; this node has missed what others said meanwhile", address)
+			if err := accepts(nc); err != nil {
+				logger.Printf("NATS: %v: what is longer is lost", err)
+			}
+		}
 	})
 	var err error
-	if r.sub, err = nc.ChanSubscribe(subject, r.inbox); err != nil {
+	if r.sub, err = nc.Subscribe(subject, r.receive); err != nil {
 		return nil, err
 	}
-	// Before NATS answers the flush, it says what it does not allow, and brings back
-	// the hello.
-	err = cmp.Or(r.say(nil), nc.FlushTimeout(answerWait), nc.LastError())
-	for len(r.inbox) > 0 {
-		r.count(<-r.inbox) // there are no clients yet who could hear it
+	// Before NATS answers the flush, it says what it does not allow, and what it
+	// accepts of this node, and brings back the hello.
+	if err := cmp.Or(r.say(nil), nc.FlushTimeout(answerWait), nc.LastError(), accepts(nc)); err != nil {
+		return nil, err
 	}
-	if !r.inRoom {
-		return nil, cmp.Or(err, errors.New("NATS does not bring back what this node says"))
+	for late := time.After(answerWait); !r.inRoom; {
+		select {
+		case message := <-r.inbox:
+			r.count(message) // there are no clients yet who could hear it
+		case <-late:
+			return nil, errors.New("NATS does not bring back what this node says")
+		}
 	}
 	time.Sleep(spreadWait)
 	r.ready.Store(true)
 	r.running.Go(r.run)
 	return r, nil
+}
+
+// accepts returns an error if NATS does not accept the longest message of a node.
+// It knows that when NATS has answered a flush: an account can have a limit of its
+// own.
+func accepts(nc *nats.Conn) error {
+	if most := nc.MaxPayload(); most < payloadSize {
+		return fmt.Errorf("NATS accepts messages of at most %d bytes, and has to accept %d", most, payloadSize)
+	}
+	return nil
 }
 
 // leave sees what clients have said taken to NATS, for drainWait at most, and
@@ -253,7 +235,7 @@ func (r *Relay) run() {
 		case message := <-r.inbox:
 			r.deliver(message)
 		case <-r.statuses: // NATS has gone or come
-			r.settled, r.inRoom, r.heardAt = false, false, time.Now()
+			r.settled, r.inRoom, r.silent = false, false, 0
 			hello = time.After(settleWait)
 		case <-hello:
 			r.settled, hello = r.nc.IsConnected(), time.After(helloPeriod)
@@ -269,12 +251,18 @@ func (r *Relay) run() {
 		// The hub may be behind with what others say: then the window is smaller, but a
 		// node that is slower than the others can still say one message after the other.
 		window := max(1, windowSize-len(r.inbox))
-		for len(r.outbox) > 0 && r.inRoom && r.onTheWay() < window && r.say(r.outbox[0]) == nil {
+		for len(r.outbox) > 0 && r.inRoom && r.onTheWay() < window {
+			if err := r.say(r.outbox[0]); err == nats.ErrMaxPayload {
+				r.note("lost a message: it is longer than NATS accepts", 1)
+			} else if err != nil {
+				break
+			}
 			r.outbox = r.outbox[1:]
 		}
+		r.full.Store(len(r.outbox) >= outboxSize)
 	}
-	r.note(notBack, r.onTheWay())
-	r.note("lost a message: NATS was away, and this node has ended", len(r.outbox))
+	r.note(notBack, r.said-r.heard[r.name])
+	r.note("lost a message: NATS had not taken it when this node ended", uint64(len(r.outbox)))
 	r.report()
 }
 
@@ -292,17 +280,34 @@ func (r *Relay) say(message []byte) error {
 
 // onTheWay returns how many of this node's messages have not come back.
 func (r *Relay) onTheWay() int {
-	return max(0, int(r.said-r.heard[r.name]))
+	return int(r.said - r.heard[r.name])
 }
 
 // check gives up a connection on which nothing comes back: NATS may be gone
 // without a word, or no longer let this node say or hear anything. run calls it
-// every reportPeriod.
+// every reportPeriod, and it counts its calls instead of asking the clock: a node
+// that has been paused first gets to hear what NATS has kept for it.
 func (r *Relay) check() {
-	late := time.Since(r.heardAt) > answerWait
-	r.ready.Store(r.inRoom && !late)
+	r.silent++
+	late := r.silent > int(answerWait/reportPeriod)
+	r.ready.Store(r.inRoom && !late && accepts(r.nc) == nil)
 	if late && r.settled && len(r.inbox) == 0 { // what is late may be in the inbox
 		r.nc.ForceReconnect()
+	}
+}
+
+// receive takes one message from NATS to run. nats.go calls it, in a goroutine of
+// its own. What is longer than a node's messages does not get into the inbox, so
+// that the inbox is bounded in bytes, too.
+func (r *Relay) receive(message *nats.Msg) {
+	if len(message.Data) > maxMessageSize || message.Size() > maxSubjectSize+payloadSize {
+		r.note(refused, 1)
+		return
+	}
+	select {
+	case r.inbox <- message:
+	default:
+		r.note("lost a message from NATS: too many waited for the hub", 1)
 	}
 }
 
@@ -312,8 +317,8 @@ func (r *Relay) deliver(message *nats.Msg) {
 	if !r.count(message) {
 		return
 	}
-	if len(message.Data) > maxMessageSize || !utf8.Valid(message.Data) {
-		r.note("refused a message from NATS: it was too long, or not valid UTF-8", 1)
+	if !utf8.Valid(message.Data) {
+		r.note(refused, 1)
 		return
 	}
 	line := clean(message.Data)
@@ -332,37 +337,46 @@ func (r *Relay) deliver(message *nats.Msg) {
 // count reports whether message is new: one that a NATS server has kept back may
 // come after later ones. It notes how many messages of the same node have not
 // come: those between the last one that came and this one. Other software does
-// not number its messages.
+// not number its messages, or makes numbers up.
 func (r *Relay) count(message *nats.Msg) (isNew bool) {
 	name := message.Header.Get("Node")
-	said, err := strconv.ParseUint(message.Header.Get("Said"), 10, 64)
+	// A node takes twenty years to say 2^40 messages, and what is made up below that
+	// adds up to a number that can be read.
+	before, err := strconv.ParseUint(message.Header.Get("Said"), 10, 40)
 	if err != nil || len(name) > headerSize {
 		return true
 	}
 	already, known := r.heard[name]
-	if known && said < already {
+	if known && before < already {
 		return false
 	}
+	after := before + uint64(min(1, len(message.Data)))
 	missed := "missed a message"
 	if name == r.name {
+		if after > r.said {
+			// Somebody else speaks under this name. The others take what this node says
+			// next for old, and what is on its way, too: so it takes another.
+			r.note("took another name: somebody else spoke under this node's", 1)
+			r.note(notBack, r.said-already)
+			r.name, r.said = rand.Text(), 0
+			r.heard[r.name] = 0
+			return true
+		}
 		missed = notBack
-		r.inRoom, r.heardAt = r.settled, time.Now() // it may have waited here since NATS went
+		r.inRoom, r.silent = r.settled, 0 // it may have waited here since NATS went
 	}
 	if known {
-		r.note(missed, int(said-already))
+		r.note(missed, before-already)
 	} else if len(r.heard) > mostNodes {
 		maps.DeleteFunc(r.heard, func(name string, _ uint64) bool { return name != r.name })
 	}
-	if len(message.Data) > 0 {
-		said++
-	}
-	r.heard[name] = said
+	r.heard[name] = after
 	return true
 }
 
 // note has the next report say that what happened n times. Any goroutine may
 // call it.
-func (r *Relay) note(what string, n int) {
+func (r *Relay) note(what string, n uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if n > 0 {
@@ -372,9 +386,6 @@ func (r *Relay) note(what string, n int) {
 
 // report logs what went wrong since it was last called.
 func (r *Relay) report() {
-	dropped, _ := r.sub.Dropped()
-	r.note("lost a message from NATS: too many waited for the hub", dropped-r.dropped)
-	r.dropped = dropped
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for what, n := range r.troubles {

@@ -1,18 +1,21 @@
 package main
 
 import (
-	"cmp"
+	"bytes"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log"
+	"math"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -46,15 +49,28 @@ func TestMain(m *testing.M) {
 }
 
 // natsServer starts a NATS server that stops when the test ends.
-func natsServer(t testing.TB, port int) *server.Server {
+func natsServer(t testing.TB) *server.Server {
 	t.Helper()
-	s, err := startNATS(port)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { stopNATS(t, s) })
-	return s
+	return natsWith(t, new(server.Options))
 }
+
+// port returns a free loopback port that stays free until the test uses it, also
+// for the second time: it lies below those that systems hand out, is handed out
+// here once, and other processes of this kind begin elsewhere.
+func port(t testing.TB) int {
+	t.Helper()
+	for range 1000 {
+		n := 10_000 + (100*os.Getpid()+int(ports.Add(1)))%20_000
+		if listener, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", n)); err == nil {
+			listener.Close()
+			return n
+		}
+	}
+	t.Fatal("no port is free")
+	return 0
+}
+
+var ports atomic.Int64
 
 // stopNATS stops s, and returns how to start it again where it was.
 func stopNATS(t testing.TB, s *server.Server) (restart func()) {
@@ -62,7 +78,7 @@ func stopNATS(t testing.TB, s *server.Server) (restart func()) {
 	address, _ := s.Addr().(*net.TCPAddr)
 	s.Shutdown()
 	s.WaitForShutdown()
-	return func() { natsServer(t, address.Port) }
+	return func() { natsWith(t, &server.Options{Port: address.Port}) }
 }
 
 // A node is a running node of the room, and how to reach it.
@@ -112,7 +128,7 @@ func startNode(t testing.TB, natsURL, subject string) *node {
 // startRoom starts a NATS server and n nodes.
 func startRoom(t testing.TB, n int) (*server.Server, []*node) {
 	t.Helper()
-	s := natsServer(t, 0)
+	s := natsServer(t)
 	var nodes []*node
 	for range n {
 		nodes = append(nodes, startNode(t, s.ClientURL(), "chat"))
@@ -339,7 +355,7 @@ func TestClientHearsWhatIsSaidElsewhereOnceItIsConnected(t *testing.T) {
 
 func TestRoomsOfOtherNamesAreOtherRooms(t *testing.T) {
 	t.Parallel()
-	s := natsServer(t, 0)
+	s := natsServer(t)
 	here, there := startNode(t, s.ClientURL(), "chat"), startNode(t, s.ClientURL(), "chat.other")
 	alice, bob := here.dial(t), there.dial(t)
 	alice.say(t, "here")
@@ -502,6 +518,30 @@ func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
 	wantNothingLost(t, nodes)
 }
 
+func TestNobodyComesWhileTheOutboxIsFull(t *testing.T) {
+	t.Parallel()
+	s, nodes := startRoom(t, 1)
+	restart := stopNATS(t, s)
+	awaitNoNATS(t, nodes)
+	nodes[0].dial(t) // As long as there is room, anybody may come.
+	for range outboxSize {
+		nodes[0].front.broadcast <- message
+	}
+	eventually(t, "the outbox is full", nodes[0].full.Load)
+
+	// Whoever came, said something and went would leave a connection behind that
+	// waits for NATS.
+	for range 100 {
+		_, response, err := websocket.DefaultDialer.Dial(nodes[0].url, nil)
+		if response == nil || response.StatusCode != http.StatusServiceUnavailable {
+			t.Fatalf("got %v, want status 503", err)
+		}
+	}
+	restart()
+	eventually(t, "the outbox has room", func() bool { return !nodes[0].full.Load() })
+	nodes[0].dial(t)
+}
+
 func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -515,7 +555,7 @@ func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *test
 			sub:      new(nats.Subscription),
 			over:     make(chan struct{}),
 			log:      log.Default(),
-			troubles: make(map[string]int),
+			troubles: make(map[string]uint64),
 		}
 		go hub.run()
 		relay.running.Go(relay.run)
@@ -558,27 +598,27 @@ func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *test
 
 func TestConnectionIsGivenUpOnlyIfNothingThatMayBeLateWaits(t *testing.T) {
 	t.Parallel()
-	nc, err := connect(natsServer(t, 0).ClientURL(), "")
+	nc, err := connect(natsServer(t).ClientURL(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer nc.Close()
-	longAgo := time.Now().Add(-2 * answerWait)
+	const patient = int(answerWait / reportPeriod)
 	tests := []struct {
 		name           string
 		settled        bool
-		heardAt        time.Time
+		silent         int
 		waiting        int
 		ready, givesUp bool
 	}{
-		{"all is well", true, time.Now(), 0, true, false},
-		{"the hub is behind", true, longAgo, 1, false, false},
-		{"NATS has just come back", false, longAgo, 0, false, false},
-		{"nothing comes back", true, longAgo, 0, false, true},
+		{"all is well", true, patient - 1, 0, true, false},
+		{"the hub is behind", true, patient, 1, false, false},
+		{"NATS has just come back", false, patient, 0, false, false},
+		{"nothing comes back", true, patient, 0, false, true},
 	}
 	for _, test := range tests {
 		before := nc.Stats().Reconnects
-		r := &Relay{nc: nc, inbox: make(chan *nats.Msg, 1), settled: test.settled, inRoom: test.settled, heardAt: test.heardAt}
+		r := &Relay{nc: nc, inbox: make(chan *nats.Msg, 1), settled: test.settled, inRoom: test.settled, silent: test.silent}
 		for range test.waiting {
 			r.inbox <- new(nats.Msg)
 		}
@@ -675,7 +715,7 @@ func (l pipeListener) dial(t testing.TB) *client {
 
 func TestMessagesOnTheirWayWhenTheConnectionBreaksAreCountedAndNotRepeated(t *testing.T) {
 	t.Parallel()
-	s := natsServer(t, 0)
+	s := natsServer(t)
 	wire := newWire(t, s.Addr().String())
 	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
 	far := startNode(t, s.ClientURL(), "chat")
@@ -708,6 +748,7 @@ type wire struct {
 	lost    [2]strings.Builder // by direction
 	isCut   [2]bool
 	latency time.Duration
+	hangUps int // of the next connections, once NATS has accepted them
 }
 
 const (
@@ -757,6 +798,10 @@ func (w *wire) lead(from, to net.Conn, direction int) {
 		}
 		w.mu.Lock()
 		cut, latency := w.isCut[direction], w.latency
+		hangUp := w.hangUps > 0 && direction == fromNATS && bytes.Contains(buffer[:n], []byte("PONG"))
+		if hangUp {
+			w.hangUps--
+		}
 		if cut {
 			w.lost[direction].Write(buffer[:n])
 		}
@@ -766,6 +811,9 @@ func (w *wire) lead(from, to net.Conn, direction int) {
 			w.blocked[direction].RLock()
 			to.Write(buffer[:n])
 			w.blocked[direction].RUnlock()
+		}
+		if hangUp {
+			return
 		}
 	}
 }
@@ -858,7 +906,7 @@ func TestWhatANodeMissesIsCountedOnceOthersSpeakAgain(t *testing.T) {
 
 func TestNATSThatDoesNotAnswerIsLeft(t *testing.T) {
 	t.Parallel()
-	s := natsServer(t, 0)
+	s := natsServer(t)
 	wires := []*wire{newWire(t, s.Addr().String()), newWire(t, s.Addr().String())}
 	talking, silent := startNode(t, "nats://"+wires[0].Addr().String(), "chat"), startNode(t, "nats://"+wires[1].Addr().String(), "chat")
 	listener := startNode(t, s.ClientURL(), "chat").dial(t)
@@ -948,7 +996,10 @@ func natsCluster(t testing.TB, wired bool) (servers []*server.Server, wires []*w
 // test ends.
 func natsWith(t testing.TB, options *server.Options) *server.Server {
 	t.Helper()
-	options.Host, options.Port = "127.0.0.1", cmp.Or(options.Port, server.RANDOM_PORT)
+	if options.Port == 0 {
+		options.Port = port(t)
+	}
+	options.Host = "127.0.0.1"
 	options.NoLog, options.NoSigs = true, true
 	s, err := server.NewServer(options)
 	if err != nil {
@@ -980,7 +1031,7 @@ func TestShutdownTakesWhatClientsSaidToNATSFirst(t *testing.T) {
 
 func TestShutdownWaitsForWhatIsOnTheWay(t *testing.T) {
 	t.Parallel()
-	s := natsServer(t, 0)
+	s := natsServer(t)
 	wire := newWire(t, s.Addr().String())
 	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
 	listener := startNode(t, s.ClientURL(), "chat").dial(t)
@@ -1033,8 +1084,8 @@ func TestShutdownWithoutNATSLetsSendersGoAndLogsHowMuchIsLost(t *testing.T) {
 	group.Wait()
 	got := nodes[0].log.String()
 	lost := int(taken.Load())
-	want := fmt.Sprintf("%d × lost a message: NATS was away", lost)
-	withLeavers := fmt.Sprintf("%d × lost a message: NATS was away", lost+1) // if it was read before the end
+	want := fmt.Sprintf("%d × lost a message: NATS had not taken it when this node ended", lost)
+	withLeavers := fmt.Sprintf("%d × lost a message: NATS had not taken it when this node ended", lost+1) // if it was read before the end
 	if !strings.Contains(got, want) && !strings.Contains(got, withLeavers) {
 		t.Errorf("log is %q, want %q or one more in it", got, want)
 	}
@@ -1123,16 +1174,40 @@ func TestFloodOnOneNodeDropsNobodyOnAnother(t *testing.T) {
 	wantNothingLost(t, nodes)
 }
 
+func TestNATSThatGoesAgainAtOnceIsNotBack(t *testing.T) {
+	t.Parallel()
+	s := natsServer(t)
+	wire := newWire(t, s.Addr().String())
+	node := startNode(t, "nats://"+wire.Addr().String(), "chat")
+	c := node.dial(t)
+	const hangUps = 3
+	wire.mu.Lock()
+	wire.hangUps = hangUps
+	wire.mu.Unlock()
+	wire.mend()
+	node.log.wait(t, "NATS is back: 127.0.0.1:", 1)
+	c.say(t, "hello")
+	c.want(t, "hello")
+	if got := node.nc.Stats().Reconnects; got < hangUps+1 {
+		t.Errorf("connected %d times, want %d in vain and one that lasts", got, hangUps)
+	}
+	log := node.log.String()
+	// The handler for the last one in vain may have waited until the one that lasts.
+	if strings.Contains(log, "back: ;") || strings.Count(log, "NATS is back") > 2 {
+		t.Errorf("log is %q, want that NATS is back, and where, only when it is", log)
+	}
+}
+
 func TestSendersWaitAlsoForWhatOthersSay(t *testing.T) {
 	const others = inboxSize / 2
-	s := natsServer(t, 0)
+	s := natsServer(t)
 	relay, _ := joinWithoutHub(t, s.ClientURL())
 	nc := otherSoftware(t, s)
 	for _, line := range numbered("theirs", others) {
 		nc.Publish("chat", []byte(line))
 	}
 	nc.Flush()
-	relay.nc.Flush() // now they are in the inbox
+	awaitAll(t, relay) // are in the inbox
 
 	taken := 0
 	for heard := 0; heard < others/2; {
@@ -1153,7 +1228,7 @@ func TestSendersWaitAlsoForWhatOthersSay(t *testing.T) {
 
 func TestWindowIsForWhatHasNotComeBack(t *testing.T) {
 	t.Parallel()
-	s := natsServer(t, 0)
+	s := natsServer(t)
 	wire := newWire(t, s.Addr().String())
 	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
 	listener := startNode(t, s.ClientURL(), "chat").dial(t)
@@ -1184,9 +1259,19 @@ func joinWithoutHub(t *testing.T, url string) (*Relay, *logBook) {
 	return relay, book
 }
 
+// awaitAll waits until relay has received all that NATS has got so far.
+func awaitAll(t testing.TB, relay *Relay) {
+	t.Helper()
+	relay.nc.Flush()
+	eventually(t, "all is received", func() bool {
+		waiting, _, _ := relay.sub.Pending()
+		return waiting == 0
+	})
+}
+
 func TestWhatANodeIsTooSlowForIsCountedInTheLog(t *testing.T) {
 	const total = inboxSize + 1000
-	s := natsServer(t, 0)
+	s := natsServer(t)
 	slow, book := joinWithoutHub(t, s.ClientURL())
 	fast := startNode(t, s.ClientURL(), "chat")
 	listener := fast.dial(t)
@@ -1197,8 +1282,10 @@ func TestWhatANodeIsTooSlowForIsCountedInTheLog(t *testing.T) {
 		}
 	}()
 	listener.hearUntil(t, lines[total-1])
-	slow.nc.Flush() // All have come, or been dropped.
-	dropped, _ := slow.sub.Dropped()
+	awaitAll(t, slow) // have come, or been dropped
+	slow.mu.Lock()
+	dropped := slow.troubles["lost a message from NATS: too many waited for the hub"]
+	slow.mu.Unlock()
 	if dropped == 0 {
 		t.Fatal("nothing was dropped")
 	}
@@ -1226,7 +1313,7 @@ func TestMessageThatComesAfterLaterOnesIsOldAndNoGap(t *testing.T) {
 		said       int
 		text       string
 		fresh      bool
-		missed     int
+		missed     uint64
 	}{
 		{"the first of a node that has said much", "a", 7, "seven", true, 0},
 		{"the next", "a", 8, "eight", true, 0},
@@ -1257,7 +1344,7 @@ func TestMessageThatComesAfterLaterOnesIsOldAndNoGap(t *testing.T) {
 
 // countingRelay returns a relay that can count messages, and do nothing else.
 func countingRelay() *Relay {
-	return &Relay{name: "mine", heard: make(map[string]uint64), troubles: make(map[string]int)}
+	return &Relay{name: "mine", heard: make(map[string]uint64), troubles: make(map[string]uint64)}
 }
 
 // numberedBy returns the header of a message of node, which had said as many before.
@@ -1329,6 +1416,139 @@ func TestOtherSoftwareCannotMakeTheNodeCountWithoutEnd(t *testing.T) {
 	}
 }
 
+func TestNodeInWhoseNameSomebodyElseSpeaksIsHeard(t *testing.T) {
+	t.Parallel()
+	s, nodes := startRoom(t, 2)
+	near, listener := nodes[0], nodes[1].dial(t)
+	nc := otherSoftware(t, s)
+	overheard, err := nc.SubscribeSync("chat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc.Flush()
+	tests := []struct {
+		name string
+		said func(said uint64) uint64 // after near has said as much
+		text string
+	}{
+		{"a jump", func(uint64) uint64 { return 100 }, ""},
+		{"a jump of a line", func(uint64) uint64 { return 100 }, "forged"},
+		{"the largest", func(uint64) uint64 { return 1<<40 - 1 }, ""},
+		{"the next line of a twin, or a bot's answer to hello", func(said uint64) uint64 { return said }, "forged"},
+	}
+	for n, test := range tests {
+		near.front.broadcast <- []byte("listen")
+		listener.want(t, "listen")
+		message, err := overheard.NextMsg(patience)
+		for err == nil && string(message.Data) != "listen" {
+			message, err = overheard.NextMsg(patience)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		said, _ := strconv.ParseUint(message.Header.Get("Said"), 10, 64)
+		message.Header.Set("Said", fmt.Sprint(test.said(said+1)))
+		message.Data = []byte(test.text)
+		nc.PublishMsg(message)
+		if test.text != "" {
+			listener.want(t, test.text) // Anybody may say a line.
+		}
+		near.log.wait(t, "1 × took another name", n+1)
+		lines := numbered(test.name, 2*windowSize)
+		for _, line := range lines {
+			near.front.broadcast <- []byte(line)
+		}
+		listener.want(t, lines...)
+		if !near.ready.Load() {
+			t.Errorf("%s: not ready", test.name)
+		}
+	}
+	wantNothingLost(t, []*node{near})
+}
+
+func TestMadeUpNumbersStayReadableInTheLog(t *testing.T) {
+	relay := countingRelay()
+	var logged logBook
+	relay.log = log.New(&logged, "", 0)
+	for n := range 1000 {
+		for _, said := range []uint64{0, 100, 1<<40 - 1, 1 << 62, 1<<63 + 10, math.MaxUint64 - 10, math.MaxUint64} {
+			relay.count(&nats.Msg{Header: numberedBy(fmt.Sprint(n%10), said), Data: message})
+		}
+	}
+	relay.report()
+	if got, want := logged.String(), fmt.Sprintf("NATS: %d × missed a message\n", 10*(1<<40-3)); got != want {
+		t.Errorf("log is %q, want %q", got, want)
+	}
+}
+
+func TestWhatIsOnItsWayWhenTheNameChangesIsCounted(t *testing.T) {
+	relay := countingRelay()
+	relay.said, relay.heard["mine"] = 7, 4
+	relay.count(&nats.Msg{Header: numberedBy("mine", 100)})
+	if relay.name == "mine" || relay.onTheWay() != 0 {
+		t.Errorf("name is %q with %d on their way, want another one with none", relay.name, relay.onTheWay())
+	}
+	if got := relay.troubles[notBack]; got != 3 {
+		t.Errorf("%d may be lost, want 3", got)
+	}
+
+	// They come back, as this node hears itself under its old name.
+	for n := 4; n < 7; n++ {
+		if !relay.count(&nats.Msg{Header: numberedBy("mine", n), Data: message}) {
+			t.Errorf("its own number %d is old, want that its clients hear it", n)
+		}
+	}
+	relay.said = 2
+	relay.count(&nats.Msg{Header: numberedBy(relay.name, 2)})
+	if got := relay.troubles[notBack]; got != 5 {
+		t.Errorf("%d may be lost, want that the first two under the new name count, too", got)
+	}
+}
+
+func TestInboxIsBoundedInBytesAndLongMessagesTakeNoRoomInIt(t *testing.T) {
+	s := natsServer(t)
+	relay, book := joinWithoutHub(t, s.ClientURL())
+	nc := otherSoftware(t, s)
+	memory := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := memory()
+	const long, lines = inboxSize + 1000, inboxSize / 2
+	for n := range long {
+		nc.Publish("chat", make([]byte, 16<<10)) // 144 MiB in all
+		if n%100 == 0 {
+			nc.Flush()
+			awaitAll(t, relay)
+		}
+	}
+	for _, line := range numbered("after them", lines) {
+		nc.Publish("chat", []byte(line))
+	}
+	nc.Flush()
+	awaitAll(t, relay)
+	if got, most := memory()-before, uint64(16<<20); got > most {
+		t.Errorf("takes %d bytes, want at most %d", got, most)
+	}
+	for _, want := range numbered("after them", lines) {
+		if got := string(<-relay.hub.broadcast); got != want {
+			t.Fatalf("the hub is told %q, want %q", got, want)
+		}
+	}
+	eventually(t, "all that is refused is counted", func() bool {
+		total := 0
+		for line := range strings.Lines(book.String()) { // a report for each second
+			var n int
+			if _, err := fmt.Sscanf(line, "NATS: %d × "+refused, &n); err == nil {
+				total += n
+			}
+		}
+		return total == long
+	})
+}
+
 // otherSoftware connects to s something that is no node, until the test ends.
 func otherSoftware(t *testing.T, s *server.Server) *nats.Conn {
 	t.Helper()
@@ -1390,8 +1610,10 @@ func TestOtherSoftwareCannotFillTheLog(t *testing.T) {
 	}
 }
 
-func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
-	t.Parallel()
+// guarded starts a NATS server with an account that may publish and subscribe on
+// chat only, messages of at most payload bytes, and returns its credentials' file.
+func guarded(t *testing.T, payload int64) (s *server.Server, file string) {
+	t.Helper()
 	key := func(pair nkeys.KeyPair, err error) (nkeys.KeyPair, string) {
 		if err != nil {
 			t.Fatal(err)
@@ -1408,6 +1630,7 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 	}
 	claims := jwt.NewUserClaims(userKey)
 	claims.Sub.Allow.Add("chat")
+	claims.Limits.Payload = payload
 	userToken, err := claims.Encode(account)
 	if err != nil {
 		t.Fatal(err)
@@ -1417,16 +1640,51 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	file := filepath.Join(t.TempDir(), "user.creds")
+	file = filepath.Join(t.TempDir(), "user.creds")
 	if err := os.WriteFile(file, credentials, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	accounts := new(server.MemAccResolver)
 	accounts.Store(accountKey, accountToken)
-	s := natsWith(t, &server.Options{TrustedKeys: []string{operatorKey}, AccountResolver: accounts})
+	return natsWith(t, &server.Options{TrustedKeys: []string{operatorKey}, AccountResolver: accounts}), file
+}
 
-	if _, err := connect(s.ClientURL(), ""); err == nil || !strings.Contains(err.Error(), "not accepted") {
-		t.Errorf("without credentials: got %v, want that they are not accepted", err)
+func TestNodeDoesNotJoinWithAnAccountWhoseMessagesMustBeShort(t *testing.T) {
+	t.Parallel()
+	s, file := guarded(t, payloadSize-1)
+	nc, err := connect(s.ClientURL(), file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	const want = "NATS accepts messages of at most 639 bytes, and has to accept 640"
+	if _, err := join(newHub(), nc, "chat", log.Default()); err == nil || err.Error() != want {
+		t.Errorf("got %v, want %q", err, want)
+	}
+}
+
+func TestWhatNATSNoLongerAcceptsIsToldAndHoldsNothingUp(t *testing.T) {
+	t.Parallel()
+	s := natsServer(t)
+	node := startNode(t, s.ClientURL(), "chat")
+	c := node.dial(t)
+	address := s.Addr().(*net.TCPAddr)
+	stopNATS(t, s)
+	eventually(t, "the node knows that NATS is away", node.nc.IsReconnecting)
+	c.say(t, strings.Repeat("x", maxMessageSize))
+	c.say(t, "short")
+	natsWith(t, &server.Options{Port: address.Port, MaxPayload: maxMessageSize})
+	c.want(t, "short")
+	node.log.wait(t, "NATS accepts messages of at most 512 bytes, and has to accept 640", 1)
+	node.log.wait(t, "NATS: 1 × lost a message: it is longer than NATS accepts", 1)
+	eventually(t, "the node is not ready", func() bool { return !node.ready.Load() })
+}
+
+func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
+	t.Parallel()
+	s, file := guarded(t, payloadSize)
+	if _, err := connect(s.ClientURL(), ""); err == nil || !errors.Is(err, nats.ErrAuthorization) {
+		t.Errorf("without credentials: got %v, want %v", err, nats.ErrAuthorization)
 	}
 	nc, err := connect(s.ClientURL(), file)
 	if err != nil {
@@ -1499,7 +1757,7 @@ func TestWhatIsSaidWhileNATSDoesNotAllowItWaits(t *testing.T) {
 
 func TestJoinReturnsWhyItCannot(t *testing.T) {
 	t.Parallel()
-	s := natsServer(t, 0)
+	s := natsServer(t)
 	small := natsWith(t, &server.Options{MaxPayload: maxMessageSize})
 	plain := natsWith(t, &server.Options{NoHeaderSupport: true})
 	tests := []struct {
@@ -1513,8 +1771,8 @@ func TestJoinReturnsWhyItCannot(t *testing.T) {
 		{s, "chat..", "cannot name a room"},
 		{s, "a\tb", "cannot name a room"},
 		{s, strings.Repeat("x", maxSubjectSize+1), "cannot name a room"},
-		{small, "chat", "has to accept messages of 640 bytes"},
-		{plain, "chat", "with headers"},
+		{small, "chat", "at most 512 bytes, and has to accept 640"},
+		{plain, "chat", "headers not supported"},
 		{natsWith(t, allowed("nothing", "chat")), "chat", "Permissions Violation for Publish"},
 		{natsWith(t, allowed("chat", "nothing")), "chat", "Permissions Violation for Subscription"},
 	}
@@ -1527,5 +1785,49 @@ func TestJoinReturnsWhyItCannot(t *testing.T) {
 			t.Errorf("%.40q: got %v, want an error with %q", test.subject, err, test.want)
 		}
 		nc.Close()
+	}
+}
+
+// natsConfigured starts a NATS server with nats.conf, on loopback ports and with
+// these routes.
+func natsConfigured(t *testing.T, routes string) *server.Server {
+	t.Helper()
+	t.Setenv("CHAT_PASSWORD", "hunter2")
+	options, err := server.ProcessConfigFile("nats.conf") // as nats-server -t does
+	if err != nil {
+		t.Fatal(err)
+	}
+	options.Port = 0
+	options.Cluster.Host, options.Cluster.Port = "127.0.0.1", server.RANDOM_PORT
+	options.Routes = server.RoutesFromStr(routes)
+	return natsWith(t, options)
+}
+
+func TestNodesJoinServersWithTheNATSConfigurationAndNobodyElseDoes(t *testing.T) {
+	first := natsConfigured(t, "")
+	second := natsConfigured(t, "nats://"+first.ClusterAddr().String())
+	eventually(t, "a cluster", func() bool {
+		return first.NumRoutes() > server.DEFAULT_ROUTE_POOL_SIZE && second.NumRoutes() > server.DEFAULT_ROUTE_POOL_SIZE
+	})
+	if first.JetStreamEnabled() {
+		t.Error("JetStream is on, want it off")
+	}
+	url := func(s *server.Server) string { return "nats://chat:hunter2@" + s.Addr().String() }
+	speaker, listener := startNode(t, url(first), "chat"), startNode(t, url(second), "chat").dial(t)
+	long := strings.Repeat("x", maxMessageSize)
+	speaker.front.broadcast <- []byte(long)
+	listener.want(t, long)
+
+	if nc, err := connect(first.ClientURL(), ""); err == nil {
+		nc.Close()
+		t.Error("connected without a password")
+	}
+	nc, err := connect(url(first), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	if _, err := join(newHub(), nc, "secrets", log.Default()); !errors.Is(err, nats.ErrPermissionViolation) {
+		t.Errorf("joined another room: got %v, want %v", err, nats.ErrPermissionViolation)
 	}
 }
