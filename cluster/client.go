@@ -1,12 +1,15 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
+	"errors"
 	"io"
 	"log"
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,19 +28,19 @@ const (
 	pongWait = 60 * time.Second
 
 	// Time between two pings to the peer; below pongWait, so that a live peer has
-	// something to answer in time. One that takes nothing for the rest of pongWait
-	// is dropped before its ping arrives.
+	// something to answer in time.
 	pingPeriod = pongWait * 9 / 10
 
-	// Time allowed to the peer to answer our close frame with its own.
+	// Time allowed to the peer to answer our close frame with its own, from the
+	// moment at which the frame has gone into the network.
 	closeWait = time.Second
 
-	// Maximum size in bytes of a message from the peer. If you raise it, raise
-	// maxBatchSize to a multiple of it, and tell home.html.
+	// Maximum size in bytes of a message from the peer. If you raise it, keep
+	// maxBatchSize several times as large, and tell home.html.
 	maxMessageSize = 512
 
-	// Maximum size in bytes of a WebSocket message to the peer: what common
-	// client libraries read by default.
+	// Maximum size in bytes of a WebSocket message to the peer: less than 32 KiB,
+	// which common client libraries read by default.
 	maxBatchSize = 32<<10 - 1
 
 	// Messages that wait for a peer before it is dropped: what a busy room says
@@ -45,8 +48,10 @@ const (
 	sendQueueSize = 256
 
 	// Messages and control frames taken from a peer at once, and the time for
-	// each one after that. A burst leaves the queues of the others half empty,
-	// and the rate is more than people type or read.
+	// each one after that. A burst leaves the queues of the others half empty, and
+	// 100 a second are more than people type or read. Shorten rateInterval if your
+	// clients are programs that send more, as a game's or a shared cursor's do: who
+	// sends faster than this is read later and later.
 	rateBurst    = sendQueueSize / 2
 	rateInterval = 10 * time.Millisecond
 
@@ -58,14 +63,14 @@ const (
 
 var newline = []byte{'\n'}
 
-// A goodbye is the code and the reason with which a connection ends. RFC 6455
-// section 7.4.
+// A goodbye is the code and the reason with which a connection ends. Your own ones
+// have codes from 4000 to 4999. RFC 6455 section 7.4.
 type goodbye = websocket.CloseError
 
-// The server's own goodbyes.
+// The server's own goodbyes. A text longer than a close frame can hold is cut.
 var (
 	shuttingDown = &goodbye{Code: websocket.CloseGoingAway, Text: "the server is shutting down"}
-	unregistered = &goodbye{Code: websocket.CloseNormalClosure, Text: "the server has ended this connection"}
+	noReason     = &goodbye{Code: websocket.CloseNormalClosure, Text: "the server has ended this connection"}
 	notText      = &goodbye{Code: websocket.CloseUnsupportedData, Text: "send text messages, not binary ones"}
 	notUTF8      = &goodbye{Code: websocket.CloseInvalidFramePayloadData, Text: "send text as valid UTF-8"}
 	tooBig       = &goodbye{Code: websocket.CloseMessageTooBig, Text: "send at most " + strconv.Itoa(maxMessageSize) + " bytes in a message"}
@@ -74,29 +79,41 @@ var (
 )
 
 // Each connection keeps its read buffer: a small one, as longer messages pass
-// through it in parts. They share write buffers, as only those need one that are
-// being written to. A write buffer holds a whole batch, which thus is one frame.
+// through it in parts. Write buffers are pooled: only a connection that is being
+// written to holds one. It holds a whole batch, which thus is one frame. Add a
+// subprotocol of your own here, as Upgrade ignores one in its header: the first of
+// these that the peer offers is chosen.
 var upgrader = websocket.Upgrader{
-	HandshakeTimeout: writeWait,
-	ReadBufferSize:   512,
-	WriteBufferSize:  maxBatchSize,
-	WriteBufferPool:  new(sync.Pool),
-	Subprotocols:     []string{heartbeat},
+	ReadBufferSize:  512,
+	WriteBufferSize: maxBatchSize,
+	WriteBufferPool: new(sync.Pool),
+	Subprotocols:    []string{heartbeat},
 }
 
-// A Client stands between one WebSocket connection and the hub.
+// A Client stands between one WebSocket connection and the hub. This is its life:
+//
+//  1. serveWs registers it with the hub, and starts its two pumps.
+//  2. Somebody finds a reason to end it: the hub, one of the pumps, or the peer.
+//     The first reason is its goodbye.
+//  3. run takes it out of the room and closes send.
+//  4. writePump writes what is still queued, then the goodbye. (Frames that break
+//     the protocol are answered by gorilla/websocket itself, ahead of the queue.)
+//  5. readPump reads on until the peer has answered, closes conn, and tells run
+//     that the client has left.
 type Client struct {
 	hub *Hub
 
-	// Nil until the handshake has been answered, which is after the client has
-	// registered: run must not use it.
+	// Its NetConn is a *heldConn, whose Conn is the *net.TCPConn or *tls.Conn.
 	conn *websocket.Conn
 
-	// From run, through its method queue, to writePump. Run closes it when the client
-	// has to go: after that, a send panics, so nothing else should send here.
+	// From run, through the method queue, to writePump. Leave it to queue and drop:
+	// to send after it is closed, or to close it and leave the client in hub.clients,
+	// is a panic that ends the process; to delete the client there and leave it open
+	// is a client that never ends.
 	send chan []byte
 
-	// Owned by run: the client has been dropped, for good.
+	// Owned by run: the client has been dropped, for good. That there is a goodbye
+	// does not tell that: readPump may set one while run still takes the client in.
 	dropped bool
 
 	// Why the client has to go. Whoever finds a reason sets it; the first counts.
@@ -106,14 +123,95 @@ type Client struct {
 	writing sync.WaitGroup
 
 	// Owned by readPump:
-	due       time.Time // when the peer is no longer ahead of its rate
+	due       time.Time // when a peer at one message per rateInterval would be as far
+	slowed    bool      // the log says that the peer sends faster
 	receiving bool      // a message has begun and is not complete
 }
 
-// readPump takes what the peer says to the hub. It does all reads on conn. Once
-// there is a goodbye it reads on until the peer has answered it, but takes nothing
-// to the hub any more. It ends when nothing can be read: as a rule after the peer's
-// close frame, and at the latest when writePump has conn closed.
+// serveWs makes the request a WebSocket connection and its peer a client of
+// hub. It returns once the handshake is answered: the pumps go on in goroutines
+// of their own, so that what the request holds can be freed.
+func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
+	conn, err := upgrader.Upgrade(holdAnswer{w}, r, nil)
+	if err != nil {
+		log.Printf("%s: %q", r.RemoteAddr, err)
+		return
+	}
+	client := &Client{hub: hub, conn: conn, send: make(chan []byte, sendQueueSize)}
+	handshake := conn.NetConn().(*heldConn)
+	select {
+	case hub.register <- client:
+	case <-hub.stopped:
+		handshake.refuse(shuttingDown.Text)
+		return
+	}
+	// Only now, so that the peer misses nothing that is said once it knows that it
+	// is connected. If this fails, both pumps will get the same error.
+	handshake.answer()
+	client.writing.Go(client.writePump)
+	go client.readPump()
+}
+
+// holdAnswer is a ResponseWriter for Upgrade, which gets a heldConn from it.
+type holdAnswer struct{ http.ResponseWriter }
+
+func (h holdAnswer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, buffered, err := http.NewResponseController(h.ResponseWriter).Hijack()
+	return &heldConn{Conn: conn}, buffered, err
+}
+
+// A heldConn holds back what is first written to it, which is Upgrade's answer to
+// the handshake. answer lets that go. So does whoever reads or writes next, as a
+// copy that asks the peer for a password before it registers the client.
+type heldConn struct {
+	net.Conn
+	answer func() error // It writes once, and returns the same error ever after.
+}
+
+func (c *heldConn) Write(p []byte) (int, error) {
+	if c.answer == nil {
+		held := bytes.Clone(p)
+		c.answer = sync.OnceValue(func() error {
+			c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
+			if _, err := c.Conn.Write(held); err != nil {
+				return &goodbye{Code: websocket.CloseAbnormalClosure, Text: "answering the handshake: " + err.Error()}
+			}
+			return nil
+		})
+		return len(p), nil
+	}
+	if err := c.answer(); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(p)
+}
+
+func (c *heldConn) Read(p []byte) (int, error) {
+	if err := c.answer(); err != nil {
+		return 0, err
+	}
+	return c.Conn.Read(p)
+}
+
+// CloseWrite closes the writing side, if the connection can do that.
+func (c *heldConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
+// refuse answers the handshake with 503 instead, and closes the connection.
+func (c *heldConn) refuse(why string) {
+	c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
+	io.WriteString(c.Conn, "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\r\n"+why+"\n")
+	c.Conn.Close()
+}
+
+// readPump takes what the peer says to the hub. It does all reads on conn. It ends
+// when nothing can be read any more: as a rule after the peer's close frame, and
+// otherwise because writePump has closed conn. Once there is a goodbye, it still
+// reads, but takes nothing to the hub.
 //
 // An idle client waits in NextReader, within a stack of 2 KiB as long as this
 // frame is small: what else there is to do is done in methods.
@@ -132,11 +230,13 @@ func (c *Client) readPump() {
 		// taken long, and the peer is not to blame for that.
 		c.conn.SetReadDeadline(time.Now().Add(pongWait))
 		messageType, r, err := c.conn.NextReader()
+		if err == nil {
+			err = c.receive(messageType, r)
+		}
 		if err != nil {
-			c.leave(err)
+			c.hangUp(err)
 			return
 		}
-		c.receive(messageType, r)
 	}
 }
 
@@ -145,35 +245,49 @@ func (c *Client) readPump() {
 // by more than a burst, so that TCP slows it down.
 func (c *Client) pace() {
 	if c.goodbye.Load() != nil {
-		return // Read on at full speed: the answer comes behind what is being sent.
+		return // Do not slow it now: its close frame comes behind what it has sent.
 	}
 	if !c.receiving { // A ping in the middle of a message gives it no more time.
 		c.conn.SetReadDeadline(time.Now().Add(pongWait))
 	}
-	ahead := max(0, time.Until(c.due)) + rateInterval
-	c.due = time.Now().Add(ahead)
-	time.Sleep(ahead - rateBurst*rateInterval)
+	if now := time.Now(); c.due.Before(now) {
+		c.due = now
+	}
+	c.due = c.due.Add(rateInterval)
+	ahead := time.Until(c.due) - rateBurst*rateInterval
+	if ahead > 0 && !c.slowed {
+		c.slowed = true
+		// In a goroutine, as nobody waits for a log that is stuck.
+		go log.Printf("%v: slowed, as it sends more than %d messages a second", c.conn.RemoteAddr(), time.Second/rateInterval)
+	}
+	time.Sleep(ahead)
 }
 
 // receive takes the message in r to the hub as one clean line, unless it is
-// blank, or comes after the goodbye. One that breaks a rule ends the client.
-func (c *Client) receive(messageType int, r io.Reader) {
+// blank, or comes after the goodbye. One that breaks a rule ends the client. It
+// returns an error if the message cannot be read. (SetReadLimit would do for the
+// limit, but it closes without a reason.)
+func (c *Client) receive(messageType int, r io.Reader) error {
 	c.pace()
 	c.receiving = true
 	message, err := io.ReadAll(io.LimitReader(r, maxMessageSize+1))
 	c.receiving = false
+	if err != nil {
+		return err
+	}
 	line := clean(message)
 	switch {
-	case err != nil || c.goodbye.Load() != nil: // If it is err, NextReader returns it, too.
+	case c.goodbye.Load() != nil:
 	case len(message) > maxMessageSize:
-		c.unregister(tooBig)
+		c.end(tooBig)
 	case messageType != websocket.TextMessage:
-		c.unregister(notText)
+		c.end(notText)
 	case !utf8.Valid(message):
-		c.unregister(notUTF8)
+		c.end(notUTF8)
 	case len(line) > 0:
 		c.hub.broadcast <- line
 	}
+	return nil
 }
 
 // clean makes one line of UTF-8 of message: control characters, which end lines
@@ -189,95 +303,42 @@ func clean(message []byte) []byte {
 	}, message))
 }
 
-// unregister has run drop the client, whose peer is told why. It waits for run, so
-// run must not call it. Nor may anybody else once readPump has ended, as run may
-// have ended, too.
-func (c *Client) unregister(why *goodbye) {
-	c.goodbye.CompareAndSwap(nil, why)
-	c.hub.unregister <- c
-}
-
-// leave ends the client after reading has failed with err. It closes conn when
-// writePump has said goodbye.
-func (c *Client) leave(err error) {
-	why, gone := err.(*goodbye) // the peer's own, or 1006 if the connection ended without one
-	if network, ok := err.(net.Error); ok && network.Timeout() {
-		why = tooSlow
-	} else if ok {
-		why, gone = &goodbye{Code: websocket.CloseAbnormalClosure, Text: err.Error()}, true
-	} else if !gone {
-		why = &goodbye{Code: websocket.CloseProtocolError, Text: err.Error()}
-	}
-	ended := "dropped"
-	if c.goodbye.CompareAndSwap(nil, why) && gone {
-		ended = "left"
-	}
-	c.hub.unregister <- c
-	if why := c.goodbye.Load(); websocket.IsUnexpectedCloseError(why, websocket.CloseNormalClosure,
-		websocket.CloseGoingAway, websocket.CloseNoStatusReceived) {
-		log.Printf("%v: %s with %q", c.conn.RemoteAddr(), ended, why) // quoted, as the peer may have chosen the words
-	}
-	c.writing.Wait()
-	if !gone {
-		// The peer may still be sending. To close a TCP connection with input
-		// unread is to reset it, and the reset can destroy the close frame. The
-		// input can no longer be parsed: wait until the peer closes its side, too.
-		if half, ok := c.conn.NetConn().(interface{ CloseWrite() error }); ok {
-			half.CloseWrite()
-		}
-		c.conn.SetReadDeadline(time.Time{})
-		io.Copy(io.Discard, c.conn.NetConn())
-	}
-	c.conn.Close()
-	c.hub.left <- c
-}
-
-// writePump takes what the hub says to the peer, and pings it. It does all
-// writes of messages on conn. It says goodbye when run has closed send and what
-// was queued is written, and gives up when a write fails. After that readPump has
-// closeWait to read the peer's answer; then conn is closed in any case, which ends
-// readPump, too. (A TLS connection may take five seconds more to close.)
+// writePump takes what the hub says to the peer, and pings it. It does all writes
+// of messages on conn. It ends after the goodbye, or when a write fails, and has
+// conn closed soon after, which ends readPump if that still reads.
 func (c *Client) writePump() {
-	defer c.discard()
-	defer time.AfterFunc(closeWait, func() { c.conn.Close() })
 	pings := time.NewTicker(pingPeriod)
-	defer pings.Stop()
 	var err error
 	for err == nil {
 		select {
 		case message, ok := <-c.send:
-			c.conn.SetWriteDeadline(time.Now().Add(writeWait))
-			if !ok {
-				c.goodbye.CompareAndSwap(nil, unregistered) // if somebody has closed send by hand
-				// 1006 is no code to send. RFC 6455 section 7.4.1.
-				if why := c.goodbye.Load(); why.Code != websocket.CloseAbnormalClosure {
-					c.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(why.Code, why.Text))
-				}
-				return
+			if ok {
+				err = c.writeBatch(message)
+			} else {
+				err = c.sayGoodbye()
 			}
-			err = c.writeBatch(message)
 		case <-pings.C:
-			c.conn.SetWriteDeadline(time.Now().Add(writeWait))
-			err = c.conn.WriteMessage(websocket.PingMessage, nil)
-			if err == nil && c.conn.Subprotocol() == heartbeat {
-				err = c.conn.WriteMessage(websocket.TextMessage, nil)
-			}
+			err = c.ping()
 		}
 	}
+	pings.Stop()
 	if timeout, ok := err.(net.Error); ok && timeout.Timeout() {
 		c.goodbye.CompareAndSwap(nil, fellBehind)
-	} // else readPump finds out what is wrong with conn
-}
+	} // Any other error readPump meets as well, and deals with.
 
-// discard empties send until run closes it, so that nobody waits who sends to a
-// client that takes nothing any more.
-func (c *Client) discard() {
+	// readPump has closeWait to read the peer's answer. (A TLS connection may take
+	// five seconds more to close.)
+	time.AfterFunc(closeWait, func() { c.conn.Close() })
+
+	// A copy's run may send here without a default: empty the queue until run closes
+	// it, so that it does not block for ever.
 	for range c.send {
 	}
 }
 
 // writeBatch sends message, and what has queued up behind it, in one frame.
 func (c *Client) writeBatch(message []byte) error {
+	c.conn.SetWriteDeadline(time.Now().Add(writeWait))
 	w, err := c.conn.NextWriter(websocket.TextMessage)
 	if err != nil {
 		return err
@@ -292,28 +353,95 @@ func (c *Client) writeBatch(message []byte) error {
 	return w.Close()
 }
 
-// serveWs makes the request a WebSocket connection and its peer a client of
-// hub. It returns once the handshake is answered: the pumps go on in goroutines
-// of their own, so that what the request holds can be freed.
-func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
-	// The client joins before the handshake is answered, so that its peer
-	// misses nothing that is said once it knows that it is connected.
-	client := &Client{hub: hub, send: make(chan []byte, sendQueueSize)}
-	select {
-	case hub.register <- client:
-	case <-hub.stopped:
-		http.Error(w, shuttingDown.Text, http.StatusServiceUnavailable)
+// ping sends a ping, and a heartbeat to who asked for it.
+func (c *Client) ping() error {
+	c.conn.SetWriteDeadline(time.Now().Add(writeWait))
+	err := c.conn.WriteMessage(websocket.PingMessage, nil)
+	if err == nil && c.conn.Subprotocol() == heartbeat {
+		err = c.conn.WriteMessage(websocket.TextMessage, nil)
+	}
+	return err
+}
+
+// sayGoodbye sends the close frame. It returns ErrCloseSent, as whatever is
+// written after that does, or why it could not be sent.
+func (c *Client) sayGoodbye() error {
+	c.goodbye.CompareAndSwap(nil, noReason) // if a copy has closed send by hand
+	why := c.goodbye.Load()
+	if why.Code == websocket.CloseAbnormalClosure {
+		return websocket.ErrCloseSent // 1006 is no code to send. RFC 6455 section 7.4.1.
+	}
+	// A close frame holds a code and 123 bytes of text. RFC 6455 section 5.5.
+	text := strings.ToValidUTF8(why.Text[:min(len(why.Text), 123)], "")
+	c.conn.SetWriteDeadline(time.Now().Add(writeWait))
+	if err := c.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(why.Code, text)); err != nil {
+		return err
+	}
+	return websocket.ErrCloseSent
+}
+
+// end has run drop the client, whose peer is told why. Only readPump may call it,
+// which run outlives; others have run call drop.
+func (c *Client) end(why *goodbye) {
+	c.goodbye.CompareAndSwap(nil, why)
+	c.hub.unregister <- c
+}
+
+// hangUp is the end of readPump, after reading has failed with err.
+func (c *Client) hangUp(err error) {
+	why, gone := whyItFailed(err)
+	c.end(why)
+	c.writing.Wait() // writePump says what is queued, and the goodbye.
+	if !gone {
+		c.drain()
+	}
+	c.conn.Close()
+	c.hub.left <- c
+	c.logEnd(why, gone) // last, so that nobody waits for a log that is stuck
+}
+
+// whyItFailed tells what err, from reading, means for the goodbye, and whether
+// the peer has gone: then there is nothing more to read.
+func whyItFailed(err error) (why *goodbye, gone bool) {
+	switch err := err.(type) {
+	case *goodbye: // the peer's own, or 1006 if the connection ended without one
+		return err, true
+	case net.Error:
+		if err.Timeout() {
+			return tooSlow, false
+		}
+		return &goodbye{Code: websocket.CloseAbnormalClosure, Text: err.Error()}, true
+	}
+	if err == io.ErrUnexpectedEOF { // A TLS connection ended within a record.
+		return &goodbye{Code: websocket.CloseAbnormalClosure, Text: err.Error()}, true
+	}
+	return &goodbye{Code: websocket.CloseProtocolError, Text: err.Error()}, false
+}
+
+// drain reads until the peer has closed its side, or writePump closes conn. The
+// peer may still be sending, and what it sends can no longer be parsed. But to close
+// a TCP connection with input unread is to reset it, and the reset can destroy the
+// close frame.
+func (c *Client) drain() {
+	conn := c.conn.NetConn()
+	if half, ok := conn.(interface{ CloseWrite() error }); ok {
+		half.CloseWrite()
+	}
+	conn.SetReadDeadline(time.Time{})
+	io.Copy(io.Discard, conn)
+}
+
+// logEnd logs how the client has ended, unless that was a normal end. It quotes
+// the reason, as the peer may have chosen the words.
+func (c *Client) logEnd(why *goodbye, gone bool) {
+	first := c.goodbye.Load()
+	if !websocket.IsUnexpectedCloseError(first, websocket.CloseNormalClosure,
+		websocket.CloseGoingAway, websocket.CloseNoStatusReceived) {
 		return
 	}
-	conn, err := upgrader.Upgrade(w, r, nil)
-	if err != nil {
-		log.Printf("%s: %q", r.RemoteAddr, err)
-		go client.discard()
-		hub.unregister <- client
-		hub.left <- client
-		return
+	ended := "dropped"
+	if first == why && gone {
+		ended = "left"
 	}
-	client.conn = conn
-	client.writing.Go(client.writePump)
-	go client.readPump()
+	log.Printf("%v: %s with %q", c.conn.RemoteAddr(), ended, first)
 }

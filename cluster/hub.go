@@ -5,28 +5,25 @@ import (
 	"time"
 )
 
-// breather is how long run pauses when a queue is more than half full: long
-// enough for writePumps to catch up and for senders to feel the pressure,
-// short enough that one stuck reader costs the room next to nothing. A reader
-// that is always half behind holds the room to a thousand messages a second,
-// which is more than anybody reads.
-const breather = time.Millisecond
-
 // A Hub passes on to every client in the room what any of them says.
 type Hub struct {
 	// Owned by run:
 	clients map[*Client]bool
 
-	// To run from other goroutines. It receives until stop has been called and
-	// every client that registered has left; after that, a send waits for ever.
-	// So does run if it sends here itself: it uses deliver, queue and drop.
-	broadcast  chan []byte  // what clean returns, of at most maxMessageSize bytes
-	register   chan *Client // not after stop: whoever registers selects on stopped, too
+	// From other goroutines to run. run receives from register until stop is called,
+	// and from the others until every client has left, too. Then a send waits for
+	// ever, so whoever may outlive the hub, as a handler does, selects on stopped,
+	// too. What run calls must not send here, as it would wait for itself: it calls
+	// deliver, queue and drop.
+	broadcast  chan []byte  // for every client: what clean returns, of at most maxMessageSize bytes
+	do         chan func()  // to be called by run: what only run may do; the room waits for it
+	register   chan *Client // to be taken in
 	unregister chan *Client // to be dropped
-	left       chan *Client // will send no more
+	left       chan *Client // readPump's last word: its client has ended
 
-	// stop makes run send everybody away and end. Anybody may call it, any number
-	// of times. It closes stopped.
+	// stop makes run send everybody away. Anybody may call it, any number of times.
+	// It closes stopped at once; the hub has ended when run returns, which takes as
+	// long as its slowest client.
 	stop    func()
 	stopped <-chan struct{}
 }
@@ -36,6 +33,7 @@ func newHub() *Hub {
 	return &Hub{
 		clients:    make(map[*Client]bool),
 		broadcast:  make(chan []byte),
+		do:         make(chan func()),
 		register:   make(chan *Client),
 		unregister: make(chan *Client),
 		left:       make(chan *Client),
@@ -57,11 +55,14 @@ func (h *Hub) run() {
 				present[client] = true
 			}
 		case client := <-h.unregister:
-			h.drop(client, unregistered)
+			h.drop(client, noReason)
 		case client := <-h.left:
+			h.drop(client, noReason) // if a copy has not done so
 			delete(present, client)
 		case message := <-h.broadcast:
 			h.deliver(message)
+		case call := <-h.do:
+			call()
 		case <-stopped:
 			register, stopped = nil, nil // a nil channel is never ready
 			for client := range h.clients {
@@ -71,22 +72,37 @@ func (h *Hub) run() {
 	}
 }
 
+// breather is how long the hub pauses when a queue is more than half full: long
+// enough for writePumps to catch up and for senders to feel the pressure, short
+// enough that one stuck reader costs the room next to nothing. A reader that is
+// always half behind holds the room to a thousand messages a second, which is
+// more than anybody reads.
+const breather = time.Millisecond
+
 // deliver queues message for every client, and pauses if one has fallen behind.
+// Only run may call it; others send to broadcast.
 func (h *Hub) deliver(message []byte) {
 	crowded := false
 	for client := range h.clients {
 		h.queue(client, message)
-		// One that has just been dropped does not count.
-		crowded = crowded || len(client.send) > cap(client.send)/2 && h.clients[client]
+		// A client that has just been dropped is no reason to pause.
+		if h.clients[client] && len(client.send) > cap(client.send)/2 {
+			crowded = true
+		}
 	}
 	if crowded {
 		time.Sleep(breather)
 	}
 }
 
-// queue queues message for one client, unless that has been dropped. It does not
-// wait: a client whose queue is full is dead or stuck, and is dropped. Only run
-// may call it.
+// queue queues message for one client, unless it has been dropped. It never
+// blocks: a client whose queue is full is dead or stuck, and is dropped. Only run
+// may call it, so others have run do it:
+//
+//	select {
+//	case hub.do <- func() { hub.queue(client, message) }:
+//	case <-hub.stopped:
+//	}
 func (h *Hub) queue(client *Client, message []byte) {
 	if !h.clients[client] {
 		return
@@ -99,7 +115,9 @@ func (h *Hub) queue(client *Client, message []byte) {
 }
 
 // drop takes client out of the room and closes its queue, which makes its
-// writePump say goodbye. Only run may call it; others send to unregister.
+// writePump say goodbye. run drops clients of its own accord, so if you keep another
+// map of clients, delete from it here, and not where run receives from unregister.
+// Only run may call it, so others have run do it.
 func (h *Hub) drop(client *Client, why *goodbye) {
 	if h.clients[client] {
 		delete(h.clients, client)

@@ -47,9 +47,16 @@ import (
 // connection for ever.
 const pageTimeout = 10 * time.Second
 
+// maxHeaderSize is the maximum size in bytes of a request's header, which includes
+// its URL, which goes into the log. (net/http lets pass 4 KiB more.)
+const maxHeaderSize = 16 << 10
+
 // shutdownWait is the time allowed to everybody together to leave when the server
 // shuts down.
 const shutdownWait = 5 * time.Second
+
+// logWait is the time allowed to the log when the server starts and shuts down.
+const logWait = 100 * time.Millisecond
 
 var (
 	addr    = flag.String("addr", ":8080", "listen on `host:port`")
@@ -66,11 +73,15 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
-	signals, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	ctx, cancel := context.WithCancel(context.Background())
-	// After the first signal, stop catching them before the shutdown begins: then a
-	// second one ends the process at once.
-	context.AfterFunc(signals, func() { stop(); cancel() })
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-signals
+		cancel()
+		<-signals // A second one ends the process at once.
+		os.Exit(1)
+	}()
 	if err := run(ctx, *addr, *urls, *creds, *subject); err != nil {
 		log.Fatal(err)
 	}
@@ -111,7 +122,7 @@ func run(ctx context.Context, addr, urls, creds, subject string) error {
 	if net.ParseIP(host).IsUnspecified() {
 		host = "localhost"
 	}
-	log.Printf("listening on http://%s/", net.JoinHostPort(host, port))
+	logSoon("listening on http://%s/", net.JoinHostPort(host, port))
 	return serve(ctx, listener, relay)
 }
 
@@ -134,7 +145,12 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 		serveWs(relay.front, w, r)
 	})
 	mux.HandleFunc("/ready", func(w http.ResponseWriter, r *http.Request) { serveReady(relay, w) })
-	server := &http.Server{Handler: mux, ReadTimeout: pageTimeout, WriteTimeout: pageTimeout}
+	server := &http.Server{
+		Handler:        mux,
+		ReadTimeout:    pageTimeout,
+		WriteTimeout:   pageTimeout,
+		MaxHeaderBytes: maxHeaderSize,
+	}
 	context.AfterFunc(ctx, func() { server.Close() }) // WebSockets are the hub's to close.
 	// NATS is sought without end, but for a few errors after which nats.go gives up.
 	relay.nc.SetClosedHandler(func(*nats.Conn) { server.Close() })
@@ -149,15 +165,26 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 		}
 	}
 
-	log.Print("shutting down")
 	hub.stop()
+	logSoon("shutting down")
 	select {
 	case <-empty:
 	case <-time.After(shutdownWait):
-		log.Printf("leaving clients behind that do not close within %v", shutdownWait)
+		logSoon("leaving clients behind that do not close within %v", shutdownWait)
 	}
 	relay.leave()
 	return err
+}
+
+// logSoon logs like log.Printf, but waits for that no longer than logWait. A log that
+// nobody reads can be stuck: so is a Windows console in which text is selected.
+func logSoon(format string, args ...any) {
+	logged := make(chan struct{})
+	go func() { log.Printf(format, args...); close(logged) }()
+	select {
+	case <-logged:
+	case <-time.After(logWait):
+	}
 }
 
 // serveReady tells a load balancer whether this node can take clients: not while

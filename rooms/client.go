@@ -31,15 +31,16 @@ const (
 	// something to answer in time.
 	pingPeriod = pongWait * 9 / 10
 
-	// Time allowed to the peer to answer our close frame with its own.
+	// Time allowed to the peer to answer our close frame with its own, from the
+	// moment at which the frame has gone into the network.
 	closeWait = time.Second
 
-	// Maximum size in bytes of a message from the peer. If you raise it, raise
-	// maxBatchSize to a multiple of it, and tell home.html.
+	// Maximum size in bytes of a message from the peer. If you raise it, keep
+	// maxBatchSize several times as large, and tell home.html.
 	maxMessageSize = 512
 
-	// Maximum size in bytes of a WebSocket message to the peer: what common
-	// client libraries read by default.
+	// Maximum size in bytes of a WebSocket message to the peer: less than 32 KiB,
+	// which common client libraries read by default.
 	maxBatchSize = 32<<10 - 1
 
 	// Messages that wait for a peer before it is dropped: what a busy room says
@@ -62,8 +63,8 @@ const (
 
 var newline = []byte{'\n'}
 
-// A goodbye is the code and the reason with which a connection ends. RFC 6455
-// section 7.4.
+// A goodbye is the code and the reason with which a connection ends. Your own ones
+// have codes from 4000 to 4999. RFC 6455 section 7.4.
 type goodbye = websocket.CloseError
 
 // The server's own goodbyes. A text longer than a close frame can hold is cut.
@@ -78,9 +79,10 @@ var (
 )
 
 // Each connection keeps its read buffer: a small one, as longer messages pass
-// through it in parts. They share write buffers, as only those need one that are
-// being written to. A write buffer holds a whole batch, which thus is one frame.
-// A subprotocol of your own goes here, too: Upgrade ignores one in its header.
+// through it in parts. Write buffers are pooled: only a connection that is being
+// written to holds one. It holds a whole batch, which thus is one frame. Add a
+// subprotocol of your own here, as Upgrade ignores one in its header: the first of
+// these that the peer offers is chosen.
 var upgrader = websocket.Upgrader{
 	ReadBufferSize:  512,
 	WriteBufferSize: maxBatchSize,
@@ -94,7 +96,8 @@ var upgrader = websocket.Upgrader{
 //  2. Somebody finds a reason to end it: the hub, one of the pumps, or the peer.
 //     The first reason is its goodbye.
 //  3. run takes it out of the room and closes send.
-//  4. writePump writes what is still queued, then the goodbye.
+//  4. writePump writes what is still queued, then the goodbye. (Frames that break
+//     the protocol are answered by gorilla/websocket itself, ahead of the queue.)
 //  5. readPump reads on until the peer has answered, closes conn, and tells run
 //     that the client has left.
 type Client struct {
@@ -105,13 +108,14 @@ type Client struct {
 	// Its NetConn is a *heldConn, whose Conn is the *net.TCPConn or *tls.Conn.
 	conn *websocket.Conn
 
-	// From run, through the method queue, to writePump. drop closes it, and nothing
-	// else should: to close it without deleting the client from hub.clients, or to
-	// send after it is closed, is a panic that ends the process.
+	// From run, through the method queue, to writePump. Leave it to queue and drop:
+	// to send after it is closed, or to close it and leave the client in hub.clients,
+	// is a panic that ends the process; to delete the client there and leave it open
+	// is a client that never ends.
 	send chan []byte
 
-	// Owned by run: the client has been dropped, for good. A goodbye does not tell
-	// that, as readPump can have one before run has taken the client in.
+	// Owned by run: the client has been dropped, for good. That there is a goodbye
+	// does not tell that: readPump may set one while run still takes the client in.
 	dropped bool
 
 	// Why the client has to go. Whoever finds a reason sets it; the first counts.
@@ -121,7 +125,7 @@ type Client struct {
 	writing sync.WaitGroup
 
 	// Owned by readPump:
-	due       time.Time // when a peer that keeps to its rate would have sent what it has sent
+	due       time.Time // when a peer at one message per rateInterval would be as far
 	slowed    bool      // the log says that the peer sends faster
 	receiving bool      // a message has begun and is not complete
 }
@@ -159,8 +163,8 @@ func (h holdAnswer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 }
 
 // A heldConn holds back what is first written to it, which is Upgrade's answer to
-// the handshake. answer lets that go, as does whoever reads or writes next: a copy
-// may ask the peer for a password before it registers the client.
+// the handshake. answer lets that go. So does whoever reads or writes next, as a
+// copy that asks the peer for a password before it registers the client.
 type heldConn struct {
 	net.Conn
 	answer func() error // It writes once, and returns the same error ever after.
@@ -228,11 +232,13 @@ func (c *Client) readPump() {
 		// taken long, and the peer is not to blame for that.
 		c.conn.SetReadDeadline(time.Now().Add(pongWait))
 		messageType, r, err := c.conn.NextReader()
+		if err == nil {
+			err = c.receive(messageType, r)
+		}
 		if err != nil {
 			c.hangUp(err)
 			return
 		}
-		c.receive(messageType, r)
 	}
 }
 
@@ -241,7 +247,7 @@ func (c *Client) readPump() {
 // by more than a burst, so that TCP slows it down.
 func (c *Client) pace() {
 	if c.goodbye.Load() != nil {
-		return // Read on at full speed: the peer's answer comes behind what it is sending.
+		return // Do not slow it now: its close frame comes behind what it has sent.
 	}
 	if !c.receiving { // A ping in the middle of a message gives it no more time.
 		c.conn.SetReadDeadline(time.Now().Add(pongWait))
@@ -260,15 +266,19 @@ func (c *Client) pace() {
 }
 
 // receive takes the message in r to the hub as one clean line, unless it is
-// blank, or comes after the goodbye. One that breaks a rule ends the client.
-func (c *Client) receive(messageType int, r io.Reader) {
+// blank, or comes after the goodbye. One that breaks a rule ends the client. It
+// returns an error if the message cannot be read. (SetReadLimit would do for the
+// limit, but it closes without a reason.)
+func (c *Client) receive(messageType int, r io.Reader) error {
 	c.pace()
 	c.receiving = true
 	message, err := io.ReadAll(io.LimitReader(r, maxMessageSize+1))
 	c.receiving = false
+	if err != nil {
+		return err
+	}
 	line := clean(message)
 	switch {
-	case err != nil: // readPump gets it from NextReader, too, and hangs up.
 	case c.goodbye.Load() != nil:
 	case len(message) > maxMessageSize:
 		c.end(tooBig)
@@ -279,6 +289,7 @@ func (c *Client) receive(messageType int, r io.Reader) {
 	case len(line) > 0:
 		c.hub.do <- func() { c.hub.hear(c, string(line)) }
 	}
+	return nil
 }
 
 // clean makes one line of UTF-8 of message: control characters, which end lines
@@ -315,7 +326,7 @@ func (c *Client) writePump() {
 	pings.Stop()
 	if timeout, ok := err.(net.Error); ok && timeout.Timeout() {
 		c.goodbye.CompareAndSwap(nil, fellBehind)
-	} // Of any other fault readPump hears, too.
+	} // Any other error readPump meets as well, and deals with.
 
 	// readPump has closeWait to read the peer's answer. (A TLS connection may take
 	// five seconds more to close.)
@@ -378,18 +389,17 @@ func (c *Client) end(why *goodbye) {
 	c.hub.unregister <- c
 }
 
-// hangUp is the end of readPump, after reading has failed with err. Its steps are
-// in this order because each waits for the one before it.
+// hangUp is the end of readPump, after reading has failed with err.
 func (c *Client) hangUp(err error) {
 	why, gone := whyItFailed(err)
 	c.end(why)
-	c.writing.Wait() // for what is queued, and the goodbye
+	c.writing.Wait() // writePump says what is queued, and the goodbye.
 	if !gone {
 		c.drain()
 	}
 	c.conn.Close()
 	c.hub.left <- c
-	c.logEnd(why, gone)
+	c.logEnd(why, gone) // last, so that nobody waits for a log that is stuck
 }
 
 // whyItFailed tells what err, from reading, means for the goodbye, and whether

@@ -11,18 +11,20 @@ type Hub struct {
 	clients map[*Client]bool
 	Room
 
-	// From other goroutines to run. It receives until stop has been called and
-	// every client has left. Then a send waits for ever, so whoever may outlive the
-	// hub, as a handler does, selects on stopped, too. What runs in run must not
-	// send here, as it would wait for itself: it calls deliver, queue and drop.
-	broadcast  chan []byte  // for every client: a line, as clean returns it
-	do         chan func()  // to be called by run: what only run may do
+	// From other goroutines to run. run receives from register until stop is called,
+	// and from the others until every client has left, too. Then a send waits for
+	// ever, so whoever may outlive the hub, as a handler does, selects on stopped,
+	// too. What run calls must not send here, as it would wait for itself: it calls
+	// deliver, queue and drop.
+	broadcast  chan []byte  // for every client: what clean returns, of at most maxMessageSize bytes
+	do         chan func()  // to be called by run: what only run may do; the room waits for it
 	register   chan *Client // to be taken in
 	unregister chan *Client // to be dropped
-	left       chan *Client // has ended; without it, run would wait for the client
+	left       chan *Client // readPump's last word: its client has ended
 
-	// stop makes run send everybody away and end. Anybody may call it, any number
-	// of times. It closes stopped.
+	// stop makes run send everybody away. Anybody may call it, any number of times.
+	// It closes stopped at once; the hub has ended when run returns, which takes as
+	// long as its slowest client.
 	stop    func()
 	stopped <-chan struct{}
 }
@@ -49,7 +51,7 @@ func (h *Hub) run() {
 	for stopped != nil || len(present) > 0 {
 		select {
 		case client := <-register:
-			if !client.dropped { // It may register twice, but its queue opens only once.
+			if !client.dropped { // or its queue would be closed
 				h.clients[client] = true
 				present[client] = true
 				h.enter(client)
@@ -57,7 +59,7 @@ func (h *Hub) run() {
 		case client := <-h.unregister:
 			h.drop(client, noReason)
 		case client := <-h.left:
-			h.drop(client, noReason) // if nobody has
+			h.drop(client, noReason) // if a copy has not done so
 			delete(present, client)
 		case message := <-h.broadcast:
 			h.tell(Line{Kind: "said", Text: string(message)})
@@ -120,9 +122,9 @@ func (h *Hub) queue(client *Client, message []byte) {
 }
 
 // drop takes client out of the room and closes its queue, which makes its
-// writePump say goodbye. run drops clients of its own accord, so if you keep a map
-// of clients beside h.clients, delete from it here. Only run may call it, so others
-// have run do it.
+// writePump say goodbye. run drops clients of its own accord, so if you keep another
+// map of clients, delete from it here, and not where run receives from unregister.
+// Only run may call it, so others have run do it.
 func (h *Hub) drop(client *Client, why *goodbye) {
 	if h.clients[client] {
 		delete(h.clients, client)
