@@ -32,7 +32,7 @@ bench: ## Measure the hub and the pumps, and the server beside upstream's
 
 check: ## Check the form: gofmt; go vet, go fix and staticcheck in all modules; actionlint
 	test -z "$$(gofmt -l . | tee /dev/stderr)"
-	for module in $(dir $(wildcard go.mod */go.mod)); do (cd $$module && go vet ./... && go fix -diff ./... && \
+	for module in $(dir $(wildcard go.mod */go.mod */*/go.mod)); do (cd $$module && go vet ./... && go fix -diff ./... && \
 		go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...) || exit 1; done
 	go run github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 

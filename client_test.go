@@ -1365,7 +1365,11 @@ func TestCodeInREADMEWorks(t *testing.T) {
 				}
 			})
 		}
-		hubs["/kitchen/ws"].broadcast <- []byte("Dinner is ready.")
+		kitchen := hubs["/kitchen/ws"]
+		select { // as in a handler, which may outlive the hub
+		case kitchen.broadcast <- []byte("Dinner is ready."):
+		case <-kitchen.stopped:
+		}
 		for _, hub := range hubs {
 			hub.stop() // Everybody reads what is queued, and 1001.
 		}
