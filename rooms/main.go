@@ -74,8 +74,13 @@ func main() {
 		os.Exit(1)
 	}()
 	err = server.Serve(listener)
+	time.AfterFunc(shutdownWait, func() {
+		go log.Print("leaving clients behind that do not close")
+		time.Sleep(time.Second / 10) // for the log, which may be stuck
+		os.Exit(0)
+	})
+	go rooms.stop() // now, and not when the log has taken this
 	log.Print("shutting down")
-	time.AfterFunc(shutdownWait, func() { log.Print("leaving clients behind that do not close"); os.Exit(0) })
 	rooms.stop()
 	if err != http.ErrServerClosed {
 		log.Fatal(err)
