@@ -86,7 +86,7 @@ func (h *Hub) deliver(message []byte) {
 	for client := range h.clients {
 		h.queue(client, message)
 		// A client that has just been dropped is no reason to pause.
-		if h.clients[client] && len(client.send) > cap(client.send)/2 {
+		if len(client.send) > cap(client.send)/2 && h.clients[client] {
 			crowded = true
 		}
 	}

@@ -93,7 +93,7 @@ func (h *Hub) deliver(line Line) {
 		}
 		h.queue(client, message)
 		// A client that has just been dropped is no reason to pause.
-		if h.clients[client] && len(client.send) > cap(client.send)/2 {
+		if len(client.send) > cap(client.send)/2 && h.clients[client] {
 			crowded = true
 		}
 	}
