@@ -979,6 +979,30 @@ func TestShutdownIsReadByAClientThatSendsBeforeItReads(t *testing.T) {
 	})
 }
 
+func TestRefusedPeerIsCutOffAlsoIfItTakesNothing(t *testing.T) {
+	for takes, want := range map[bool]time.Duration{true: 0, false: writeWait} {
+		runInRoom(t, fmt.Sprintf("takes=%v", takes), func(t *testing.T, r *room) {
+			last := join(r.hub, 0) // so that the hub goes on
+			r.hub.stop()
+			synctest.Wait()
+			conn := r.connect(t).(*pipe)
+			defer conn.Close()
+			if !takes {
+				conn.unbuffer()
+			}
+			start := time.Now()
+			fmt.Fprintf(conn, "%s\r\n", handshake)
+			for synctest.Wait(); !conn.far.isClosed() && time.Since(start) < 2*writeWait; synctest.Wait() {
+				time.Sleep(time.Second)
+			}
+			if got := time.Since(start); got != want {
+				t.Errorf("it was cut off after %v, want %v", got, want)
+			}
+			r.hub.left <- last
+		})
+	}
+}
+
 func TestHandshakeDuringShutdownIsRefused(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		last := join(r.hub, 0)
