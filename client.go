@@ -132,32 +132,36 @@ type Client struct {
 // hub. It returns once the handshake is answered: the pumps go on in goroutines
 // of their own, so that what the request holds can be freed.
 func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
-	conn, err := upgrader.Upgrade(holdAnswer{w}, r, nil)
+	handshake := &holdAnswer{ResponseWriter: w}
+	conn, err := upgrader.Upgrade(handshake, r, nil)
 	if err != nil {
 		log.Printf("%s: %q", r.RemoteAddr, err)
 		return
 	}
 	client := &Client{hub: hub, conn: conn, send: make(chan []byte, sendQueueSize)}
-	handshake := conn.NetConn().(*heldConn)
 	select {
 	case hub.register <- client:
 	case <-hub.stopped:
-		handshake.refuse(shuttingDown.Text)
+		handshake.conn.refuse(shuttingDown.Text)
 		return
 	}
 	// Only now, so that the peer misses nothing that is said once it knows that it
 	// is connected. If this fails, both pumps will get the same error.
-	handshake.answer()
+	handshake.conn.answer()
 	client.writing.Go(client.writePump)
 	go client.readPump()
 }
 
-// holdAnswer is a ResponseWriter for Upgrade, which gets a heldConn from it.
-type holdAnswer struct{ http.ResponseWriter }
+// holdAnswer is a ResponseWriter for Upgrade, which gets conn from it.
+type holdAnswer struct {
+	http.ResponseWriter
+	conn *heldConn
+}
 
-func (h holdAnswer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+func (h *holdAnswer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, buffered, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	return &heldConn{Conn: conn}, buffered, err
+	h.conn = &heldConn{Conn: conn}
+	return h.conn, buffered, err
 }
 
 // A heldConn holds back what is first written to it, which is Upgrade's answer to
@@ -380,8 +384,8 @@ func (c *Client) sayGoodbye() error {
 	return websocket.ErrCloseSent
 }
 
-// end has run drop the client, whose peer is told why. Only readPump may call it,
-// which run outlives; others have run call drop.
+// end has run drop the client, whose peer is told why. Only readPump may call it:
+// run is sure to receive until readPump sends to left. Others have run call drop.
 func (c *Client) end(why *goodbye) {
 	c.goodbye.CompareAndSwap(nil, why)
 	c.hub.unregister <- c

@@ -536,7 +536,7 @@ func TestRunMayWriteToConnWhenItTakesAClientIn(t *testing.T) {
 func TestPeerMayBeAskedForAPasswordBeforeItRegisters(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		r.serve = func(w http.ResponseWriter, req *http.Request) {
-			conn, err := upgrader.Upgrade(holdAnswer{w}, req, nil)
+			conn, err := upgrader.Upgrade(&holdAnswer{ResponseWriter: w}, req, nil)
 			if err != nil {
 				t.Error(err)
 				return

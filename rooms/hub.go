@@ -12,10 +12,10 @@ type Hub struct {
 	Room
 
 	// From other goroutines to run. run receives from register until stop is called,
-	// and from the others until every client has left, too. Then a send waits for
-	// ever, so whoever may outlive the hub, as a handler does, selects on stopped,
-	// too. What run calls must not send here, as it would wait for itself: it calls
-	// deliver, queue and drop.
+	// and from the others until the last client has left. After that a send waits for
+	// ever: whoever may outlive the hub, as a handler does, selects on stopped as
+	// well. A function that run calls must not send here, as it would wait for itself:
+	// it calls deliver, queue and drop.
 	broadcast  chan []byte  // for every client: what clean returns, of at most maxMessageSize bytes
 	do         chan func()  // to be called by run: what only run may do; the room waits for it
 	register   chan *Client // to be taken in
@@ -102,9 +102,9 @@ func (h *Hub) deliver(line Line) {
 	}
 }
 
-// queue queues message for one client, unless it has been dropped. It never
-// blocks: a client whose queue is full is dead or stuck, and is dropped. Only run
-// may call it, so others have run do it:
+// queue queues message, which is like those for broadcast, for one client, unless
+// it has been dropped. It never blocks: a client whose queue is full is dead or
+// stuck, and is dropped. Only run may call it, so others have run do it:
 //
 //	select {
 //	case hub.do <- func() { hub.queue(client, message) }:
