@@ -332,6 +332,7 @@ func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
 		hub.left <- clients[0]
 		hub.left <- &Client{hub: hub}
 		hub.stop()
+		synctest.Wait()                           // run would choose between the two.
 		hub.broadcast <- []byte("one is present") // or this would wait for ever
 		synctest.Wait()
 		wantQueue(t, clients[0], true)
