@@ -185,8 +185,8 @@ func (h *Hub) sweep() {
 	defer h.rooms.mu.Unlock()
 	if len(h.people) > 0 {
 		h.used = time.Now()
-	} else if time.Since(h.used) >= roomLife {
-		delete(h.rooms.hubs, fold(h.name))
+	} else if h.rooms.hubs[fold(h.name)] == h && time.Since(h.used) >= roomLife {
+		delete(h.rooms.hubs, fold(h.name)) // once: run may go on, and another room have this name
 		h.stop()
 	}
 }
