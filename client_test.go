@@ -338,6 +338,18 @@ func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 	}
 }
 
+func TestCopyWithCompressionEndsWhoSendsWhatCannotBeRead(t *testing.T) {
+	defer func(old websocket.Upgrader) { upgrader = old }(upgrader)
+	upgrader.EnableCompression = true
+	inRoom(t, func(t *testing.T, r *room) {
+		p := r.join(t)
+		p.write(encode(0xc1, "\xff\xff\xff this does not expand"))
+		if _, err := p.read(patience); !websocket.IsCloseError(err, websocket.CloseProtocolError) {
+			t.Errorf("the connection ended with %v, want 1002", err)
+		}
+	})
+}
+
 func TestTLSPeerThatDiesWithinARecordHasVanished(t *testing.T) {
 	issuer := httptest.NewTLSServer(nil) // for its certificate
 	issuer.Close()

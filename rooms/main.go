@@ -1,5 +1,5 @@
 // Rooms is the chat server with what most copies of it grow: a room for each path,
-// names that can be trusted, history, lines to one person, and somebody who can
+// names that two cannot have at once, history, lines to one person, and somebody who can
 // send others away.
 //
 // Usage:

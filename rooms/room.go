@@ -208,7 +208,11 @@ func (h *Hub) hear(client *Client, line string) {
 		h.tell(Line{Kind: "said", Who: speaker.Name, Text: line})
 		return
 	}
-	verb, other, text := strings.ToLower(norm.NFKC.String(words[1])), h.names[fold(parseName(words[2]))], words[3]
+	verb, name, text := strings.ToLower(norm.NFKC.String(words[1])), parseName(words[2]), words[3]
+	other := h.names[fold(name)]
+	if other != nil && !strings.EqualFold(other.Name, name) {
+		other = nil // It only looks like the name: "/to Paul" is not for Pau1.
+	}
 	switch {
 	case verb != "to" && verb != "kick":
 		h.answer(client, line, "There are two commands, /to NAME text and /kick NAME.")
