@@ -86,12 +86,12 @@ const breather = time.Millisecond
 // deliver queues line for whom it is for, and pauses if one has fallen behind.
 // Only run may call it; others send to broadcast.
 func (h *Hub) deliver(line Line) {
-	crowded, message := false, line.encode()
+	crowded := false
 	for client := range h.clients {
 		if !line.isFor(client) {
 			continue
 		}
-		h.queue(client, message)
+		h.queue(client, line.message)
 		// A client that has just been dropped is no reason to pause.
 		if len(client.send) > cap(client.send)/2 && h.clients[client] {
 			crowded = true

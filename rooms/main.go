@@ -1,226 +1,110 @@
-// Rooms is the chat server with what most copies of it grow: a room for each path,
-// names that two cannot have at once, history, lines to one person, and somebody who can
-// send others away.
-//
-// Usage:
-//
-//	rooms [-addr host:port] [-secure]
-//
-// It serves a form at /, each room's page at /room/NAME/, and its WebSocket endpoint
-// at /room/NAME/ws. Cookies are signed with the environment variable CHAT_KEY; without
-// one, a random key makes them last until the server restarts. SIGINT or SIGTERM sends
-// everybody in all rooms home and ends it with status 0; a second one ends it at once.
-//
-// hub.go, client.go and home.html are those of the chat server, but for the lines
-// that README.md and home.diff show. room.go and login.html are new. This file repeats
-// some of that server's main.go, because a package main cannot be imported.
 package main
-
-//go:generate cp ../hub.go ../client.go ../home.html .
-//go:generate sh -c "sed -n '/^--- /,/^```$/p' README.md | patch --no-backup-if-mismatch"
-//go:generate patch --no-backup-if-mismatch home.html home.diff
 
 import (
 	"cmp"
+	"context"
 	"crypto/rand"
 	_ "embed"
 	"flag"
-	"html"
 	"log"
 	"net"
 	"net/http"
 	"os"
 	"os/signal"
-	"strconv"
-	"strings"
-	"sync"
 	"syscall"
 	"time"
-
-	"github.com/gorilla/securecookie"
 )
 
-// As in the chat server.
-const pageTimeout, shutdownWait, maxHeaderSize = 10 * time.Second, 5 * time.Second, 16 << 10
+// pageTimeout is the time allowed for each of these: to send a request, to take the
+// answer, and to send the next request. Without it, who sends nothing would hold a
+// connection for ever.
+const pageTimeout = 10 * time.Second
 
-// Maximum number of rooms at once.
-const maxRooms = 100
+// maxHeaderSize is the maximum size in bytes of a request's header, which includes
+// its URL, which goes into the log. (net/http lets pass 4 KiB more.)
+const maxHeaderSize = 16 << 10
+
+// shutdownWait is the time allowed to everybody together to leave when the server
+// shuts down.
+const shutdownWait = 5 * time.Second
+
+// logWait is the time allowed to the log when the server starts and shuts down.
+const logWait = 100 * time.Millisecond
 
 var addr = flag.String("addr", "localhost:8080", "listen on `host:port`")
-var secure = flag.Bool("secure", false, "have browsers send cookies over https alone")
 
 //go:embed home.html
 var home string
 
-//go:embed login.html
-var login string
-
 func main() {
-	flag.Parse()
+	if flag.Parse(); flag.NArg() > 0 {
+		flag.Usage()
+		os.Exit(2)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	listener, err := net.Listen("tcp", *addr)
-	if err != nil {
-		log.Fatal(err)
-	}
-	log.Printf("listening on http://%v/", listener.Addr())
-	key := cmp.Or(os.Getenv("CHAT_KEY"), rand.Text())
-	rooms := &Rooms{cookies: securecookie.New([]byte(key), nil), hubs: make(map[string]*Hub)}
-	server := &http.Server{Handler: rooms.handler(), ReadTimeout: pageTimeout, WriteTimeout: pageTimeout, MaxHeaderBytes: maxHeaderSize}
 	go func() {
 		<-signals
-		server.Close() // WebSockets are the hubs' to close.
-		<-signals      // A second one ends the process at once.
+		cancel()
+		<-signals // A second one ends the process at once.
 		os.Exit(1)
 	}()
-	err = server.Serve(listener)
-	time.AfterFunc(shutdownWait, func() {
-		go log.Print("leaving clients behind that do not close")
-		time.Sleep(time.Second / 10) // for the log, which may be stuck
-		os.Exit(0)
-	})
-	go rooms.stop() // now, and not when the log has taken this
-	log.Print("shutting down")
-	rooms.stop()
-	if err != http.ErrServerClosed {
+	if err := run(ctx, *addr); err != nil {
 		log.Fatal(err)
 	}
 }
 
-// Rooms opens each room when somebody comes. A room closes itself, in sweep.
-type Rooms struct {
-	cookies *securecookie.SecureCookie
-	running sync.WaitGroup // the hubs' run
-
-	mu   sync.Mutex
-	hubs map[string]*Hub // by the room's name, folded; nil after stop
+// run serves chat on addr until ctx is done. It returns an error if it cannot
+// listen there, or no longer can.
+func run(ctx context.Context, addr string) error {
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		return err
+	}
+	host, port, _ := net.SplitHostPort(listener.Addr().String())
+	if net.ParseIP(host).IsUnspecified() {
+		host = "localhost"
+	}
+	logSoon("listening on http://%s/", net.JoinHostPort(host, port))
+	return serve(ctx, listener)
 }
 
-// admit returns the hub of the room of that name, and opens the room if there is
-// none. If who cannot get there, it returns why, and the HTTP status for that.
-func (rs *Rooms) admit(name string, who Identity) (hub *Hub, status int, why string) {
-	rs.mu.Lock()
-	defer rs.mu.Unlock()
-	if status, why = rs.refuse(name, who); why != "" {
-		return nil, status, why
+// serve serves chat to those who connect to listener, until ctx is done or
+// listener fails. Then it has the hubs send everybody away, and returns when they
+// have gone, after shutdownWait at the latest.
+func serve(ctx context.Context, listener net.Listener) error {
+	rooms := newRooms(cmp.Or(os.Getenv("CHAT_KEY"), rand.Text()))
+	server := &http.Server{
+		Handler:        rooms.handler(),
+		ReadTimeout:    pageTimeout,
+		WriteTimeout:   pageTimeout,
+		MaxHeaderBytes: maxHeaderSize,
 	}
-	hub = rs.hubs[fold(name)]
-	if hub == nil {
-		hub = newHub()
-		hub.Room = Room{
-			rooms: rs, name: name, id: rand.Text(), seconds: time.Tick(time.Second), kicked: make(map[string]bool),
-			people: make(map[string]*Person), names: make(map[string]*Person),
-		}
-		rs.hubs[fold(name)] = hub
-		rs.running.Go(hub.run)
+	context.AfterFunc(ctx, func() { server.Close() }) // WebSockets are the hubs' to close.
+	err := server.Serve(listener)
+	if err == http.ErrServerClosed {
+		err = nil
 	}
-	if !hub.kicked[who.ID] {
-		hub.used = time.Now() // So it does not close before who has come in.
+
+	empty := make(chan struct{})
+	go func() { rooms.stop(); close(empty) }()
+	logSoon("shutting down")
+	select {
+	case <-empty:
+	case <-time.After(shutdownWait):
+		logSoon("leaving clients behind that do not close within %v", shutdownWait)
 	}
-	return hub, status, ""
+	return err
 }
 
-// refuse returns why who cannot get to the room of that name, if so. Whom the room
-// itself does not let in, it tells so in enter. Call refuse with mu locked.
-func (rs *Rooms) refuse(name string, who Identity) (status int, why string) {
-	switch {
-	case name == "":
-		return http.StatusOK, "Say who you are, and where you want to go."
-	case parseName(name) != name:
-		return http.StatusNotFound, "No room can have that name."
-	case who.ID == "":
-		return http.StatusUnauthorized, "Say who you are."
-	case rs.hubs == nil:
-		return http.StatusServiceUnavailable, "The server is shutting down."
-	case rs.hubs[fold(name)] == nil && len(rs.hubs) >= maxRooms:
-		return http.StatusServiceUnavailable, "There are as many rooms as there can be."
+// logSoon logs like log.Printf, but waits for that no longer than logWait. A log that
+// nobody reads can be stuck: so is a Windows console in which text is selected.
+func logSoon(format string, args ...any) {
+	logged := make(chan struct{})
+	go func() { log.Printf(format, args...); close(logged) }()
+	select {
+	case <-logged:
+	case <-time.After(logWait):
 	}
-	return http.StatusOK, ""
-}
-
-// stop sends everybody away, and returns when they have left.
-func (rs *Rooms) stop() {
-	rs.mu.Lock()
-	for _, hub := range rs.hubs {
-		hub.stop()
-	}
-	rs.hubs = nil
-	rs.mu.Unlock()
-	rs.running.Wait()
-}
-
-// handler answers all requests.
-func (rs *Rooms) handler() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /{$}", rs.serveHome)
-	mux.HandleFunc("POST /{$}", rs.logIn)
-	mux.HandleFunc("GET /room/{room}/{$}", rs.serveHome)
-	mux.HandleFunc("GET /room/{room}/ws", rs.serveRoom)
-	return http.MaxBytesHandler(http.NewCrossOriginProtection().Handler(mux), 4<<10)
-}
-
-// who returns who has sent the request, as the cookie says, or nobody.
-func (rs *Rooms) who(r *http.Request) (who Identity) {
-	if cookie, err := r.Cookie("chat"); err == nil {
-		rs.cookies.Decode("chat", cookie.Value, &who)
-	}
-	return who
-}
-
-// logIn gives who sends the form the name that they ask for, and leads to the room.
-// A real login goes here: ask for a password, or send them to a server that does.
-func (rs *Rooms) logIn(w http.ResponseWriter, r *http.Request) {
-	// A phone's keyboard puts a space behind a word.
-	name, room := strings.TrimSpace(r.PostFormValue("name")), strings.TrimSpace(r.PostFormValue("room"))
-	who := Identity{ID: cmp.Or(rs.who(r).ID, rand.Text()), Name: parseName(name)}
-	value, err := rs.cookies.Encode("chat", who)
-	if who.Name == "" || parseName(room) == "" || err != nil { // No name is too long for a cookie.
-		servePage(w, r, http.StatusBadRequest, "A name is one word of letters, digits, - and _, of at most 32 bytes.", name, room)
-		return
-	}
-	http.SetCookie(w, &http.Cookie{Name: "chat", Value: value, Path: "/", HttpOnly: true, Secure: *secure, SameSite: http.SameSiteLaxMode})
-	http.Redirect(w, r, "/room/"+parseName(room)+"/", http.StatusSeeOther)
-}
-
-// serveHome answers with a room's page, or with the form and why there is no way in.
-func (rs *Rooms) serveHome(w http.ResponseWriter, r *http.Request) {
-	room, who := r.PathValue("room"), rs.who(r)
-	rs.mu.Lock()
-	status, why := rs.refuse(room, who)
-	rs.mu.Unlock()
-	servePage(w, r, status, why, who.Name, room)
-}
-
-// serveRoom makes the request a client in a room.
-func (rs *Rooms) serveRoom(w http.ResponseWriter, r *http.Request) {
-	visit := Visit{Identity: rs.who(r), Room: r.FormValue("room")}
-	visit.After, _ = strconv.Atoi(r.FormValue("after")) // 0, which is before the first line, if it is no number
-	hub, status, why := rs.admit(r.PathValue("room"), visit.Identity)
-	if why != "" {
-		http.Error(w, why, status)
-		return
-	}
-	serveWs(hub, visit, w, r)
-}
-
-// servePage answers with a room's page, or with the form if there is a why, and
-// writes these words in it. A page gets its own script and style, which bear this
-// answer's nonce, the icon in it, its own server, and WebSockets; nothing else.
-// https://www.w3.org/TR/CSP3/
-func servePage(w http.ResponseWriter, r *http.Request, status int, why, name, room string) {
-	log.Printf("%s: %s %q", r.RemoteAddr, r.Method, r.URL)
-	page, nonce := home, rand.Text()
-	if why != "" {
-		page = login
-	}
-	w.Header().Set("Cache-Control", "no-store") // as it depends on the cookie
-	w.Header().Set("Content-Type", "text/html; charset=utf-8")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
-	w.Header().Set("Content-Security-Policy", "default-src 'none'; script-src 'nonce-"+nonce+"'; style-src 'nonce-"+nonce+
-		"'; img-src data:; connect-src 'self' ws: wss:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
-	w.WriteHeader(status)
-	strings.NewReplacer(
-		"<script>", `<script nonce="`+nonce+`">`, "<style>", `<style nonce="`+nonce+`">`,
-		"{{why}}", html.EscapeString(why), "{{name}}", html.EscapeString(name), "{{room}}", html.EscapeString(room),
-	).WriteString(w, page)
 }

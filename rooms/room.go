@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"maps"
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/mtibben/confusables"
@@ -15,19 +17,20 @@ import (
 )
 
 // Maximum number of people in a room, and of connections of each: a second tab is
-// one more.
+// one more. The next one takes the place of the oldest.
 const maxPeople, maxTabs = 100, 10
 
 // Somebody has left when all their connections have been gone for awayTime: a reload,
 // or a bad line, is no news. A room closes when nobody has been here for roomLife.
 const awayTime, roomLife = 10 * time.Second, time.Minute
 
-// Lines to everybody, and as many to one person each, that a room keeps. They all wait
-// in the queue of who comes: it has to hold more.
+// A room keeps so many lines to everybody, and as many more that were to one person.
+// Whoever comes may get all of these at once: sendQueueSize has to be larger.
 const historySize = 100
 
-// Maximum size in bytes of a name, and of a Line as JSON. In that a message becomes at
-// most six times as long, and may stand in two fields; a hello has maxPeople names.
+// Maximum size in bytes of a name, and of a Line as JSON. JSON's escapes can make a
+// message six times as long, and it can stand in two fields. A hello has maxPeople
+// names.
 const maxNameSize, maxLineSize = 32, 8 << 10
 
 // The room's own goodbyes. RFC 6455 section 7.4.2 leaves their codes to applications.
@@ -46,9 +49,9 @@ var roomFull = &goodbye{Code: 4503, Text: "this room is full"}
 //	answer  what the server says of a line that this connection has sent
 //	hello   the first line of a connection: Who is the name that it has here
 //
-// N grows by one from line to line in the room. Whoever misses a number has missed
-// nothing: that line was to somebody else. A hello and an answer have no number, as
-// they are not kept.
+// N grows by one from line to line in the room. Between two lines that a connection
+// gets, a number may be missing: that line was to somebody else. A hello and an answer
+// have no number, as they are not kept.
 type Line struct {
 	N    int       `json:"n,omitempty"`
 	Time time.Time `json:"time"`
@@ -59,11 +62,12 @@ type Line struct {
 	Line string    `json:"line,omitempty"` // of a command: as it was sent
 
 	// Of a hello:
-	Room   string   `json:"room,omitempty"`   // tells this room from others that had its name
+	RoomID string   `json:"room,omitempty"`   // tells this room from others that had its name
 	People []string `json:"people,omitempty"` // who is here
-	Missed bool     `json:"missed,omitempty"` // the history no longer reaches back to Visit.After
+	Missed bool     `json:"missed,omitempty"` // some of what came after Visit.After may no longer be kept
 
-	only []string // the IDs of those whom it is for, unless it is for everybody
+	only    []string // the IDs of those whom it is for, unless it is for everybody
+	message []byte   // the line as it is sent, which tell makes once for all
 }
 
 // An Identity is what somebody's cookie says.
@@ -72,33 +76,32 @@ type Identity struct{ ID, Name string }
 // A Visit is who comes into a room, and what they have read there already.
 type Visit struct {
 	Identity
-	Room  string // that of the last hello
-	After int    // the number of the last line
+	RoomID string // that of the last hello
+	After  int    // the number of the last line
 }
 
-// A Person is somebody in a room: all connections with one ID. They have one name,
-// which is the first one's, until the person has left.
+// A Person is somebody in a room: all connections with one ID. All have the name that
+// the first of them came with, until the person has left.
 type Person struct {
 	Identity
-	came    int // the number of the line that says so
-	clients map[*Client]bool
-	away    time.Time // when the last of them was dropped
+	came    int       // the number of the line that says so
+	clients []*Client // oldest first
+	away    time.Time // when one of them was last dropped
 }
 
-// A Room is what a Hub has to be one of several. Its methods, which are the Hub's,
-// are what run calls when somebody comes, leaves or says something.
+// A Room is what a Hub needs besides, to be one of several. Its methods, which are the
+// Hub's, are what run calls when somebody comes, leaves or says something.
 type Room struct {
 	rooms    *Rooms
 	name, id string
+	coming   atomic.Int32     // how many are in serveRoom, on their way to run
 	seconds  <-chan time.Time // for sweep
 
-	// Guarded by Rooms.mu. run alone writes kicked, so it need not lock to read it.
-	used   time.Time       // when somebody was last here or about to come
-	kicked map[string]bool // by ID
-
 	// Owned by run:
+	used      time.Time          // when sweep last found somebody here
+	kicked    map[string]bool    // by ID
 	people    map[string]*Person // by ID
-	names     map[string]*Person // by what their names are when folded, and look like
+	names     directory[Person]  // the same people
 	founder   string             // the ID of whoever came first
 	last      int                // the number of the last line
 	history   []Line             // those for everybody, oldest first
@@ -107,27 +110,27 @@ type Room struct {
 }
 
 // enter lets client in, and tells it what it has not read, and the others who comes.
-// Or it drops client, with the reason, and the others hear nothing.
+// Or it drops client, with the reason, and the others hear nothing of it.
 func (h *Hub) enter(client *Client) {
 	id, name := client.visit.ID, client.visit.Name
 	person := h.people[id]
 	switch {
 	case h.kicked[id]:
 		h.drop(client, sentAway)
-	case person != nil && len(person.clients) >= maxTabs:
-		h.drop(client, tooManyTabs)
 	case person != nil:
+		if len(person.clients) >= maxTabs {
+			h.drop(person.clients[0], tooManyTabs) // On a bad line the oldest may be dead.
+		}
 		h.welcome(client, person)
 	case len(h.people) >= maxPeople:
 		h.drop(client, roomFull)
-	case h.names[fold(name)] != nil || h.names[looks(name)] != nil:
+	case h.names.find(name) != nil:
 		h.drop(client, nameTaken)
 	default:
-		person = &Person{Identity: client.visit.Identity, came: h.last + 1, clients: make(map[*Client]bool)}
-		h.people[id], h.names[fold(name)], h.names[looks(name)] = person, person, person
-		if h.founder == "" {
-			h.founder = id
-		}
+		person = &Person{Identity: client.visit.Identity, came: h.last + 1}
+		h.people[id] = person
+		h.names.add(name, person)
+		h.founder = cmp.Or(h.founder, id)
 		h.welcome(client, person)
 		h.tell(Line{Kind: "came", Who: name})
 	}
@@ -136,12 +139,12 @@ func (h *Hub) enter(client *Client) {
 // welcome makes client one of person's, and tells it what it has not read yet.
 func (h *Hub) welcome(client *Client, person *Person) {
 	client.person = person
-	person.clients[client] = true
-	after := client.visit.After
-	if client.visit.Room != h.id {
-		after = 0 // That was in a room that is gone.
+	person.clients = append(person.clients, client)
+	hello, after := Line{Kind: "hello", Who: person.Name, RoomID: h.id, Time: time.Now()}, 0
+	if client.visit.RoomID == h.id { // else its number means nothing here
+		after = client.visit.After
+		hello.Missed = after < h.forgotten
 	}
-	hello := Line{Kind: "hello", Who: person.Name, Room: h.id, Missed: after < h.forgotten, Time: time.Now()}
 	for _, other := range h.people {
 		hello.People = append(hello.People, other.Name)
 	}
@@ -151,7 +154,7 @@ func (h *Hub) welcome(client *Client, person *Person) {
 	slices.SortFunc(lines, func(a, b Line) int { return a.N - b.N })
 	for _, line := range lines {
 		if line.N > after && line.isFor(client) {
-			h.queue(client, line.encode())
+			h.queue(client, line.message)
 		}
 	}
 }
@@ -159,34 +162,37 @@ func (h *Hub) welcome(client *Client, person *Person) {
 // exit is the end of client, which has just been dropped. The others do not hear of it
 // until it is clear, in sweep, that its person has left.
 func (h *Hub) exit(client *Client) {
-	if client.person != nil { // else it was not let in
-		delete(client.person.clients, client)
-		client.person.away = time.Now()
+	if person := client.person; person != nil { // else it was not let in
+		person.clients = slices.DeleteFunc(person.clients, func(other *Client) bool { return other == client })
+		person.away = time.Now()
 	}
 }
 
 // remove takes person out of the room, as somebody who has left, or been sent away.
 func (h *Hub) remove(person *Person, why string) {
 	delete(h.people, person.ID)
-	maps.DeleteFunc(h.names, func(_ string, other *Person) bool { return other == person })
+	h.names.remove(person.Name)
 	h.tell(Line{Kind: "left", Who: person.Name, Text: why})
 }
 
 // sweep removes who has been away for long enough, and closes the room if nobody has
-// been here for long enough. Whoever admit has sent here comes in before that: so
-// nobody meets a hub that is about to stop, or opens a second room of that name.
+// been here for long enough, or ever. It waits for those who are coming, so nobody
+// meets a hub that is about to stop.
 func (h *Hub) sweep() {
 	for _, person := range h.people {
 		if len(person.clients) == 0 && time.Since(person.away) >= awayTime {
 			h.remove(person, "")
 		}
 	}
-	h.rooms.mu.Lock()
-	defer h.rooms.mu.Unlock()
 	if len(h.people) > 0 {
 		h.used = time.Now()
-	} else if h.rooms.hubs[fold(h.name)] == h && time.Since(h.used) >= roomLife {
-		delete(h.rooms.hubs, fold(h.name)) // once: run may go on, and another room have this name
+		return
+	}
+	h.rooms.mu.Lock()
+	defer h.rooms.mu.Unlock()
+	// Only once: run goes on until all have left, and another room may have the name.
+	if h.rooms.hubs.find(h.name) == h && h.coming.Load() == 0 && time.Since(h.used) >= roomLife {
+		h.rooms.hubs.remove(h.name)
 		h.stop()
 	}
 }
@@ -209,14 +215,11 @@ func (h *Hub) hear(client *Client, line string) {
 		return
 	}
 	verb, name, text := strings.ToLower(norm.NFKC.String(words[1])), parseName(words[2]), words[3]
-	other := h.names[fold(name)]
-	if other != nil && !strings.EqualFold(other.Name, name) {
-		other = nil // It only looks like the name: "/to Paul" is not for Pau1.
-	}
+	other := h.names.find(name)
 	switch {
-	case verb != "to" && verb != "kick":
+	case verb != "to" && verb != "kick", verb == "to" && text == "":
 		h.answer(client, line, "There are two commands, /to NAME text and /kick NAME.")
-	case other == nil:
+	case other == nil || !strings.EqualFold(other.Name, name): // else "/to Paul" would be for Pau1
 		h.answer(client, line, "Nobody of that name is here.")
 	case verb == "to":
 		h.tell(Line{Kind: "to", Who: speaker.Name, To: other.Name, Text: text, Line: line, only: []string{speaker.ID, other.ID}})
@@ -225,12 +228,10 @@ func (h *Hub) hear(client *Client, line string) {
 	case other == speaker: // So nobody sends away who opened the room: while they are here, they are the host.
 		h.answer(client, line, "You cannot send yourself away.")
 	default:
-		h.rooms.mu.Lock()
 		h.kicked[other.ID] = true
-		h.rooms.mu.Unlock()
 		h.answer(client, line, "Done.")
 		h.remove(other, "sent away by "+speaker.Name)
-		for client := range other.clients {
+		for _, client := range slices.Clone(other.clients) { // exit takes each out of it
 			h.drop(client, sentAway)
 		}
 	}
@@ -249,6 +250,7 @@ func (h *Hub) host() *Person {
 func (h *Hub) tell(line Line) {
 	h.last++
 	line.N, line.Time = h.last, time.Now()
+	line.message = line.encode()
 	kept := &h.history
 	if line.only != nil {
 		kept = &h.whispers
@@ -286,17 +288,26 @@ func parseName(text string) string {
 	return ""
 }
 
-// fold returns what all names have in common that differ by capitals alone, or look
-// alike in small letters. https://www.unicode.org/reports/tr39/#Confusable_Detection
+// A directory finds things by name, and does not tell names apart that people take for
+// the same: each thing stands in it twice, by fold and by looks.
+type directory[T any] map[string]*T
+
+func (d directory[T]) find(name string) *T       { return cmp.Or(d[fold(name)], d[looks(name)]) }
+func (d directory[T]) add(name string, thing *T) { d[fold(name)], d[looks(name)] = thing, thing }
+func (d directory[T]) remove(name string)        { delete(d, fold(name)); delete(d, looks(name)) }
+
+// fold returns a key that is the same for two names that differ by capitals alone, as
+// Lisa and LISA, or look alike in small letters, as Weiss and Weiß in capitals do.
+// https://www.unicode.org/reports/tr39/#Confusable_Detection
 func fold(name string) string {
 	small := strings.ReplaceAll(cases.Fold().String(name), "i\u0307", "i") // It was a Turkish capital i.
 	return cases.Fold().String(confusables.Skeleton(small))
 }
 
-// looks returns what all names have in common that look alike as they are written, or
-// do so but for capitals: "* gretel" for Gretel and greteI. A capital L stays itself,
-// as nobody takes it for the capital I that looks like an l: TalkerI and TalkerL are
-// two. No name that is folded starts with a star.
+// looks returns a key that is the same for two names that look alike as they are
+// written, as Gretel and GreteI, or do so but for capitals, as Gretel and greteI. A
+// capital L stays itself, as nobody takes it for a capital I: TalkerI and TalkerL are
+// two. The star is in no name, so it keeps these keys apart from fold's.
 func looks(name string) string {
 	return "* " + cases.Fold().String(strings.ReplaceAll(confusables.Skeleton(name), "L", "*"))
 }

@@ -25,7 +25,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/gorilla/securecookie"
 	"github.com/gorilla/websocket"
 )
 
@@ -125,7 +124,7 @@ func TestLinesAreNumberedInTheirRoomAndBearTheServersTime(t *testing.T) {
 		if fmt.Sprint(got) != fmt.Sprint(want) {
 			t.Errorf("Hans hears %v, want %v", got, want)
 		}
-		if hans.hello.Who != "Hans" || fmt.Sprint(hans.hello.People) != "[Grete Hans]" || hans.hello.Room == "" {
+		if hans.hello.Who != "Hans" || fmt.Sprint(hans.hello.People) != "[Grete Hans]" || hans.hello.RoomID == "" {
 			t.Errorf("Hans is told %+v", hans.hello)
 		}
 	})
@@ -215,7 +214,10 @@ func TestNumbersOfAnotherRoomAreNotTakenForThisRooms(t *testing.T) {
 		grete.heard()
 		back := w.comeBack(cookie, "kitchen", hans)
 		back.want("came Grete", "came Hans")
-		if back.hello.Room == hans.hello.Room {
+		if back.hello.Missed {
+			t.Error("Hans is told that he missed something here")
+		}
+		if back.hello.RoomID == hans.hello.RoomID {
 			t.Error("both rooms say that they are one")
 		}
 		for _, query := range []string{"?after=x", "?after=-1", "?after=99999999999999999999", "?room=x&after=1", "?after=" + fmt.Sprint(back.last)} {
@@ -300,10 +302,28 @@ func TestKnockingKeepsNoRoomOpen(t *testing.T) {
 	})
 }
 
+// Nor does one stay open that nobody has come into.
+func TestHandshakeThatFailsKeepsNoRoomOpen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		cookie := w.logIn("Grete")
+		for n := range maxRooms {
+			if got := w.get(cookie, fmt.Sprintf("/room/room%d/ws", n)); got.Code != http.StatusBadRequest {
+				t.Errorf("a plain GET has status %d, want 400", got.Code)
+			}
+		}
+		time.Sleep(time.Second)
+		w.wantRooms()
+	})
+}
+
 func TestRoomIsOneForAllWhoAreInIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete, hans, uwe := w.join("Grete", "kitchen"), w.join("Hans", "Kitchen"), w.join("Uwe", "garden")
+		w.join("Ursel", "Paul")
+		w.join("Jens", "PauI")
+		w.wantRooms("garden", "kitchen", "paul")
 		for _, p := range []*peer{grete, hans, uwe} {
 			p.heard()
 		}
@@ -347,10 +367,11 @@ func TestWhoComesAsARoomClosesIsLetIn(t *testing.T) {
 // However long the handshake takes of somebody who was admitted in the last second.
 func TestRoomThatIsEndingLeavesTheNextOfItsNameAlone(t *testing.T) {
 	ending, next := newHub(), newHub()
-	rooms := &Rooms{hubs: map[string]*Hub{fold("kitchen"): next}}
+	rooms := newRooms("key")
+	rooms.hubs.add("kitchen", next)
 	ending.Room = Room{rooms: rooms, name: "kitchen"} // nobody was ever here
 	ending.sweep()
-	if rooms.hubs[fold("kitchen")] != next {
+	if rooms.hubs.find("kitchen") != next {
 		t.Error("the room that is ending has removed the next one")
 	}
 }
@@ -363,15 +384,16 @@ func TestRoomWaitsForWhoIsOnTheWay(t *testing.T) {
 		grete.leave()
 		time.Sleep(awayTime + roomLife - 2*time.Second)
 		hub, _, _ := w.admit("kitchen", Identity{"an ID", "Hans"})
-		time.Sleep(roomLife - 2*time.Second)
-		if w.room("kitchen") != hub {
-			t.Error("the room is another")
-		}
+		time.Sleep(time.Hour)
+		w.wantRooms("kitchen")
 		select {
 		case <-hub.stopped:
 			t.Error("the hub has stopped")
 		default:
 		}
+		hub.coming.Add(-1) // as serveRoom does
+		time.Sleep(2 * time.Second)
+		w.wantRooms()
 	})
 }
 
@@ -397,18 +419,31 @@ func TestSeatsAreForThoseWhoAreIn(t *testing.T) {
 	}
 }
 
+// Of more than ten connections of one person the oldest go: on a bad line they are dead.
 func TestOnePersonHasTenSeatsAndNoMore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		cookie := w.logIn("Grete")
-		first := w.dial(cookie, "kitchen")
-		for range maxTabs - 1 {
-			w.dial(cookie, "kitchen")
+		var tabs []*peer
+		for range 3 * maxTabs {
+			tabs = append(tabs, w.dial(cookie, "kitchen"))
+			synctest.Wait()
 		}
-		w.dial(cookie, "kitchen").wantGoodbye(tooManyTabs)
-		first.leave()
+		for _, tab := range tabs[:2*maxTabs] {
+			tab.wantGoodbye(tooManyTabs)
+		}
+		for _, tab := range tabs[2*maxTabs:] {
+			tab.want("came Grete")
+		}
+		tabs[2*maxTabs+3].leave()
 		synctest.Wait()
 		w.dial(cookie, "kitchen").want("came Grete")
+		tabs[2*maxTabs].say("all ten are here")
+		for i, tab := range tabs[2*maxTabs:] {
+			if i != 3 {
+				tab.want("said Grete: all ten are here")
+			}
+		}
 	})
 }
 
@@ -430,8 +465,6 @@ func TestThereAreNoMoreRoomsThanTheirLimit(t *testing.T) {
 		w.dial(cookie, "onemore")
 	})
 }
-
-// Names: the server knows who speaks.
 
 // Names: the server knows who speaks.
 
@@ -752,6 +785,9 @@ func TestNewcomerHearsTheLastLines(t *testing.T) {
 		grete.say("/to Grete a note to myself")
 		hans := w.join("Hans", "kitchen")
 		hans.want(append(want[10:], "came Hans")...)
+		if hans.hello.Missed {
+			t.Error("Hans is told that he missed something, as he comes for the first time")
+		}
 	})
 }
 
@@ -853,11 +889,12 @@ func TestCommandIsKnownByWhateverIsWrittenForASlash(t *testing.T) {
 		grete.heard()
 		for said, want := range map[string]string{
 			"/to Ursel hello":   "Nobody of that name is here.",
-			"/to":               "Nobody of that name is here.",
+			"/to":               "There are two commands, /to NAME text and /kick NAME.",
 			"/kick Ursel":       "Nobody of that name is here.",
 			"/to Ha\u200bns hi": "Nobody of that name is here.",
 			"/":                 "There are two commands, /to NAME text and /kick NAME.",
 			"//":                "There are two commands, /to NAME text and /kick NAME.",
+			"/to Hans":          "There are two commands, /to NAME text and /kick NAME.",
 			"/tp Hans hush":     "There are two commands, /to NAME text and /kick NAME.",
 			"\u200b／tp Hans":    "There are two commands, /to NAME text and /kick NAME.",
 		} {
@@ -1122,12 +1159,14 @@ func TestTheWholeDifferenceIsShown(t *testing.T) {
 	}
 	_, diffs, _ := strings.Cut(string(readme), "```diff\n")
 	diffs, _, _ = strings.Cut(diffs, "```\n")
-	page, err := os.ReadFile("home.diff")
-	if err != nil {
-		t.Fatal(err)
+	for _, name := range []string{"main.diff", "home.diff"} {
+		diff, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		diffs += string(diff)
 	}
-	diffs += string(page)
-	for _, name := range []string{"hub.go", "client.go", "home.html"} {
+	for _, name := range []string{"main.go", "hub.go", "client.go", "home.html"} {
 		root, err := os.ReadFile("../" + name)
 		if err != nil {
 			t.Fatal(err)
@@ -1166,7 +1205,7 @@ func TestTheWholeDifferenceIsShown(t *testing.T) {
 
 func TestItIsAnExample(t *testing.T) {
 	lines := 0
-	for _, name := range []string{"main.go", "room.go"} {
+	for _, name := range []string{"rooms.go", "room.go"} {
 		text, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)
@@ -1177,8 +1216,8 @@ func TestItIsAnExample(t *testing.T) {
 			}
 		}
 	}
-	if lines > 379 {
-		t.Errorf("main.go and room.go have %d lines of code, want at most 379", lines)
+	if lines > 350 {
+		t.Errorf("rooms.go and room.go have %d lines of code, want at most 350", lines)
 	}
 }
 
@@ -1222,10 +1261,6 @@ func startPiped(t *testing.T) *world {
 		pipes <- there
 		return here, nil
 	})
-}
-
-func newRooms(key string) *Rooms {
-	return &Rooms{cookies: securecookie.New([]byte(key), nil), hubs: make(map[string]*Hub)}
 }
 
 func startOn(t *testing.T, listener net.Listener, connect func() (net.Conn, error)) *world {
@@ -1340,9 +1375,9 @@ func (w *world) join(name, room string) *peer { w.t.Helper(); return w.dial(w.lo
 // comeBack connects who has been there as p.
 func (w *world) comeBack(cookie, room string, p *peer) *peer {
 	w.t.Helper()
-	back := w.dial(cookie, room, fmt.Sprintf("?room=%s&after=%d", p.hello.Room, p.last))
+	back := w.dial(cookie, room, fmt.Sprintf("?room=%s&after=%d", p.hello.RoomID, p.last))
 	if back != nil {
-		back.room, back.last = p.hello.Room, p.last
+		back.room, back.last = p.hello.RoomID, p.last
 	}
 	return back
 }
@@ -1386,7 +1421,7 @@ func (w *world) wantStatus(cookie, room string, want int) {
 func (w *world) room(name string) *Hub {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.hubs[name]
+	return w.hubs.find(name)
 }
 
 // wantRooms checks which rooms there are when nothing happens any more.
@@ -1396,8 +1431,10 @@ func (w *world) wantRooms(want ...string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	var got []string
-	for name := range w.hubs {
-		got = append(got, name)
+	for name, hub := range w.hubs {
+		if name == fold(hub.name) {
+			got = append(got, name)
+		}
 	}
 	if slices.Sort(got); !slices.Equal(got, want) {
 		w.t.Errorf("there are the rooms %q, want %q", got, want)
@@ -1501,7 +1538,7 @@ func (p *peer) takeLines() (lines []Line) {
 		}
 		if line.Kind == "hello" {
 			p.hello = &line
-			if line.Room != p.room {
+			if line.RoomID != p.room {
 				p.last = 0
 			}
 		} else {
