@@ -42,7 +42,7 @@ e2e: ## Test the page in three browsers, the server as a process, and proxies
 cluster: ## Copy hub, client and page to cluster, and test it
 	cd cluster && go generate && go test ./...
 
-rooms: ## Copy hub, client and page to rooms, and test it
+rooms: ## Copy main, hub, client and page to rooms, and test it
 	cd rooms && go generate && go test ./...
 
 clean: ## Remove what the other targets have made

@@ -97,6 +97,23 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 		t.Errorf("the page says that he is %q", got)
 	}
 
+	// What was typed or may be lost in one room stays there: it follows into no other.
+	eval[bool](hans, `showUnderWay("for the kitchen"); msg.value = "a draft"; changed(msg); true`)
+	room := func(name string) {
+		do(hans, chromedp.Navigate("http://"+s.addr+"/room/"+name+"/"))
+		hans.until(`$("status")?.textContent == "Connected" && batch.childElementCount == 0`)
+	}
+	room("garden")
+	if got := eval[string](hans, `msg.value + $("log").textContent`); strings.Contains(got, "draft") || strings.Contains(got, "for the kitchen") {
+		t.Errorf("in the garden there is %q of the kitchen", got)
+	}
+	hans.send("weeds")
+	hans.until(`$("log").textContent.includes("Hans: weeds")`)
+	room("kitchen")
+	if got := eval[string](hans, `msg.value + ", " + $("log").textContent`); !strings.HasPrefix(got, "a draft, ") || !strings.Contains(got, "This may not have arrived: for the kitchen") {
+		t.Errorf("back in the kitchen there is %q", got)
+	}
+
 	// Whoever is sent away stays away, and reads why.
 	const away = `$("status").textContent == "Disconnected: you have been sent away from this room." && state == "ended"`
 	grete.send("/kick Hans")
