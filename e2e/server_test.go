@@ -94,6 +94,14 @@ func ownHost(addr string) string {
 // startCommand starts cmd, which becomes a server, and waits until it listens.
 func startCommand(t testing.TB, cmd *exec.Cmd) *server {
 	t.Helper()
+	s := start(t, cmd)
+	s.addr = s.waitForLog(t, `listening on http://(\S+)/`)
+	return s
+}
+
+// start starts cmd, which becomes a server; the test's end kills it.
+func start(t testing.TB, cmd *exec.Cmd) *server {
+	t.Helper()
 	s := &server{cmd: cmd, log: &output{grown: make(chan struct{}, 1)}, done: make(chan struct{})}
 	cmd.Stderr = s.log
 	if err := cmd.Start(); err != nil {
@@ -101,7 +109,6 @@ func startCommand(t testing.TB, cmd *exec.Cmd) *server {
 	}
 	go func() { cmd.Wait(); close(s.done) }()
 	t.Cleanup(func() { cmd.Process.Kill(); <-s.done })
-	s.addr = s.waitForLog(t, `listening on http://(\S+)/`)
 	return s
 }
 
