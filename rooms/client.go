@@ -102,8 +102,8 @@ var upgrader = websocket.Upgrader{
 //     that the client has left.
 type Client struct {
 	hub    *Hub
-	visit  Visit   // not what the peer says, but what the server knows
-	person *Person // owned by run: who it speaks for, once enter has let it in
+	visit  Visit   // who comes, as the cookie says
+	person *Person // owned by run: whose connection it is, once enter has let it in
 
 	// Its NetConn is a *heldConn, whose Conn is the *net.TCPConn or *tls.Conn.
 	conn *websocket.Conn

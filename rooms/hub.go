@@ -7,15 +7,16 @@ import (
 
 // A Hub passes on to every client in the room what any of them says.
 type Hub struct {
+	Room
+
 	// Owned by run:
 	clients map[*Client]bool
-	Room
 
 	// From other goroutines to run. run receives from register until stop is called,
 	// and from the others until the last client has left. After that a send waits for
 	// ever: whoever may outlive the hub, as a handler does, selects on stopped as
 	// well. A function that run calls must not send here, as it would wait for itself:
-	// it calls deliver, queue and drop.
+	// it calls tell, answer and drop.
 	broadcast  chan []byte  // for every client: what clean returns, of at most maxMessageSize bytes
 	do         chan func()  // to be called by run: what only run may do; the room waits for it
 	register   chan *Client // to be taken in
@@ -84,7 +85,7 @@ func (h *Hub) run() {
 const breather = time.Millisecond
 
 // deliver queues line for whom it is for, and pauses if one has fallen behind.
-// Only run may call it; others send to broadcast.
+// Only tell calls it; others send to broadcast.
 func (h *Hub) deliver(line Line) {
 	crowded := false
 	for client := range h.clients {
@@ -102,7 +103,7 @@ func (h *Hub) deliver(line Line) {
 	}
 }
 
-// queue queues message, which is like those for broadcast, for one client, unless
+// queue queues message, which is a Line as encode returns it, for one client, unless
 // it has been dropped. It never blocks: a client whose queue is full is dead or
 // stuck, and is dropped. Only run may call it, so others have run do it:
 //

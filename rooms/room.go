@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"maps"
@@ -29,12 +30,11 @@ const awayTime, roomLife = 10 * time.Second, time.Minute
 const historySize = 100
 
 // Maximum size in bytes of a name, and of a Line as JSON. JSON's escapes can make a
-// message six times as long, and it can stand in two fields. A hello has maxPeople
-// names.
-const maxNameSize, maxLineSize = 32, 8 << 10
+// message twice as long, and it can stand in two fields. A hello has maxPeople names.
+const maxNameSize, maxLineSize = 32, 4 << 10
 
 // The room's own goodbyes. RFC 6455 section 7.4.2 leaves their codes to applications.
-// After one of these, the page does not come back by itself.
+// After a code from 4400 on, the page does not come back by itself.
 var sentAway = &goodbye{Code: 4403, Text: "you have been sent away from this room"}
 var nameTaken = &goodbye{Code: 4409, Text: "somebody in this room has your name, or one that looks like it"}
 var tooManyTabs = &goodbye{Code: 4429, Text: "you are in this room too many times"}
@@ -64,7 +64,7 @@ type Line struct {
 	// Of a hello:
 	RoomID string   `json:"room,omitempty"`   // tells this room from others that had its name
 	People []string `json:"people,omitempty"` // who is here
-	Missed bool     `json:"missed,omitempty"` // some of what came after Visit.After may no longer be kept
+	Missed bool     `json:"missed,omitempty"` // some of what came behind Visit.After may no longer be kept
 
 	only    []string // the IDs of those whom it is for, unless it is for everybody
 	message []byte   // the line as it is sent, which tell makes once for all
@@ -73,32 +73,32 @@ type Line struct {
 // An Identity is what somebody's cookie says.
 type Identity struct{ ID, Name string }
 
-// A Visit is who comes into a room, and what they have read there already.
+// A Visit is who comes into a room, and the number of the last line that they say they
+// have read there: 0 if they have read none.
 type Visit struct {
 	Identity
-	RoomID string // that of the last hello
-	After  int    // the number of the last line
+	After int
 }
 
 // A Person is somebody in a room: all connections with one ID. All have the name that
 // the first of them came with, until the person has left.
 type Person struct {
 	Identity
-	came    int       // the number of the line that says so
+	came    int       // the number of the line that says that they have come
 	clients []*Client // oldest first
 	away    time.Time // when one of them was last dropped
 }
 
-// A Room is what a Hub needs besides, to be one of several. Its methods, which are the
-// Hub's, are what run calls when somebody comes, leaves or says something.
+// A Room is what this copy adds to a Hub. The methods of Hub in this file are for run
+// alone to call: when somebody comes, leaves or says something, and every second.
 type Room struct {
 	rooms    *Rooms
 	name, id string
-	coming   atomic.Int32     // how many are in serveRoom, on their way to run
+	coming   atomic.Int32     // how many serveRoom has sent here who have not registered yet
 	seconds  <-chan time.Time // for sweep
 
 	// Owned by run:
-	used      time.Time          // when sweep last found somebody here
+	used      time.Time          // when sweep last found somebody here; zero if nobody ever was
 	kicked    map[string]bool    // by ID
 	people    map[string]*Person // by ID
 	names     directory[Person]  // the same people
@@ -109,8 +109,8 @@ type Room struct {
 	forgotten int                // the number of the last line that is no longer in these
 }
 
-// enter lets client in, and tells it what it has not read, and the others who comes.
-// Or it drops client, with the reason, and the others hear nothing of it.
+// enter lets client in, tells it what it has not read, and tells the others of a person
+// who is new. Or it drops client, with the reason, and the others hear nothing of it.
 func (h *Hub) enter(client *Client) {
 	id, name := client.visit.ID, client.visit.Name
 	person := h.people[id]
@@ -140,13 +140,10 @@ func (h *Hub) enter(client *Client) {
 func (h *Hub) welcome(client *Client, person *Person) {
 	client.person = person
 	person.clients = append(person.clients, client)
-	hello, after := Line{Kind: "hello", Who: person.Name, RoomID: h.id, Time: time.Now()}, 0
-	if client.visit.RoomID == h.id { // else its number means nothing here
-		after = client.visit.After
-		hello.Missed = after < h.forgotten
-	}
-	for _, other := range h.people {
-		hello.People = append(hello.People, other.Name)
+	after := client.visit.After
+	hello := Line{Kind: "hello", Who: person.Name, RoomID: h.id, Missed: 0 < after && after < h.forgotten, Time: time.Now()}
+	for _, somebody := range h.people {
+		hello.People = append(hello.People, somebody.Name)
 	}
 	slices.Sort(hello.People)
 	h.queue(client, hello.encode())
@@ -159,8 +156,8 @@ func (h *Hub) welcome(client *Client, person *Person) {
 	}
 }
 
-// exit is the end of client, which has just been dropped. The others do not hear of it
-// until it is clear, in sweep, that its person has left.
+// exit takes client, which has just been dropped, from its person. The others hear
+// nothing of that: sweep tells them when the person has left.
 func (h *Hub) exit(client *Client) {
 	if person := client.person; person != nil { // else it was not let in
 		person.clients = slices.DeleteFunc(person.clients, func(other *Client) bool { return other == client })
@@ -175,9 +172,9 @@ func (h *Hub) remove(person *Person, why string) {
 	h.tell(Line{Kind: "left", Who: person.Name, Text: why})
 }
 
-// sweep removes who has been away for long enough, and closes the room if nobody has
-// been here for long enough, or ever. It waits for those who are coming, so nobody
-// meets a hub that is about to stop.
+// sweep removes who has been away for awayTime. It closes the room when that has been
+// empty for roomLife, or at once if nobody was ever let in; but never while somebody
+// is coming, so nobody meets a hub that is about to stop.
 func (h *Hub) sweep() {
 	for _, person := range h.people {
 		if len(person.clients) == 0 && time.Since(person.away) >= awayTime {
@@ -190,7 +187,7 @@ func (h *Hub) sweep() {
 	}
 	h.rooms.mu.Lock()
 	defer h.rooms.mu.Unlock()
-	// Only once: run goes on until all have left, and another room may have the name.
+	// Once: after that run goes on until all have left, and the name may be another room's.
 	if h.rooms.hubs.find(h.name) == h && h.coming.Load() == 0 && time.Since(h.used) >= roomLife {
 		h.rooms.hubs.remove(h.name)
 		h.stop()
@@ -203,8 +200,7 @@ func (h *Hub) sweep() {
 var command = regexp.MustCompile(`^(?:[^\pL\pN\pP\pS]|[\x{115F}\x{1160}\x{2800}\x{3164}\x{FFA0}])*[/／∕⁄、]` +
 	`[\s\pZ]*([^\s\pZ]*)[\s\pZ]*([^\s\pZ]*)[\s\pZ]*(.*)`)
 
-// hear takes what client says. A command is for the server: of the others, only those
-// hear it whom it concerns.
+// hear takes what client says, and tells everybody, unless it is a command.
 func (h *Hub) hear(client *Client, line string) {
 	if !h.clients[client] {
 		return // It was dropped while the line was on its way.
@@ -217,7 +213,7 @@ func (h *Hub) hear(client *Client, line string) {
 	verb, name, text := strings.ToLower(norm.NFKC.String(words[1])), parseName(words[2]), words[3]
 	other := h.names.find(name)
 	switch {
-	case verb != "to" && verb != "kick", verb == "to" && text == "":
+	case verb != "to" && verb != "kick" || verb == "to" && text == "":
 		h.answer(client, line, "There are two commands, /to NAME text and /kick NAME.")
 	case other == nil || !strings.EqualFold(other.Name, name): // else "/to Paul" would be for Pau1
 		h.answer(client, line, "Nobody of that name is here.")
@@ -231,8 +227,8 @@ func (h *Hub) hear(client *Client, line string) {
 		h.kicked[other.ID] = true
 		h.answer(client, line, "Done.")
 		h.remove(other, "sent away by "+speaker.Name)
-		for _, client := range slices.Clone(other.clients) { // exit takes each out of it
-			h.drop(client, sentAway)
+		for _, theirs := range slices.Clone(other.clients) { // exit takes each from the list
+			h.drop(theirs, sentAway)
 		}
 	}
 }
@@ -273,8 +269,11 @@ func (l Line) isFor(client *Client) bool {
 }
 
 func (l Line) encode() []byte {
-	message, _ := json.Marshal(l) // No field can fail.
-	return message
+	var message bytes.Buffer
+	encoder := json.NewEncoder(&message)
+	encoder.SetEscapeHTML(false) // Else a < is six bytes, and the page puts no text into HTML.
+	encoder.Encode(l)            // No field can fail.
+	return bytes.TrimSpace(message.Bytes())
 }
 
 var word = regexp.MustCompile(`^[\p{L}\p{Nd}][\p{L}\p{M}\p{Nd}_-]*$`)
@@ -297,7 +296,7 @@ func (d directory[T]) add(name string, thing *T) { d[fold(name)], d[looks(name)]
 func (d directory[T]) remove(name string)        { delete(d, fold(name)); delete(d, looks(name)) }
 
 // fold returns a key that is the same for two names that differ by capitals alone, as
-// Lisa and LISA, or look alike in small letters, as Weiss and Weiß in capitals do.
+// Lisa and LISA, or look alike in small letters. Weiß counts as Weiss.
 // https://www.unicode.org/reports/tr39/#Confusable_Detection
 func fold(name string) string {
 	small := strings.ReplaceAll(cases.Fold().String(name), "i\u0307", "i") // It was a Turkish capital i.

@@ -47,7 +47,7 @@ type Rooms struct {
 	cookies *securecookie.SecureCookie
 	running sync.WaitGroup // the hubs' run
 
-	mu   sync.Mutex
+	mu   sync.Mutex     // sweep locks it in run: do not send to a hub while you hold it
 	hubs directory[Hub] // by the rooms' names; nil after stop
 }
 
@@ -55,13 +55,13 @@ func newRooms(key string) *Rooms {
 	return &Rooms{cookies: securecookie.New([]byte(key), nil), hubs: make(directory[Hub])}
 }
 
-// admit returns the hub of the room of that name, and opens the room if there is
-// none. Until the caller takes one from the hub's coming, the room stays open. If who
-// cannot get there, it returns why, and the HTTP status for that.
+// admit returns the hub of the room of that name, and opens the room if there is none.
+// The room stays open until the caller, when its client has registered or failed, takes
+// one from the hub's coming. If whyNot has a reason, admit returns that and no hub.
 func (rs *Rooms) admit(name string, who Identity) (hub *Hub, status int, why string) {
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
-	if status, why = rs.refuse(name, who); why != "" {
+	if status, why = rs.whyNot(name, who); why != "" {
 		return nil, status, why
 	}
 	if hub = rs.hubs.find(name); hub == nil {
@@ -77,15 +77,16 @@ func (rs *Rooms) admit(name string, who Identity) (hub *Hub, status int, why str
 	return hub, status, ""
 }
 
-// refuse returns why who cannot get to the room of that name, or "". Who is to stay out
-// of a room is enter's to say. Call refuse with mu locked.
-func (rs *Rooms) refuse(name string, who Identity) (status int, why string) {
+// whyNot returns why this person cannot get to the hub of the room of that name, and the
+// HTTP status for that; or "". Kicks and full rooms are enter's business. Call it with mu
+// locked.
+func (rs *Rooms) whyNot(name string, who Identity) (status int, why string) {
 	switch {
 	case name == "":
 		return http.StatusOK, "Say who you are, and where you want to go."
-	case parseName(name) != name:
+	case len(name) > maxNameSize || parseName(name) != name: // of a long one at once, as mu is locked
 		return http.StatusNotFound, "No room can have that name."
-	case who.ID == "":
+	case who.ID == "" || who.Name == "" || parseName(who.Name) != who.Name:
 		return http.StatusUnauthorized, "Say who you are."
 	case rs.hubs == nil:
 		return http.StatusServiceUnavailable, "The server is shutting down."
@@ -130,8 +131,8 @@ func (rs *Rooms) logIn(w http.ResponseWriter, r *http.Request) {
 	// A phone's keyboard puts a space behind a word.
 	name, room := strings.TrimSpace(r.PostFormValue("name")), strings.TrimSpace(r.PostFormValue("room"))
 	who := Identity{ID: cmp.Or(rs.who(r).ID, rand.Text()), Name: parseName(name)}
-	value, err := rs.cookies.Encode("chat", who)
-	if who.Name == "" || parseName(room) == "" || err != nil { // No name is too long for a cookie.
+	value, _ := rs.cookies.Encode("chat", who) // No name is too long for a cookie.
+	if who.Name == "" || parseName(room) == "" {
 		servePage(w, r, http.StatusBadRequest, "A name is one word of letters, digits, - and _, of at most 32 bytes.", name, room)
 		return
 	}
@@ -143,21 +144,23 @@ func (rs *Rooms) logIn(w http.ResponseWriter, r *http.Request) {
 func (rs *Rooms) serveHome(w http.ResponseWriter, r *http.Request) {
 	room, who := r.PathValue("room"), rs.who(r)
 	rs.mu.Lock()
-	status, why := rs.refuse(room, who)
+	status, why := rs.whyNot(room, who)
 	rs.mu.Unlock()
 	servePage(w, r, status, why, who.Name, room)
 }
 
 // serveRoom makes the request a client in a room.
 func (rs *Rooms) serveRoom(w http.ResponseWriter, r *http.Request) {
-	visit := Visit{Identity: rs.who(r), RoomID: r.FormValue("room")}
-	visit.After, _ = strconv.Atoi(r.FormValue("after")) // 0, which is before the first line, if it is no number
+	visit := Visit{Identity: rs.who(r)}
 	hub, status, why := rs.admit(r.PathValue("room"), visit.Identity)
 	if why != "" {
 		http.Error(w, why, status)
 		return
 	}
 	defer hub.coming.Add(-1)
+	if r.FormValue("room") == hub.id { // else the number is another room's, of the same name
+		visit.After, _ = strconv.Atoi(r.FormValue("after"))
+	}
 	serveWs(hub, visit, w, r)
 }
 

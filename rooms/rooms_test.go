@@ -473,7 +473,12 @@ func TestWhoHasNotLoggedInGets401AndTheForm(t *testing.T) {
 		w := startPiped(t)
 		good := w.logIn("Grete")
 		foreign := newRooms("another key").logInAs(t, "Grete", "")
-		for _, cookie := range []string{"", "chat=", "chat=Grete", good[:len(good)-4] + "AAAA", foreign} {
+		signed := func(who Identity) string { // as a login of somebody's own might
+			value, _ := w.cookies.Encode("chat", who)
+			return "chat=" + value
+		}
+		for _, cookie := range []string{"", "chat=", "chat=Grete", good[:len(good)-4] + "AAAA", foreign,
+			signed(Identity{ID: "1"}), signed(Identity{Name: "Grete"}), signed(Identity{"1", "two words"}), signed(Identity{"1", "Grete "})} {
 			w.wantStatus(cookie, "kitchen", http.StatusUnauthorized)
 			got := w.get(cookie, "/room/kitchen/")
 			if got.Code != http.StatusUnauthorized || !strings.Contains(got.Body.String(), `name="name"`) {
@@ -645,14 +650,18 @@ func TestLongestLinesAreSentWhole(t *testing.T) {
 		cookie := w.logIn(name)
 		p := w.dial(cookie, "kitchen")
 		p.heard()
-		text := strings.Repeat("<", maxMessageSize)
+		p.say(strings.Repeat("<", maxMessageSize))
+		if p.heard(); p.longest > maxMessageSize+200 {
+			t.Errorf("a line of < has %d bytes", p.longest)
+		}
+		text := strings.Repeat(`"`, maxMessageSize) // which takes two bytes each
 		p.say(text)
 		p.want("said " + name + ": " + text)
 		whisper := "/to " + name + " " + text
 		p.say(whisper[:maxMessageSize])
 		p.want("to " + name + " > " + name + ": " + text[:maxMessageSize-len("/to  ")-len(name)])
 		p.say("/" + text[1:])
-		if lines := p.heard(); len(lines) != 1 || !strings.HasPrefix(lines[0], "answer /<<<<") {
+		if lines := p.heard(); len(lines) != 1 || !strings.HasPrefix(lines[0], `answer /""""`) {
 			t.Errorf("hears %q", lines)
 		}
 		for range 200 {
