@@ -18,6 +18,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -370,6 +371,7 @@ func TestTLSPeerThatDiesWithinARecordHasVanished(t *testing.T) {
 // it takes no time.
 
 func TestOffenderReadsWhyOverTCPAlsoWhileItSends(t *testing.T) {
+	watch(t, patience)
 	r := tcpRoom(t)
 	for _, offence := range offences {
 		if len(offence.sent) < 1000 && offence.sent[0] != 0x01 {
@@ -730,6 +732,7 @@ func TestClientIsInTheRoomBeforeItsHandshakeSucceeds(t *testing.T) {
 }
 
 func TestJoinedWhenDialReturnsOverTCP(t *testing.T) {
+	watch(t, patience)
 	r := tcpRoom(t)
 	for n := 0; n < 300 && !t.Failed(); n++ {
 		p, want := r.join(t), fmt.Sprint("line ", n)
@@ -1086,6 +1089,7 @@ func TestRequestIsOverWhenItsHandshakeIsAnswered(t *testing.T) {
 // run and serve. The process is in hub_test.go.
 
 func TestServerNamesAnAddressThatCanBeOpened(t *testing.T) {
+	watch(t, patience)
 	for addr, want := range map[string]string{":0": "localhost", "0.0.0.0:0": "localhost", "127.0.0.1:0": "127.0.0.1"} {
 		book := captureLog(t)
 		ctx, cancel := context.WithCancel(t.Context())
@@ -1447,11 +1451,35 @@ func TestCodeInREADMEIsTheCodeHere(t *testing.T) {
 // a failing one takes.
 const patience = 20 * time.Second
 
+// watch ends the whole run of the tests when t takes longer than limit, as what
+// makes one test hang may make many hang. It says where t's goroutines wait: the
+// line, and those that have called it. Time is the bubble's, if it is called in one.
+func watch(t testing.TB, limit time.Duration) {
+	tooLong := time.AfterFunc(limit, func() {
+		stacks := make([]byte, 16<<20)
+		stacks = stacks[:runtime.Stack(stacks, true)]
+		test, _, _ := strings.Cut(t.Name(), "/")
+		var waits []string
+		for goroutine := range strings.SplitSeq(string(stacks), "\n\n") {
+			if strings.Contains(goroutine, "."+test) {
+				lines := regexp.MustCompile(`\[.+\]:|\w+_test\.go:\d+`).FindAllString(goroutine, -1)
+				waits = append(waits, strings.Join(lines, " "))
+			}
+		}
+		panic(fmt.Sprintf("%s has not come to its end within %v. Its goroutines:\n%s",
+			t.Name(), limit, strings.Join(slices.Compact(waits), "\n")))
+	})
+	t.Cleanup(func() { tooLong.Stop() })
+}
+
 // inBubble runs test in a synctest bubble, where time passes only while everybody
-// waits. A test that hangs, as nobody waits or somebody waits for a lock, is ended.
+// waits. No test takes an hour of that, but one in which only tickers go on.
 func inBubble(t *testing.T, test func(*testing.T)) {
-	defer time.AfterFunc(patience, func() { panic(t.Name() + " hangs") }).Stop()
-	synctest.Test(t, test)
+	watch(t, patience)
+	synctest.Test(t, func(t *testing.T) {
+		watch(t, time.Hour)
+		test(t)
+	})
 }
 
 // inRoom runs test in a bubble with a room.
@@ -1998,6 +2026,7 @@ func FuzzBytes(f *testing.F) {
 // fuzz has a client send bytes, and checks what other sees of it.
 func (r *room) fuzz(t *testing.T, other *peer, sent []byte) {
 	t.Helper()
+	watch(t, patience)
 	p := r.join(t)
 	p.write(sent)
 	p.NetConn().(*net.TCPConn).CloseWrite()

@@ -38,7 +38,10 @@ func TestMain(m *testing.M) {
 	case "stuck client": // whose pump gets no buffer to say goodbye with
 		upgrader.WriteBufferPool = stuckPool{}
 	}
-	time.AfterFunc(time.Minute, func() { os.Exit(3) }) // if the test has died
+	go func() {
+		io.Copy(io.Discard, os.Stdin)
+		os.Exit(3) // The test has died.
+	}()
 	main()
 	os.Exit(0)
 }
@@ -367,6 +370,7 @@ func TestAnybodyMayStopTheHubAnyNumberOfTimes(t *testing.T) {
 }
 
 func TestMessageForOneClientReachesItAlone(t *testing.T) {
+	watch(t, patience)
 	hub := newHub()
 	small, large, stranger := &Client{send: make(chan []byte, 1)}, &Client{send: make(chan []byte, 9)}, &Client{}
 	hub.clients[small], hub.clients[large] = true, true
@@ -769,10 +773,14 @@ type process struct {
 // startProcess starts the server as a process, which the test's end kills.
 func startProcess(t *testing.T, mode string, args ...string) *process {
 	t.Helper()
+	watch(t, patience)
 	p := &process{exec.Command(os.Args[0], args...), make(chan string, 1000)}
 	p.Env = append(os.Environ(), asProcess+"="+mode)
 	stderr, err := p.StderrPipe()
 	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.StdinPipe(); err != nil { // It ends when this process does.
 		t.Fatal(err)
 	}
 	if err := p.Start(); err != nil {
@@ -784,8 +792,7 @@ func startProcess(t *testing.T, mode string, args ...string) *process {
 		}
 		close(p.log)
 	}()
-	tooLong := time.AfterFunc(patience, func() { p.Process.Kill() }) // or the test would hang
-	t.Cleanup(func() { tooLong.Stop(); p.Process.Kill(); p.Wait() })
+	t.Cleanup(func() { p.Process.Kill(); p.Wait() })
 	return p
 }
 
