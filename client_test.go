@@ -33,7 +33,49 @@ import (
 
 // The tests stand in the order of what they show: what happens on the wire, the
 // promises, serving, and the page. Then comes the rig, and after it fuzzing. What
-// needs only a Hub, the process, and the benchmarks are in hub_test.go.
+// needs only a Hub, what copies do, the process, and the benchmarks are in hub_test.go.
+
+// The promises, and the tests of each in both files. This index is code so that the
+// compiler knows its names.
+var _ = map[string][]func(*testing.T){
+	"1. Joined when Dial returns, and only after a right handshake": {
+		TestRequestThatIsNoHandshakeIsRefusedAndRegistersNobody, TestPanicInCheckOriginLeavesNothingInTheHub,
+		TestHandshakeIsAnsweredWhenTheClientHasRegistered, TestClientIsInTheRoomBeforeItsHandshakeSucceeds,
+		TestJoinedWhenDialReturnsOverTCP, TestRunMayWriteToConnWhenItTakesAClientIn},
+	"2. One order": {
+		TestEverybodySeesTheSameMessagesInTheSameOrder},
+	"3. A healthy client is never dropped because somebody else sends fast": {
+		TestFloodDropsNoHealthyReader, TestSenderIsSlowedToItsRateAndNeverDropped,
+		TestBurstComesBackAfterSilence, TestHubPausesOnlyWhenAQueueIsPastHalf},
+	"4. A stuck client costs a bounded pause, and then nothing": {
+		TestStuckClientCostsTheRoomNothingOnceItIsDropped, TestFullQueueDropsItsClientAlone,
+		TestClientThatNeverReadsIsCutOff, TestNobodyWaitsForAClientThatCannotBeWrittenTo},
+	"5. Any message or control frame shows that a peer lives": {
+		TestPeerIsDroppedPongWaitAfterItsLastMessageOrControlFrame, TestClientThatTheRoomHoldsUpIsNotTakenForSilent},
+	"6. SIGINT or SIGTERM, and a port in use": {
+		TestSignalSendsEverybodyHomeAndEndsTheProcessWithStatus0, TestSecondSignalEndsTheProcessAtOnce,
+		TestProcessThatCannotServeSaysSo, TestServeReturnsAtOnceIfEverybodyLeaves,
+		TestServeReturnsInTimeEvenIfAClientIsStuck, TestStoppedHubSendsEverybodyAwayAndWaitsForThem,
+		TestShutdownIsReadByAClientThatSendsBeforeItReads, TestHandshakeDuringShutdownIsRefused,
+		TestRefusedPeerIsCutOffAlsoIfItTakesNothing},
+	"7. No goroutine outlives its client, and none the hub": {
+		TestHubEndsSoonHoweverItsClientEnds, TestRequestIsOverWhenItsHandshakeIsAnswered,
+		TestStoppedHubSendsEverybodyAwayAndWaitsForThem},
+	"8. A naive move in a copy costs at most its own client": {
+		TestRegisteringAgainIsHarmless, TestUnregisterTwiceIsHarmless, TestUnregisterOfAStrangerIsHarmless,
+		TestLeavingTwiceDoesNotEndTheHubEarly, TestLeavingWithoutUnregisteringIsEnough,
+		TestAnybodyMayStopTheHubAnyNumberOfTimes, TestQueueClosedByHandIsANormalEnd,
+		TestWaitingForAClientThatDoesNotReadEndsWithItsConnection, TestHistoryMayBeLongerThanAQueue,
+		TestEveryEndIsSaidAndLoggedAsWhatItIs, // a reason that is too long
+		TestUpstreamsServeWsWorksWithThesePumps, TestPeerMayBeAskedForAPasswordBeforeItRegisters},
+	"9. From any goroutine, at any time, through do": {
+		TestAnybodyCanTellAClientSomethingAskWhoIsHereAndSendOneAway, TestMessageForOneClientReachesItAlone,
+		TestAnswersToAClientThatDoesNotReadCostItAlone, TestWhoOutlivesTheHubSelectsOnStopped,
+		TestTheLastConnectionWinsAgainstHandshakesAlone},
+	"10. Nothing in the shutdown waits for the log": {
+		TestHubEndsAlthoughTheLogIsStuck, TestServeReturnsAlthoughTheLogIsStuck,
+		TestSignalEndsTheProcessAlthoughItsLogIsStuck, TestClientThatIsSlowedWaitsForNoLog},
+}
 
 // The figures and words that people rely on; all other tests ask the constants.
 
@@ -371,7 +413,7 @@ func TestTLSPeerThatDiesWithinARecordHasVanished(t *testing.T) {
 // it takes no time.
 
 func TestOffenderReadsWhyOverTCPAlsoWhileItSends(t *testing.T) {
-	watch(t, patience)
+	watch(t, slowest)
 	r := tcpRoom(t)
 	for _, offence := range offences {
 		if len(offence.sent) < 1000 && offence.sent[0] != 0x01 {
@@ -732,7 +774,7 @@ func TestClientIsInTheRoomBeforeItsHandshakeSucceeds(t *testing.T) {
 }
 
 func TestJoinedWhenDialReturnsOverTCP(t *testing.T) {
-	watch(t, patience)
+	watch(t, slowest)
 	r := tcpRoom(t)
 	for n := 0; n < 300 && !t.Failed(); n++ {
 		p, want := r.join(t), fmt.Sprint("line ", n)
@@ -1089,7 +1131,7 @@ func TestRequestIsOverWhenItsHandshakeIsAnswered(t *testing.T) {
 // run and serve. The process is in hub_test.go.
 
 func TestServerNamesAnAddressThatCanBeOpened(t *testing.T) {
-	watch(t, patience)
+	watch(t, slowest)
 	for addr, want := range map[string]string{":0": "localhost", "0.0.0.0:0": "localhost", "127.0.0.1:0": "127.0.0.1"} {
 		book := captureLog(t)
 		ctx, cancel := context.WithCancel(t.Context())
@@ -1447,9 +1489,12 @@ func TestCodeInREADMEIsTheCodeHere(t *testing.T) {
 
 // The rig.
 
-// patience is how long a test waits for what must come: it only bounds how long
-// a failing one takes.
-const patience = 20 * time.Second
+const (
+	// patience is how long a test waits for what must come, and slowest how long it
+	// takes in all, in real time. They only bound how long a failing one takes.
+	patience = 20 * time.Second
+	slowest  = 10 * time.Second
+)
 
 // watch ends the whole run of the tests when t takes longer than limit, as what
 // makes one test hang may make many hang. It says where t's goroutines wait: the
@@ -1475,7 +1520,7 @@ func watch(t testing.TB, limit time.Duration) {
 // inBubble runs test in a synctest bubble, where time passes only while everybody
 // waits. No test takes an hour of that, but one in which only tickers go on.
 func inBubble(t *testing.T, test func(*testing.T)) {
-	watch(t, patience)
+	watch(t, slowest)
 	synctest.Test(t, func(t *testing.T) {
 		watch(t, time.Hour)
 		test(t)
@@ -2026,7 +2071,7 @@ func FuzzBytes(f *testing.F) {
 // fuzz has a client send bytes, and checks what other sees of it.
 func (r *room) fuzz(t *testing.T, other *peer, sent []byte) {
 	t.Helper()
-	watch(t, patience)
+	watch(t, slowest)
 	p := r.join(t)
 	p.write(sent)
 	p.NetConn().(*net.TCPConn).CloseWrite()
