@@ -772,7 +772,8 @@ func startProcess(t *testing.T, mode string, args ...string) *process {
 	t.Helper()
 	watch(t, slowest)
 	p := &process{exec.Command(os.Args[0], args...), make(chan string, 1000)}
-	p.Env = append(os.Environ(), asProcess+"="+mode)
+	// The race detector would have each process end a second later.
+	p.Env = append(os.Environ(), asProcess+"="+mode, "GORACE=atexit_sleep_ms=0")
 	stderr, err := p.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
