@@ -1427,10 +1427,10 @@ func TestCodeInREADMEWorks(t *testing.T) {
 			return &peer{conn, t}
 		}
 
-		hubs := map[string]*Hub{"/kitchen/ws": newHub(), "/garden/ws": newHub()}
 		var running sync.WaitGroup
+		hubs := map[string]*Hub{"/kitchen/ws": newHub(), "/garden/ws": newHub()}
 		for path, hub := range hubs {
-			running.Go(hub.run)
+			running.Go(hub.run) // running is a sync.WaitGroup
 			mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
 		}
 		start := time.Now()
@@ -1443,15 +1443,15 @@ func TestCodeInREADMEWorks(t *testing.T) {
 				}
 			})
 		}
-		kitchen := hubs["/kitchen/ws"]
-		select { // as in a handler, which may outlive the hub
-		case kitchen.broadcast <- []byte("Dinner is ready."):
-		case <-kitchen.stopped:
+		hub := hubs["/kitchen/ws"]
+		select {
+		case hub.broadcast <- []byte("Dinner is ready."):
+		case <-hub.stopped:
 		}
 		for _, hub := range hubs {
-			hub.stop() // Everybody reads what is queued, and 1001.
+			hub.stop()
 		}
-		running.Wait() // Until they have, the process must not end.
+		running.Wait()
 		if took := time.Since(start); took < closeWait/2 {
 			t.Errorf("it ends after %v, before anybody has read this", took)
 		}

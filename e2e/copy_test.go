@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -31,9 +32,9 @@ func TestCopyWithTheTwoRoomsOfTheREADME(t *testing.T) {
 	}
 	_, lines, _ := strings.Cut(string(readme), "\n    hubs := ")
 	lines, _, _ = strings.Cut(lines, "\n\n")
-	start, end, found := strings.Cut("hubs := "+lines, "\n    kitchen := ")
+	start, tell, found := strings.Cut("hubs := "+lines, "\n    select {")
 	if !found {
-		t.Fatal("README.md does not show two rooms, from hubs to kitchen")
+		t.Fatal("README.md does not show two rooms, from hubs to select")
 	}
 	s := startCopy(t, `
 --- go.mod
@@ -52,11 +53,17 @@ func TestCopyWithTheTwoRoomsOfTheREADME(t *testing.T) {
 +)
 +func serveTwo(ctx context.Context, listener net.Listener) error {
 +	mux := http.NewServeMux()
++	var running sync.WaitGroup
 +	`+strings.ReplaceAll(start, "\n", "\n+")+`
 +	server := &http.Server{Handler: mux}
 +	context.AfterFunc(ctx, func() { server.Close() })
 +	server.Serve(listener)
-+	kitchen := `+strings.ReplaceAll(end, "\n", "\n+")+`
++	hub := hubs["/kitchen/ws"]
++	select {`+strings.ReplaceAll(tell, "\n", "\n+")+`
++	for _, hub := range hubs {
++		hub.stop()
++	}
++	running.Wait()
 +	return nil
 +}
 `)
@@ -71,6 +78,39 @@ func TestCopyWithTheTwoRoomsOfTheREADME(t *testing.T) {
 	wantEnd(t, kitchen, websocket.CloseGoingAway)
 	wantEnd(t, garden, websocket.CloseGoingAway)
 	s.wantExit(t, time.Now(), patience)
+}
+
+// Each line of code in README.md's table of what people change stands in these tests,
+// or in those beside the code, and so is known to work.
+func TestCopiesDoWhatTheTableOfTheREADMESays(t *testing.T) {
+	t.Parallel()
+	var tests string
+	for _, name := range []string{"copy_test.go", "../hub_test.go", "../client_test.go"} {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tests += string(text)
+	}
+	readme, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, found := strings.Cut(string(readme), "\n| To | do |\n")
+	table, _, _ = strings.Cut(table, "\n\n")
+	lines := 0
+	for _, code := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(table, -1) {
+		if !strings.Contains(code[1], " ") {
+			continue // a name
+		}
+		lines++
+		if !strings.Contains(strings.Join(strings.Fields(tests), " "), code[1]) {
+			t.Errorf("no test has this line: %s", code[1])
+		}
+	}
+	if !found || lines < 9 {
+		t.Errorf("the table shows %d lines of code", lines)
+	}
 }
 
 // Many rooms in one hub: the map is run's, which fills it where it receives from
