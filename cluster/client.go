@@ -123,7 +123,7 @@ type Client struct {
 	writing sync.WaitGroup
 
 	// Owned by readPump:
-	due       time.Time // when a peer at one message per rateInterval would be as far
+	due       time.Time // when a peer at one message per rateInterval would have sent as many
 	slowed    bool      // the log says that the peer sends faster
 	receiving bool      // a message has begun and is not complete
 }
@@ -148,7 +148,7 @@ func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
 	// Only now, so that the peer misses nothing that is said once it knows that it
 	// is connected. If this fails, both pumps will get the same error.
 	handshake.conn.answer()
-	client.writing.Go(client.writePump)
+	client.writing.Go(client.writePump) // first, as readPump waits for its end
 	go client.readPump()
 }
 
@@ -319,7 +319,8 @@ func (c *Client) writePump() {
 			if ok {
 				err = c.writeBatch(message)
 			} else {
-				err = c.sayGoodbye()
+				c.sayGoodbye()
+				err = websocket.ErrCloseSent // as of whatever is written after that
 			}
 		case <-pings.C:
 			err = c.ping()
@@ -367,21 +368,18 @@ func (c *Client) ping() error {
 	return err
 }
 
-// sayGoodbye sends the close frame. It returns ErrCloseSent, as whatever is
-// written after that does, or why it could not be sent.
-func (c *Client) sayGoodbye() error {
+// sayGoodbye sends the close frame. If that fails, nothing better can be done:
+// conn is closed soon after.
+func (c *Client) sayGoodbye() {
 	c.goodbye.CompareAndSwap(nil, noReason) // if a copy has closed send by hand
 	why := c.goodbye.Load()
 	if why.Code == websocket.CloseAbnormalClosure {
-		return websocket.ErrCloseSent // 1006 is no code to send. RFC 6455 section 7.4.1.
+		return // 1006 is no code to send. RFC 6455 section 7.4.1.
 	}
 	// A close frame holds a code and 123 bytes of text. RFC 6455 section 5.5.
 	text := strings.ToValidUTF8(why.Text[:min(len(why.Text), 123)], "")
 	c.conn.SetWriteDeadline(time.Now().Add(writeWait))
-	if err := c.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(why.Code, text)); err != nil {
-		return err
-	}
-	return websocket.ErrCloseSent
+	c.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(why.Code, text))
 }
 
 // end has run drop the client, whose peer is told why. Only readPump may call it:

@@ -52,7 +52,7 @@ func (h *Hub) run() {
 	for stopped != nil || len(present) > 0 {
 		select {
 		case client := <-register:
-			if !client.dropped { // or its queue would be closed
+			if !client.dropped { // A copy may register it again, but its queue is closed.
 				h.clients[client] = true
 				present[client] = true
 				h.enter(client)
