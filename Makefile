@@ -23,8 +23,8 @@ mutants: ## Break the code in many places, and say what the tests do not notice
 	go run github.com/go-gremlins/gremlins/cmd/gremlins@v0.6.0 unleash --workers=1 --timeout-coefficient=10 --exclude-files=/
 
 fuzz: ## Throw messages and bytes at the server, half a minute each
-	go test -run='^$$' -fuzz=FuzzMessage -fuzztime=30s .
-	go test -run='^$$' -fuzz=FuzzBytes -fuzztime=30s .
+	go test -run='^$$' -fuzz=FuzzMessage -fuzztime=30s -fuzzminimizetime=1x .
+	go test -run='^$$' -fuzz=FuzzBytes -fuzztime=30s -fuzzminimizetime=1x .
 
 bench: ## Measure the hub and the pumps, and the server beside upstream's
 	go test -run='^$$' -bench=. ./...
