@@ -409,7 +409,7 @@ func TestTLSPeerThatDiesWithinARecordHasVanished(t *testing.T) {
 // it takes no time.
 
 func TestOffenderReadsWhyOverTCPAlsoWhileItSends(t *testing.T) {
-	watch(t, slowest)
+	watch(t, patience)
 	r := tcpRoom(t)
 	for _, offence := range offences {
 		if len(offence.sent) < 1000 && offence.sent[0] != 0x01 {
@@ -770,7 +770,7 @@ func TestClientIsInTheRoomBeforeItsHandshakeSucceeds(t *testing.T) {
 }
 
 func TestJoinedWhenDialReturnsOverTCP(t *testing.T) {
-	watch(t, slowest)
+	watch(t, patience)
 	r := tcpRoom(t)
 	for n := 0; n < 300 && !t.Failed(); n++ {
 		p, want := r.join(t), fmt.Sprint("line ", n)
@@ -1127,7 +1127,7 @@ func TestRequestIsOverWhenItsHandshakeIsAnswered(t *testing.T) {
 // run and serve. The process is in hub_test.go.
 
 func TestServerNamesAnAddressThatCanBeOpened(t *testing.T) {
-	watch(t, slowest)
+	watch(t, patience)
 	for addr, want := range map[string]string{":0": "localhost", "0.0.0.0:0": "localhost", "127.0.0.1:0": "127.0.0.1"} {
 		book := captureLog(t)
 		ctx, cancel := context.WithCancel(t.Context())
@@ -1485,12 +1485,9 @@ func TestCodeInREADMEIsTheCodeHere(t *testing.T) {
 
 // The rig.
 
-const (
-	// patience is how long a test waits for what must come, and slowest how long it
-	// takes in all, in real time. They only bound how long a failing one takes.
-	patience = 20 * time.Second
-	slowest  = 10 * time.Second
-)
+// patience is how long a test waits for what must come, and how long it may take in
+// real time. It only bounds how long a failing one takes.
+const patience = 20 * time.Second
 
 // watch ends the whole run of the tests when t takes longer than limit, as what
 // makes one test hang may make many hang. It says where t's goroutines wait: the
@@ -1516,7 +1513,7 @@ func watch(t testing.TB, limit time.Duration) {
 // inBubble runs test in a synctest bubble, where time passes only while everybody
 // waits. No test takes an hour of that, but one in which only tickers go on.
 func inBubble(t *testing.T, test func(*testing.T)) {
-	watch(t, slowest)
+	watch(t, patience)
 	synctest.Test(t, func(t *testing.T) {
 		watch(t, time.Hour)
 		test(t)
@@ -2067,7 +2064,7 @@ func FuzzBytes(f *testing.F) {
 // fuzz has a client send bytes, and checks what other sees of it.
 func (r *room) fuzz(t *testing.T, other *peer, sent []byte) {
 	t.Helper()
-	watch(t, slowest)
+	watch(t, patience)
 	p := r.join(t)
 	p.write(sent)
 	p.NetConn().(*net.TCPConn).CloseWrite()

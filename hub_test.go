@@ -367,7 +367,7 @@ func TestAnybodyMayStopTheHubAnyNumberOfTimes(t *testing.T) {
 }
 
 func TestMessageForOneClientReachesItAlone(t *testing.T) {
-	watch(t, slowest)
+	watch(t, patience)
 	hub := newHub()
 	small, large, stranger := &Client{send: make(chan []byte, 1)}, &Client{send: make(chan []byte, 9)}, &Client{}
 	hub.clients[small], hub.clients[large] = true, true
@@ -770,7 +770,7 @@ type process struct {
 // startProcess starts the server as a process, which the test's end kills.
 func startProcess(t *testing.T, mode string, args ...string) *process {
 	t.Helper()
-	watch(t, slowest)
+	watch(t, patience)
 	p := &process{exec.Command(os.Args[0], args...), make(chan string, 1000)}
 	// The race detector would have each process end a second later.
 	p.Env = append(os.Environ(), asProcess+"="+mode, "GORACE=atexit_sleep_ms=0")
