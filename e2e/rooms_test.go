@@ -47,18 +47,22 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	grete.until(`batch.childElementCount == 0 && $("log").textContent.includes("dinner")`)
 	grete.send("/to hans bring wine")
 	grete.send("/tp Hans hush")
-	grete.wantLog("notice: Here: Grete.", "notice: \u2068Grete\u2069 has come.", "notice: \u2068Hans\u2069 has come.",
+	grete.wantLog("notice: Here: \u2068Grete\u2069.", "notice: \u2068Grete\u2069 has come.", "notice: \u2068Hans\u2069 has come.",
 		"message: Hans: <b>dinner</b>: in the kitchen", "message mine: \u2068Grete\u2069 to \u2068Hans\u2069: bring wine",
-		"notice: /tp Hans hush: There are two commands, /to NAME text and /kick NAME.")
+		"notice: \u2068/tp Hans hush\u2069: There are two commands, /to NAME text and /kick NAME.")
 	hans.until(`$("log").textContent.includes("wine")`)
 	if got := eval[string](hans, `[...document.querySelectorAll("#log b")].map((b) => b.textContent).join()`); got != "Hans,\u2068Grete\u2069 to \u2068Hans\u2069" {
 		t.Errorf("the names %q are set off, want Hans and Grete", got)
 	}
-	uwe.wantLog("notice: Here: Uwe.", "notice: \u2068Uwe\u2069 has come.")
+	// A name that is written from the right does not turn the words around it.
+	if got := eval[string](hans, `[...document.querySelectorAll("#log .notice, #log b")].map((e) => e.dir).join()`); got != "ltr,ltr,ltr,auto,ltr" {
+		t.Errorf("notices and names have the directions %q", got)
+	}
+	uwe.wantLog("notice: Here: \u2068Uwe\u2069.", "notice: \u2068Uwe\u2069 has come.")
 
 	// After each break a line stands there once, with the server's time, and only what
 	// people say counts as unread.
-	lines := []string{"notice: Here: Grete, Hans.", "notice: \u2068Grete\u2069 has come.", "notice: \u2068Hans\u2069 has come.",
+	lines := []string{"notice: Here: \u2068Grete\u2069, \u2068Hans\u2069.", "notice: \u2068Grete\u2069 has come.", "notice: \u2068Hans\u2069 has come.",
 		"message mine: Hans: <b>dinner</b>: in the kitchen", "message: \u2068Grete\u2069 to \u2068Hans\u2069: bring wine"}
 	hans.wantLog(lines...)
 	eval[bool](hans, `Object.defineProperty(document, "hidden", {get: () => true, configurable: true}); mark = document.createElement("div"); true`)
