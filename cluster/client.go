@@ -106,10 +106,9 @@ type Client struct {
 	// Its NetConn is a *heldConn, whose Conn is the *net.TCPConn or *tls.Conn.
 	conn *websocket.Conn
 
-	// From run, through the method queue, to writePump. Leave it to queue and drop:
-	// to send after it is closed, or to close it and leave the client in hub.clients,
-	// is a panic that ends the process; to delete the client there and leave it open
-	// is a client that never ends.
+	// From run to writePump. Only queue and drop may touch it: a send after it is
+	// closed is a panic, which ends the process, and so is to close it while the client
+	// is in hub.clients. A client that is deleted there with send left open never ends.
 	send chan []byte
 
 	// Owned by run: the client has been dropped, for good. That there is a goodbye
@@ -165,8 +164,8 @@ func (h *holdAnswer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 }
 
 // A heldConn holds back what is first written to it, which is Upgrade's answer to
-// the handshake. answer lets that go. So does whoever reads or writes next, as a
-// copy that asks the peer for a password before it registers the client.
+// the handshake. answer lets that go, and so does the next Read or Write: a copy may
+// ask the peer for a password before it registers the client.
 type heldConn struct {
 	net.Conn
 	answer func() error // It writes once, and returns the same error ever after.
@@ -218,7 +217,7 @@ func (c *heldConn) refuse(why string) {
 // reads, but takes nothing to the hub.
 //
 // An idle client waits in NextReader, within a stack of 2 KiB as long as this
-// frame is small: what else there is to do is done in methods.
+// function's part of it is small: what else there is to do is done in methods.
 func (c *Client) readPump() {
 	c.conn.SetPingHandler(func(data string) error {
 		c.pace()
@@ -320,16 +319,17 @@ func (c *Client) writePump() {
 				err = c.writeBatch(message)
 			} else {
 				c.sayGoodbye()
-				err = websocket.ErrCloseSent // as of whatever is written after that
+				err = websocket.ErrCloseSent // Nothing may follow a close frame.
 			}
 		case <-pings.C:
 			err = c.ping()
 		}
 	}
 	pings.Stop()
+	// Any other error readPump meets as well, and deals with.
 	if timeout, ok := err.(net.Error); ok && timeout.Timeout() {
 		c.goodbye.CompareAndSwap(nil, fellBehind)
-	} // Any other error readPump meets as well, and deals with.
+	}
 
 	// readPump has closeWait to read the peer's answer. (A TLS connection may take
 	// five seconds more to close.)

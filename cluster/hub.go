@@ -5,16 +5,17 @@ import (
 	"time"
 )
 
-// A Hub passes on to every client in the room what any of them says.
+// A Hub passes on to every client in the room what any of them says. ("A copy", in
+// these comments, is a program that somebody has made from this one.)
 type Hub struct {
 	// Owned by run:
 	clients map[*Client]bool
 
-	// From other goroutines to run. run receives from register until stop is called,
-	// and from the others until the last client has left. After that a send waits for
-	// ever: whoever may outlive the hub, as a handler does, selects on stopped as
-	// well. A function that run calls must not send here, as it would wait for itself:
-	// it calls deliver, queue and drop.
+	// From other goroutines to run. run receives from all of these until stop is
+	// called; after that from all but register, until the last client has left; and
+	// then from none, so that a send waits for ever: whoever may outlive the hub, as a
+	// handler does, selects on stopped as well. A function that run calls must not
+	// send here, as it would wait for itself: it calls deliver, queue and drop.
 	broadcast  chan []byte  // for every client: what clean returns, of at most maxMessageSize bytes
 	do         chan func()  // to be called by run: what only run may do; the room waits for it
 	register   chan *Client // to be taken in
@@ -95,9 +96,10 @@ func (h *Hub) deliver(message []byte) {
 	}
 }
 
-// queue queues message, which is like those for broadcast, for one client, unless
-// it has been dropped. It never blocks: a client whose queue is full is dead or
-// stuck, and is dropped. Only run may call it, so others have run do it:
+// queue queues message for one client, or does nothing if that has been dropped, or is
+// nil. A message is like those for broadcast. queue never blocks: a client whose queue
+// is full is dead or stuck, and is dropped. Only run may call it, so others have run
+// do it:
 //
 //	select {
 //	case hub.do <- func() { hub.queue(client, message) }:

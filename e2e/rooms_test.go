@@ -96,7 +96,7 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	// same before.
 	eval[bool](hans, `showUnderWay("<b>dinner</b>: in the kitchen"); true`)
 	do(hans, chromedp.Reload())
-	hans.until(`$("status")?.textContent == "Connected" && $("log").textContent.includes("missed 2") && $("log").textContent.includes("This may not have arrived: <b>dinner")`)
+	hans.until(`$("status")?.textContent == "Connected" && $("log").textContent.includes("missed 2") && $("log").lastChild.textContent.includes("This may not have arrived: <b>dinner")`)
 
 	// A second login in the same browser changes nobody's name here, and the page says so.
 	if got := eval[string](hans, `$("name").value`); got != "Hans" {

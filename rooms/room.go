@@ -29,8 +29,8 @@ const awayTime, roomLife = 10 * time.Second, time.Minute
 // Whoever comes may get all of these at once: sendQueueSize has to be larger.
 const historySize = 100
 
-// Maximum size in bytes of a name, and of a Line as JSON. JSON's escapes can make a
-// message twice as long, and it can stand in two fields. A hello has maxPeople names.
+// Maximum size in bytes of a name, and of a Line as JSON. There a message can be twice as
+// long, and stand in two fields. A hello with maxPeople names has to fit, too.
 const maxNameSize, maxLineSize = 32, 4 << 10
 
 // The room's own goodbyes. RFC 6455 section 7.4.2 leaves their codes to applications.
@@ -42,10 +42,10 @@ var roomFull = &goodbye{Code: 4503, Text: "this room is full"}
 
 // A Line is what a client reads: one JSON document. Its kind says what it is:
 //
-//	said    Who says Text, or without a Who the server itself
-//	to      Who says Text to To alone
+//	said    Text, by Who, or by the server if there is no Who
+//	to      Text, by Who, to To alone
 //	came    Who has come
-//	left    Who has left, or has been sent away, as Text says
+//	left    Who has left; or Text says "sent away by" whom
 //	answer  what the server says of a line that this connection has sent
 //	hello   the first line of a connection: Who is the name that it has here
 //
@@ -172,9 +172,9 @@ func (h *Hub) remove(person *Person, why string) {
 	h.tell(Line{Kind: "left", Who: person.Name, Text: why})
 }
 
-// sweep removes who has been away for awayTime. It closes the room when that has been
-// empty for roomLife, or at once if nobody was ever let in; but never while somebody
-// is coming, so nobody meets a hub that is about to stop.
+// sweep removes who has been away for awayTime. It closes the room when nobody has been
+// in it for roomLife, or at once if nobody ever was; but never while somebody is coming,
+// so nobody meets a hub that is about to stop.
 func (h *Hub) sweep() {
 	for _, person := range h.people {
 		if len(person.clients) == 0 && time.Since(person.away) >= awayTime {
@@ -187,7 +187,8 @@ func (h *Hub) sweep() {
 	}
 	h.rooms.mu.Lock()
 	defer h.rooms.mu.Unlock()
-	// Once: after that run goes on until all have left, and the name may be another room's.
+	// A room closes once. run goes on until its last client has left, and by then another
+	// room may have the name.
 	if h.rooms.hubs.find(h.name) == h && h.coming.Load() == 0 && time.Since(h.used) >= roomLife {
 		h.rooms.hubs.remove(h.name)
 		h.stop()
@@ -215,13 +216,13 @@ func (h *Hub) hear(client *Client, line string) {
 	switch {
 	case verb != "to" && verb != "kick" || verb == "to" && text == "":
 		h.answer(client, line, "There are two commands, /to NAME text and /kick NAME.")
-	case other == nil || !strings.EqualFold(other.Name, name): // else "/to Paul" would be for Pau1
+	case other == nil || !strings.EqualFold(other.Name, name): // else "/to Paul" would go to Pau1
 		h.answer(client, line, "Nobody of that name is here.")
 	case verb == "to":
 		h.tell(Line{Kind: "to", Who: speaker.Name, To: other.Name, Text: text, Line: line, only: []string{speaker.ID, other.ID}})
 	case speaker != h.host():
 		h.answer(client, line, "Only "+h.host().Name+" can send people away.")
-	case other == speaker: // So nobody sends away who opened the room: while they are here, they are the host.
+	case other == speaker: // This protects whoever opened the room: while they are here, they are the host.
 		h.answer(client, line, "You cannot send yourself away.")
 	default:
 		h.kicked[other.ID] = true

@@ -56,8 +56,9 @@ func newRooms(key string) *Rooms {
 }
 
 // admit returns the hub of the room of that name, and opens the room if there is none.
-// The room stays open until the caller, when its client has registered or failed, takes
-// one from the hub's coming. If whyNot has a reason, admit returns that and no hub.
+// It counts the caller in hub.coming, which keeps the room open: the caller takes one away
+// when its client has registered, or has failed to. If there is no way in, hub is nil,
+// and why says why.
 func (rs *Rooms) admit(name string, who Identity) (hub *Hub, status int, why string) {
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
@@ -78,13 +79,13 @@ func (rs *Rooms) admit(name string, who Identity) (hub *Hub, status int, why str
 }
 
 // whyNot returns why this person cannot get to the hub of the room of that name, and the
-// HTTP status for that; or "". Kicks and full rooms are enter's business. Call it with mu
-// locked.
+// HTTP status for that; or "". Kicks and full rooms are enter's business. The caller
+// holds mu.
 func (rs *Rooms) whyNot(name string, who Identity) (status int, why string) {
 	switch {
 	case name == "":
 		return http.StatusOK, "Say who you are, and where you want to go."
-	case len(name) > maxNameSize || parseName(name) != name: // of a long one at once, as mu is locked
+	case len(name) > maxNameSize || parseName(name) != name: // the length first: a long name takes parseName long
 		return http.StatusNotFound, "No room can have that name."
 	case who.ID == "" || who.Name == "" || parseName(who.Name) != who.Name:
 		return http.StatusUnauthorized, "Say who you are."
@@ -131,11 +132,11 @@ func (rs *Rooms) logIn(w http.ResponseWriter, r *http.Request) {
 	// A phone's keyboard puts a space behind a word.
 	name, room := strings.TrimSpace(r.PostFormValue("name")), strings.TrimSpace(r.PostFormValue("room"))
 	who := Identity{ID: cmp.Or(rs.who(r).ID, rand.Text()), Name: parseName(name)}
-	value, _ := rs.cookies.Encode("chat", who) // No name is too long for a cookie.
 	if who.Name == "" || parseName(room) == "" {
 		servePage(w, r, http.StatusBadRequest, "A name is one word of letters, digits, - and _, of at most 32 bytes.", name, room)
 		return
 	}
+	value, _ := rs.cookies.Encode("chat", who) // No name is too long for a cookie.
 	http.SetCookie(w, &http.Cookie{Name: "chat", Value: value, Path: "/", HttpOnly: true, Secure: *secure, SameSite: http.SameSiteLaxMode})
 	http.Redirect(w, r, "/room/"+parseName(room)+"/", http.StatusSeeOther)
 }
