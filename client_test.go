@@ -1490,20 +1490,20 @@ func TestCodeInREADMEIsTheCodeHere(t *testing.T) {
 const patience = 20 * time.Second
 
 // watch ends the whole run of the tests when t takes longer than limit, as what
-// makes one test hang may make many hang. It says where t's goroutines wait: the
-// line, and those that have called it. Time is the bubble's, if it is called in one.
+// makes one test hang may make many hang. It says where each goroutine of this
+// package waits. Time is the bubble's if it is called in one.
 func watch(t testing.TB, limit time.Duration) {
 	tooLong := time.AfterFunc(limit, func() {
 		stacks := make([]byte, 16<<20)
 		stacks = stacks[:runtime.Stack(stacks, true)]
-		test, _, _ := strings.Cut(t.Name(), "/")
+		lines := regexp.MustCompile(`\[.+\]:|\b(main|hub|client)(_test)?\.go:\d+`)
 		var waits []string
 		for goroutine := range strings.SplitSeq(string(stacks), "\n\n") {
-			if strings.Contains(goroutine, "."+test) {
-				lines := regexp.MustCompile(`\[.+\]:|\w+_test\.go:\d+`).FindAllString(goroutine, -1)
-				waits = append(waits, strings.Join(lines, " "))
+			if at := lines.FindAllString(goroutine, -1); len(at) > 1 {
+				waits = append(waits, strings.Join(at, " "))
 			}
 		}
+		slices.Sort(waits)
 		panic(fmt.Sprintf("%s has not come to its end within %v. Its goroutines:\n%s",
 			t.Name(), limit, strings.Join(slices.Compact(waits), "\n")))
 	})
