@@ -818,7 +818,7 @@ func (p *process) wantEnd(t *testing.T, want string, log ...string) (lines []str
 	p.Wait()
 	same := len(log) == 0 || slices.EqualFunc(lines, log, strings.Contains)
 	if got := p.ProcessState.String(); got != want || !same {
-		t.Errorf("the process ended with %q and the log %s, want %q and %q", got, brief(lines), want, log)
+		t.Fatalf("the process ended with %q and the log %s, want %q and %q", got, brief(lines), want, log)
 	}
 	return lines
 }
