@@ -1497,11 +1497,9 @@ const patience = 20 * time.Second
 // package waits. Time is the bubble's if it is called in one.
 func watch(t testing.TB, limit time.Duration) {
 	tooLong := time.AfterFunc(limit, func() {
-		stacks := make([]byte, 16<<20)
-		stacks = stacks[:runtime.Stack(stacks, true)]
 		lines := regexp.MustCompile(`\[.+\]:|\b(main|hub|client)(_test)?\.go:\d+`)
 		var waits []string
-		for goroutine := range strings.SplitSeq(string(stacks), "\n\n") {
+		for _, goroutine := range goroutines() {
 			if at := lines.FindAllString(goroutine, -1); len(at) > 1 {
 				waits = append(waits, strings.Join(at, " "))
 			}
@@ -1511,6 +1509,12 @@ func watch(t testing.TB, limit time.Duration) {
 			t.Name(), limit, strings.Join(slices.Compact(waits), "\n")))
 	})
 	t.Cleanup(func() { tooLong.Stop() })
+}
+
+// goroutines returns the stack of each goroutine.
+func goroutines() []string {
+	stacks := make([]byte, 16<<20)
+	return strings.Split(string(stacks[:runtime.Stack(stacks, true)]), "\n\n")
 }
 
 // inBubble runs test in a synctest bubble, where time passes only while everybody
@@ -1556,6 +1560,12 @@ func tcpRoom(t testing.TB) *room {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		// A pump may log when the hub has ended, and would do so in the next test's log.
+		for slices.ContainsFunc(goroutines(), func(stack string) bool { return strings.Contains(stack, ".(*Client).") }) {
+			runtime.Gosched()
+		}
+	})
 	r := newRoom(t, listener)
 	r.connect = func(t testing.TB) net.Conn {
 		t.Helper()
