@@ -326,7 +326,7 @@ func (c *Client) writePump() {
 		}
 	}
 	pings.Stop()
-	// Any other error readPump meets as well, and deals with.
+	// readPump gets any other error as well, and handles it.
 	if timeout, ok := err.(net.Error); ok && timeout.Timeout() {
 		c.goodbye.CompareAndSwap(nil, fellBehind)
 	}
