@@ -751,6 +751,7 @@ func TestHandshakeIsAnsweredWhenTheClientHasRegistered(t *testing.T) {
 		if got := time.Since(start); got != slow {
 			t.Errorf("the handshake was answered after %v, want %v", got, slow)
 		}
+		synctest.Wait() // until it has registered with the hub that the test's end stops
 	})
 }
 
