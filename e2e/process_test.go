@@ -102,7 +102,7 @@ func TestWhoIsSentAwayReadsWhy(t *testing.T) {
 			t.Parallel()
 			var s *server
 			if tt.code == 1008 {
-				s = startQuick(t, "localhost:0") // and its minute takes two seconds
+				s = startQuick(t, "localhost:0") // and its minute takes six seconds
 			} else {
 				s = startServer(t, "localhost:0")
 			}
