@@ -106,9 +106,10 @@ type Client struct {
 	// Its NetConn is a *heldConn, whose Conn is the *net.TCPConn or *tls.Conn.
 	conn *websocket.Conn
 
-	// From run to writePump. Only queue and drop may touch it: a send after it is
-	// closed is a panic, which ends the process, and so is to close it while the client
-	// is in hub.clients. A client that is deleted there with send left open never ends.
+	// From run to writePump. Only queue and drop may send or close. A send after it is
+	// closed is a panic, which ends the process: if a copy closes it, but leaves the
+	// client in hub.clients, run will send. If a copy deletes the client there, but does
+	// not close send, the client never ends.
 	send chan []byte
 
 	// Owned by run: the client has been dropped, for good. That there is a goodbye

@@ -11,11 +11,11 @@ type Hub struct {
 	// Owned by run:
 	clients map[*Client]bool
 
-	// From other goroutines to run. run receives from all of these until stop is
-	// called; after that from all but register, until the last client has left; and
-	// then from none, so that a send waits for ever: whoever may outlive the hub, as a
-	// handler does, selects on stopped as well. A function that run calls must not
-	// send here, as it would wait for itself: it calls deliver, queue and drop.
+	// From other goroutines to run. After stop, run no longer receives from register,
+	// and when the last client has left, from none: then a send waits for ever. So
+	// whoever may outlive the hub, as a handler does, selects on stopped as well. A
+	// function that run calls must not send here, as it would wait for itself: it calls
+	// deliver, queue and drop.
 	broadcast  chan []byte  // for every client: what clean returns, of at most maxMessageSize bytes
 	do         chan func()  // to be called by run: what only run may do; the room waits for it
 	register   chan *Client // to be taken in
@@ -96,10 +96,9 @@ func (h *Hub) deliver(message []byte) {
 	}
 }
 
-// queue queues message for one client, or does nothing if that has been dropped, or is
-// nil. A message is like those for broadcast. queue never blocks: a client whose queue
-// is full is dead or stuck, and is dropped. Only run may call it, so others have run
-// do it:
+// queue queues message for client, in the form of those for broadcast. If client is
+// nil, or has been dropped, it does nothing. It never blocks: a client whose queue is
+// full is dead or stuck, and is dropped. Only run may call it, so others have run do it:
 //
 //	select {
 //	case hub.do <- func() { hub.queue(client, message) }:

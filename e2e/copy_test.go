@@ -113,6 +113,23 @@ func TestCopiesDoWhatTheTableOfTheREADMESays(t *testing.T) {
 	}
 }
 
+// whoIsHere has a handler ask run how many clients there are.
+const whoIsHere = `
+--- main.go
+ 	mux.HandleFunc("/", serveHome)
++	mux.HandleFunc("/clients", func(w http.ResponseWriter, r *http.Request) {
++		clients := make(chan int, 1)
++		select {
++		case hub.do <- func() { clients <- len(hub.clients) }:
++			fmt.Fprint(w, <-clients)
++		case <-hub.stopped:
++		}
++	})
+@@
+ 	"flag"
++	"fmt"
+`
+
 // Many rooms in one hub: the map is run's, which fills it where it receives from
 // register, and cleans it in drop.
 func TestCopyWithRoomsInOneHub(t *testing.T) {
@@ -154,20 +171,7 @@ func TestCopyWithRoomsInOneHub(t *testing.T) {
 @@
 -		c.hub.broadcast <- line
 +		c.hub.do <- func() { c.hub.deliver(c.hub.rooms[c.room], line) }
---- main.go
- 	mux.HandleFunc("/", serveHome)
-+	mux.HandleFunc("/rooms", func(w http.ResponseWriter, r *http.Request) {
-+		rooms := make(chan int, 1)
-+		select {
-+		case hub.do <- func() { rooms <- len(hub.rooms) }:
-+			fmt.Fprint(w, <-rooms)
-+		case <-hub.stopped:
-+		}
-+	})
-@@
- 	"flag"
-+	"fmt"
-`)
+`, strings.ReplaceAll(whoIsHere, "clients", "rooms"))
 	cook, eater, gardener := s.dialTo(t, "/ws?room=kitchen"), s.dialTo(t, "/ws?room=kitchen"), s.dialTo(t, "/ws?room=garden")
 	say(t, cook, "soup")
 	wantLines(t, cook, "soup")
@@ -407,20 +411,7 @@ func TestCopyThatAnswersDropsWhoDoesNotRead(t *testing.T) {
 @@
 -	rateInterval = 10 * time.Millisecond
 +	rateInterval = 10 * time.Microsecond
---- main.go
- 	mux.HandleFunc("/", serveHome)
-+	mux.HandleFunc("/clients", func(w http.ResponseWriter, r *http.Request) {
-+		clients := make(chan int, 1)
-+		select {
-+		case hub.do <- func() { clients <- len(hub.clients) }:
-+			fmt.Fprint(w, <-clients)
-+		case <-hub.stopped:
-+		}
-+	})
-@@
- 	"flag"
-+	"fmt"
-`)
+`, whoIsHere)
 	deaf, talker := s.dial(t), s.dial(t)
 	go ask(deaf)
 	for start := time.Now(); s.get(t, "/clients") != "1"; {
