@@ -176,6 +176,16 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	return err
 }
 
+// serveReady tells a load balancer whether this node can take clients: not while
+// they would hear nothing. Load balancers ask often, so that it logs nothing.
+func serveReady(relay *Relay, w http.ResponseWriter) {
+	if relay.ready.Load() {
+		io.WriteString(w, "ready\n")
+	} else {
+		http.Error(w, "NATS is away, does not bring back what this node says, or accepts only what is shorter", http.StatusServiceUnavailable)
+	}
+}
+
 // logSoon logs like log.Printf, but waits for that no longer than logWait. A log that
 // nobody reads can be stuck: so is a Windows console in which text is selected.
 func logSoon(format string, args ...any) {
@@ -184,16 +194,6 @@ func logSoon(format string, args ...any) {
 	select {
 	case <-logged:
 	case <-time.After(logWait):
-	}
-}
-
-// serveReady tells a load balancer whether this node can take clients: not while
-// they would hear nothing. Load balancers ask often, so that it logs nothing.
-func serveReady(relay *Relay, w http.ResponseWriter) {
-	if relay.ready.Load() {
-		io.WriteString(w, "ready\n")
-	} else {
-		http.Error(w, "NATS is away, does not bring back what this node says, or accepts only what is shorter", http.StatusServiceUnavailable)
 	}
 }
 

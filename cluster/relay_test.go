@@ -306,21 +306,21 @@ func TestCopiesAreTheRootsToTheByte(t *testing.T) {
 	}
 }
 
-func TestThePageIsServedAsTheRootServesIt(t *testing.T) {
+func TestTheLogAndThePageAreAsInTheRoot(t *testing.T) {
 	var ends [2]string
 	for i, name := range []string{"main.go", "../main.go"} {
 		file, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, end, found := strings.Cut(string(file), "\n// contentSecurityPolicy ")
+		_, end, found := strings.Cut(string(file), "\n// logSoon ")
 		if !found {
-			t.Fatalf("%s has no contentSecurityPolicy", name)
+			t.Fatalf("%s has no logSoon", name)
 		}
 		ends[i] = end
 	}
 	if ends[0] != ends[1] {
-		t.Error("from contentSecurityPolicy on, main.go is not what ../main.go is: copy it")
+		t.Error("from logSoon on, main.go is not what ../main.go is: copy it")
 	}
 }
 
