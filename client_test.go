@@ -68,11 +68,14 @@ var _ = map[string][]func(*testing.T){
 		TestWaitingForAClientThatDoesNotReadEndsWithItsConnection, TestHistoryMayBeLongerThanAQueue,
 		TestEveryEndIsSaidAndLoggedAsWhatItIs, // a reason that is too long
 		TestUpstreamsServeWsWorksWithThesePumps, TestPeerMayBeAskedForAPasswordBeforeItRegisters},
-	"9. From any goroutine, at any time, through do": {
-		TestAnybodyCanTellAClientSomethingAskWhoIsHereAndSendOneAway, TestMessageForOneClientReachesItAlone,
-		TestAnswersToAClientThatDoesNotReadCostItAlone, TestWhoOutlivesTheHubSelectsOnStopped,
+	"9. From any goroutine, at any time, through do and tell": {
+		TestDoAndTellReachTheHubFromAnyGoroutine, TestDoReturnsWhenTheFunctionHasReturned,
+		TestDoAndTellReturnFalseOnceTheHubIsStopped, TestStopReleasesCallersOfDoThatRunHasNotTaken,
+		TestDoAndTellFromFiftyGoroutinesAgainstDropAndStop, TestGoroutineThatOutlivesTheHubEnds,
+		TestMessageForOneClientReachesItAlone, TestAnswersToAClientThatDoesNotReadCostItAlone,
 		TestTheLastConnectionWinsAgainstHandshakesAlone},
-	"10. Nothing in the shutdown waits for the log": {
+	"10. Nothing in the shutdown waits for the log, and a log whose reader has died ends nothing": {
+		TestProcessOutlivesTheReaderOfItsLog,
 		TestHubEndsAlthoughTheLogIsStuck, TestServeReturnsAlthoughTheLogIsStuck,
 		TestSignalEndsTheProcessAlthoughItsLogIsStuck, TestClientThatIsSlowedWaitsForNoLog},
 }
@@ -81,32 +84,32 @@ var _ = map[string][]func(*testing.T){
 
 func TestFiguresAndGoodbyesAreThePromisedOnes(t *testing.T) {
 	for name, test := range map[string]struct{ got, want any }{
-		"writeWait":      {writeWait, 10 * time.Second},
-		"pongWait":       {pongWait, time.Minute},
-		"pingPeriod":     {pingPeriod, 54 * time.Second},
-		"closeWait":      {closeWait, time.Second},
-		"maxMessageSize": {maxMessageSize, 512},
-		"maxBatchSize":   {maxBatchSize, 32767},
-		"sendQueueSize":  {sendQueueSize, 256},
-		"rateBurst":      {rateBurst, 128},
-		"rateInterval":   {rateInterval, time.Second / 100},
-		"breather":       {breather, time.Millisecond},
-		"shutdownWait":   {shutdownWait, 5 * time.Second},
-		"logWait":        {logWait, time.Second / 10},
-		"maxHeaderSize":  {maxHeaderSize, 16384},
-		"pageTimeout":    {pageTimeout, 10 * time.Second},
-		"newline":        {string(newline), "\n"},
-		"addr":           {*addr, ":8080"},
-		"read buffer":    {upgrader.ReadBufferSize, 512},
-		"write buffer":   {upgrader.WriteBufferSize, 32767},
-		"buffers shared": {upgrader.WriteBufferPool != nil, true},
-		"shuttingDown":   {*shuttingDown, goodbye{Code: 1001, Text: "the server is shutting down"}},
-		"noReason":       {*noReason, goodbye{Code: 1000, Text: "the server has ended this connection"}},
-		"notText":        {*notText, goodbye{Code: 1003, Text: "send text messages, not binary ones"}},
-		"notUTF8":        {*notUTF8, goodbye{Code: 1007, Text: "send text as valid UTF-8"}},
-		"tooBig":         {*tooBig, goodbye{Code: 1009, Text: "send at most 512 bytes in a message"}},
-		"tooSlow":        {*tooSlow, goodbye{Code: 1008, Text: "answer pings, and complete each message, within 1m0s"}},
-		"fellBehind":     {*fellBehind, goodbye{Code: 1013, Text: "read as fast as the others write"}},
+		"writeWait":         {writeWait, 10 * time.Second},
+		"pongWait":          {pongWait, time.Minute},
+		"pingPeriod":        {pingPeriod, 54 * time.Second},
+		"closeWait":         {closeWait, 5 * time.Second},
+		"maxMessageSize":    {maxMessageSize, 512},
+		"maxBatchSize":      {maxBatchSize, 32767},
+		"sendQueueSize":     {sendQueueSize, 256},
+		"rateBurst":         {rateBurst, 128},
+		"rateInterval":      {rateInterval, time.Second / 100},
+		"backpressureDelay": {backpressureDelay, time.Millisecond},
+		"shutdownWait":      {shutdownWait, 8 * time.Second},
+		"logWait":           {logWait, time.Second / 10},
+		"maxHeaderSize":     {maxHeaderSize, 16384},
+		"httpTimeout":       {httpTimeout, 10 * time.Second},
+		"newline":           {string(newline), "\n"},
+		"addr":              {*addr, ":8080"},
+		"read buffer":       {upgrader.ReadBufferSize, 512},
+		"write buffer":      {upgrader.WriteBufferSize, 32767},
+		"buffers shared":    {upgrader.WriteBufferPool != nil, true},
+		"errShuttingDown":   {*errShuttingDown, websocket.CloseError{Code: 1001, Text: "server shutting down"}},
+		"errUnregistered":   {*errUnregistered, websocket.CloseError{Code: 1000, Text: "closed by the server"}},
+		"errBinary":         {*errBinary, websocket.CloseError{Code: 1003, Text: "binary messages are not supported"}},
+		"errInvalidUTF8":    {*errInvalidUTF8, websocket.CloseError{Code: 1007, Text: "message is not valid UTF-8"}},
+		"errTooBig":         {*errTooBig, websocket.CloseError{Code: 1009, Text: "message exceeds 512 bytes"}},
+		"errTimeout":        {*errTimeout, websocket.CloseError{Code: 1008, Text: "no pong, or no complete message, for 1m0s"}},
+		"errSlowClient":     {*errSlowClient, websocket.CloseError{Code: 1013, Text: "slow client: 256 messages queued"}},
 	} {
 		if test.got != test.want {
 			t.Errorf("%s is %v, want %v", name, test.got, test.want)
@@ -251,7 +254,7 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 		{"5.4 a close in between", list(encode(0x01, "hel"), encodeClose(1000, "")), list(byeBack)},
 		{"5.4 a close in a binary message", list(encode(0x02, "hel"), encodeClose(1000, "")), list(byeBack)},
 		{"5.4 text within a text", list(encode(0x01, "x"), hello), list(`close 1002 "data before FIN"`)},
-		{"5.4 too long together", list(encode(0x01, strings.Repeat("x", 300)), encode(0x80, strings.Repeat("x", 300))), list(`close 1009 "send at most 512 bytes in a message"`)},
+		{"5.4 too long together", list(encode(0x01, strings.Repeat("x", 300)), encode(0x80, strings.Repeat("x", 300))), list(`close 1009 "message exceeds 512 bytes"`)},
 		{"5.5.1 close without a code", list(encode(0x88, "")), list(`close`)},
 		{"5.5.1 close with a reason", list(encodeClose(1000, "good night")), list(`close 1000 "good night"`)},
 		{"5.5.1 close with a code of one's own", list(encodeClose(4999, "why")), list(`close 4999 "why"`)},
@@ -261,12 +264,12 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 		{"5.5.2 ping", list(encode(0x89, "")), list(`pong ""`, byeBack)},
 		{"5.5.2 ping of 125 bytes", list(encode(0x89, strings.Repeat("x", 125))), list(`pong "`+strings.Repeat("x", 125)+`"`, byeBack)},
 		{"5.5.3 pong that nobody asked for", list(encode(0x8a, "x")), list(byeBack)},
-		{"5.6 fragmented binary", list(encode(0x02, "x"), encode(0x80, "x")), list(`close 1003 "send text messages, not binary ones"`)},
+		{"5.6 fragmented binary", list(encode(0x02, "x"), encode(0x80, "x")), list(`close 1003 "binary messages are not supported"`)},
 		{"8.1 character over two fragments", list(encode(0x01, "\xc3"), encode(0x80, "\xa9")), list(`text "é"`, byeBack)},
 		{"8.1 first and last of each length", list(encode(0x81, "\u00a1\u07ff\u0800\uffff\U00010000\U0010ffff.")), list(fmt.Sprintf("text %q", "\u00a1\u07ff\u0800\uffff\U00010000\U0010ffff."), byeBack)},
 	}
 	for _, bad := range []string{"\xff", "\xc3", "\xc0\xaf", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\x80", "\xe2\x82"} {
-		tests = append(tests, test{fmt.Sprintf("8.1 %q is not UTF-8", bad), list(encode(0x81, "x"+bad)), list(`close 1007 "send text as valid UTF-8"`)})
+		tests = append(tests, test{fmt.Sprintf("8.1 %q is not UTF-8", bad), list(encode(0x81, "x"+bad)), list(`close 1007 "message is not valid UTF-8"`)})
 	}
 	for _, test := range tests {
 		runInRoom(t, test.name, func(t *testing.T, r *room) {
@@ -302,18 +305,18 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 var offences = []struct {
 	name string
 	sent []byte
-	want *goodbye
+	want *websocket.CloseError
 }{
-	{"binary", encode(0x82, "text all the same"), notText},
-	{"binary, not UTF-8", encode(0x82, "\xff"), notText},
-	{"not UTF-8", encode(0x81, "abc\xff\xfe\xfd"), notUTF8},
-	{"one byte too long", encode(0x81, strings.Repeat("x", maxMessageSize+1)), tooBig},
-	{"binary, too long", encode(0x82, strings.Repeat("x", maxMessageSize+1)), tooBig},
-	{"blank, too long", encode(0x81, strings.Repeat(" ", maxMessageSize+1)), tooBig},
-	{"too long, cut within a character", encode(0x81, strings.Repeat("é", maxMessageSize)), tooBig},
-	{"2 MB", encode(0x81, strings.Repeat("x", 2<<20)), tooBig},
-	{"without end", encode(0x01, strings.Repeat("x", maxMessageSize+1)), tooBig},
-	{"against the protocol", encode(0x8f, ""), &goodbye{Code: 1002, Text: "bad opcode 15"}},
+	{"binary", encode(0x82, "text all the same"), errBinary},
+	{"binary, not UTF-8", encode(0x82, "\xff"), errBinary},
+	{"not UTF-8", encode(0x81, "abc\xff\xfe\xfd"), errInvalidUTF8},
+	{"one byte too long", encode(0x81, strings.Repeat("x", maxMessageSize+1)), errTooBig},
+	{"binary, too long", encode(0x82, strings.Repeat("x", maxMessageSize+1)), errTooBig},
+	{"blank, too long", encode(0x81, strings.Repeat(" ", maxMessageSize+1)), errTooBig},
+	{"too long, cut within a character", encode(0x81, strings.Repeat("é", maxMessageSize)), errTooBig},
+	{"2 MB", encode(0x81, strings.Repeat("x", 2<<20)), errTooBig},
+	{"without end", encode(0x01, strings.Repeat("x", maxMessageSize+1)), errTooBig},
+	{"against the protocol", encode(0x8f, ""), &websocket.CloseError{Code: 1002, Text: "bad opcode 15"}},
 }
 
 // much is many messages, and endless as many parts of one: more than a pipe holds
@@ -355,7 +358,7 @@ func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 					if synctest.Wait(); !busy {
 						writing.Wait() // It reads only when it has written all.
 					}
-					if got := offender.wantGoodbye(offence.want); !slices.Equal(got, heard) {
+					if got := offender.wantClose(offence.want); !slices.Equal(got, heard) {
 						t.Errorf("before the goodbye came %s, want %q", brief(got), heard)
 					}
 					if logged.Code == 1002 {
@@ -368,7 +371,7 @@ func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 					if got := time.Since(start); got != 0 {
 						t.Errorf("all this took %v, want no time", got)
 					}
-					r.wantLogged(t, fmt.Sprintf("pipe: dropped with %q", logged.Error()))
+					r.wantLogged(t, fmt.Sprintf("pipe: dropped: %q", logged.Error()))
 					r.say("still here")
 					other.wantLines(append(said, "still here")...)
 				})
@@ -401,7 +404,7 @@ func TestTLSPeerThatDiesWithinARecordHasVanished(t *testing.T) {
 		conn := r.join(t).NetConn().(*tls.Conn).NetConn()
 		conn.Write([]byte{23, 3, 3, 0, 100, 'x'}) // one byte of a record of 100
 		conn.Close()
-		r.wantLogged(t, `pipe: left with "websocket: close 1006 (abnormal closure): unexpected EOF"`)
+		r.wantLogged(t, `pipe: disconnected: "websocket: close 1006 (abnormal closure): unexpected EOF"`)
 	})
 }
 
@@ -415,7 +418,7 @@ func TestOffenderReadsWhyOverTCPAlsoWhileItSends(t *testing.T) {
 		if len(offence.sent) < 1000 && offence.sent[0] != 0x01 {
 			p := r.join(t)
 			p.write(slices.Concat(offence.sent, much[:8<<10]))
-			p.wantGoodbye(offence.want)
+			p.wantClose(offence.want)
 		}
 	}
 }
@@ -426,7 +429,7 @@ func TestOffenderThatNeverAnswersIsCutOffAfterCloseWait(t *testing.T) {
 			p := r.join(t)
 			p.SetCloseHandler(func(int, string) error { return nil })
 			p.write(offence.sent)
-			p.wantGoodbye(offence.want)
+			p.wantClose(offence.want)
 			time.Sleep(closeWait - 1)
 			synctest.Wait()
 			if p.pipe().far.isClosed() {
@@ -455,7 +458,7 @@ func TestOffenderReadsWhyWhereNothingCanBeHalfClosed(t *testing.T) {
 		r.connect = listener.connect
 		p := r.join(t)
 		p.write(slices.Concat(encode(0x8f, ""), much))
-		p.wantGoodbye(&goodbye{Code: 1002, Text: "bad opcode 15"})
+		p.wantClose(&websocket.CloseError{Code: 1002, Text: "bad opcode 15"})
 		p.pipe().CloseWrite()
 		synctest.Wait()
 		p.wantEnd()
@@ -481,61 +484,61 @@ func TestEveryEndIsSaidAndLoggedAsWhatItIs(t *testing.T) {
 		}
 	}
 	const all = 1 + sendQueueSize // One is with writePump.
-	const vanished = `left with "websocket: close 1006 (abnormal closure): unexpected EOF"`
+	const vanished = `disconnected: "websocket: close 1006 (abnormal closure): unexpected EOF"`
 	for _, test := range []struct {
 		name  string
 		end   func(*room, *peer)
 		after time.Duration
-		lines int      // that come before the goodbye
-		want  *goodbye // what the peer reads, unless it has gone
+		lines int                   // that come before the goodbye
+		want  *websocket.CloseError // what the peer reads, unless it has gone
 		log   string
 	}{
-		{"the peer goes", sends(encodeClose(1000, "")), 0, 0, &goodbye{Code: 1000}, ""},
-		{"the peer's tab is closed", sends(encodeClose(1001, "")), 0, 0, &goodbye{Code: 1001}, ""},
-		{"the peer goes without a word", sends(encode(0x88, "")), 0, 0, &goodbye{Code: 1005}, ""},
-		{"the peer has a reason", sends(encodeClose(4000, evil)), 0, 0, &goodbye{Code: 4000, Text: evil},
-			`left with "websocket: close 4000: x\n2026/11/23 10:00:00 10.0.0.1: forged\x1b[2J\u009b31m"`},
-		{"the peer has our words", sends(encodeClose(tooBig.Code, tooBig.Text)), 0, 0, tooBig,
-			`left with "websocket: close 1009 (message too big): send at most 512 bytes in a message"`},
-		{"the peer closes its side", func(_ *room, p *peer) { p.pipe().CloseWrite() }, 0, 0, &goodbye{Code: 1006, Text: "unexpected EOF"}, vanished},
+		{"the peer goes", sends(encodeClose(1000, "")), 0, 0, &websocket.CloseError{Code: 1000}, ""},
+		{"the peer's tab is closed", sends(encodeClose(1001, "")), 0, 0, &websocket.CloseError{Code: 1001}, ""},
+		{"the peer goes without a word", sends(encode(0x88, "")), 0, 0, &websocket.CloseError{Code: 1005}, ""},
+		{"the peer has a reason", sends(encodeClose(4000, evil)), 0, 0, &websocket.CloseError{Code: 4000, Text: evil},
+			`disconnected: "websocket: close 4000: x\n2026/11/23 10:00:00 10.0.0.1: forged\x1b[2J\u009b31m"`},
+		{"the peer has our words", sends(encodeClose(errTooBig.Code, errTooBig.Text)), 0, 0, errTooBig,
+			`disconnected: "websocket: close 1009 (message too big): message exceeds 512 bytes"`},
+		{"the peer closes its side", func(_ *room, p *peer) { p.pipe().CloseWrite() }, 0, 0, &websocket.CloseError{Code: 1006, Text: "unexpected EOF"}, vanished},
 		{"the peer vanishes", func(_ *room, p *peer) { p.Close() }, 0, 0, nil, vanished},
 		{"the peer vanishes in a message", func(_ *room, p *peer) { p.write(encode(0x01, "x")); p.Close() }, 0, 0, nil, vanished},
 		{"the network resets it", func(r *room, p *peer) { r.say("not read"); p.Close() }, 0, 0, nil,
-			`left with "websocket: close 1006 (abnormal closure): read pipe: connection reset by peer"`},
+			`disconnected: "websocket: close 1006 (abnormal closure): read pipe: connection reset by peer"`},
 		{"the peer offends and closes its side", func(r *room, p *peer) {
 			stall(r, p, 1)
 			p.write(encode(0x82, ""))
 			p.pipe().CloseWrite()
 			synctest.Wait()
-		}, 0, 1, notText, `dropped with "websocket: close 1003 (unsupported data): send text messages, not binary ones"`},
-		{"the peer is silent", func(_ *room, p *peer) { p.SetPingHandler(func(string) error { return nil }) }, pongWait, 0, tooSlow,
-			`dropped with "websocket: close 1008 (policy violation): answer pings, and complete each message, within 1m0s"`},
+		}, 0, 1, errBinary, `dropped: "websocket: close 1003 (unsupported data): binary messages are not supported"`},
+		{"the peer is silent", func(_ *room, p *peer) { p.SetPingHandler(func(string) error { return nil }) }, pongWait, 0, errTimeout,
+			`dropped: "websocket: close 1008 (policy violation): no pong, or no complete message, for 1m0s"`},
 		{"the peer stalls and breaks the protocol", func(r *room, p *peer) {
 			stall(r, p, 1)
 			p.write(encode(0x8f, ""))
 			time.Sleep(writeWait - time.Second)
-		}, writeWait - time.Second, 1, &goodbye{Code: 1002, Text: "websocket: bad opcode 15"},
-			`dropped with "websocket: close 1002 (protocol error): websocket: bad opcode 15"`},
-		{"the peer does not read", func(r *room, p *peer) { stall(r, p, all+2) }, sendQueueSize / 2 * breather, all, fellBehind,
-			`dropped with "websocket: close 1013: read as fast as the others write"`},
-		{"somebody unregisters it", func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] }, 0, 0, noReason, ""},
+		}, writeWait - time.Second, 1, &websocket.CloseError{Code: 1002, Text: "websocket: bad opcode 15"},
+			`dropped: "websocket: close 1002 (protocol error): websocket: bad opcode 15"`},
+		{"the peer does not read", func(r *room, p *peer) { stall(r, p, all+2) }, sendQueueSize / 2 * backpressureDelay, all, errSlowClient,
+			`dropped: "websocket: close 1013: slow client: 256 messages queued"`},
+		{"somebody unregisters it", func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] }, 0, 0, errUnregistered, ""},
 		{"somebody unregisters it for a long reason", func(r *room, _ *peer) {
-			r.clients()[0].end(&goodbye{Code: 4000, Text: "x" + strings.Repeat("é", 70)})
-		}, 0, 0, &goodbye{Code: 4000, Text: "x" + strings.Repeat("é", 61)},
-			`dropped with "websocket: close 4000: x` + strings.Repeat("é", 70) + `"`},
+			r.clients()[0].end(&websocket.CloseError{Code: 4000, Text: "x" + strings.Repeat("é", 70)})
+		}, 0, 0, &websocket.CloseError{Code: 4000, Text: "x" + strings.Repeat("é", 61)},
+			`dropped: "websocket: close 4000: x` + strings.Repeat("é", 70) + `"`},
 		{"somebody has a reason, then another", func(r *room, _ *peer) {
 			client := r.clients()[0]
-			client.end(notText)
-			client.end(tooBig)
-		}, 0, 0, notText, `dropped with "websocket: close 1003 (unsupported data): send text messages, not binary ones"`},
-		{"the server shuts down", func(r *room, p *peer) { stall(r, p, 3); r.hub.stop() }, 0, 3, shuttingDown, ""},
+			client.end(errBinary)
+			client.end(errTooBig)
+		}, 0, 0, errBinary, `dropped: "websocket: close 1003 (unsupported data): binary messages are not supported"`},
+		{"the server shuts down", func(r *room, p *peer) { stall(r, p, 3); r.hub.stop() }, 0, 3, errShuttingDown, ""},
 	} {
 		runInRoom(t, test.name, func(t *testing.T, r *room) {
 			p := r.join(t)
 			start := time.Now()
 			test.end(r, p)
 			if test.want != nil {
-				lines := p.wantGoodbyeWithin(2*pongWait, test.want)
+				lines := p.wantCloseWithin(2*pongWait, test.want)
 				for n, line := range lines {
 					if line != fmt.Sprint("line ", n) {
 						t.Fatalf("got %s, want every line in order", brief(lines))
@@ -565,18 +568,19 @@ func TestEveryEndIsSaidAndLoggedAsWhatItIs(t *testing.T) {
 
 func TestClientThatNeverReadsIsCutOff(t *testing.T) {
 	ping := func(p *peer) { p.write(encode(0x89, "")) }
+	timeout := abnormal(os.ErrDeadlineExceeded) // the failed write's error
 	for name, test := range map[string]struct {
 		begin func(*room, *peer)
 		after time.Duration
-		want  *goodbye // in the log
+		want  *websocket.CloseError // in the log
 	}{
-		"a message":           {func(r *room, p *peer) { r.say("this") }, writeWait, fellBehind},
-		"why it has to go":    {func(r *room, p *peer) { r.say("this"); r.clients()[0].end(notText) }, writeWait, notText},
-		"a goodbye":           {func(r *room, _ *peer) { r.clients()[0].end(notText) }, writeWait, notText},
-		"a ping":              {func(*room, *peer) {}, pingPeriod + writeWait, fellBehind},
-		"heartbeat":           {func(_ *room, p *peer) { go io.ReadFull(p.NetConn(), make([]byte, 2)) }, pingPeriod + writeWait, fellBehind},
-		"a pong":              {func(_ *room, p *peer) { ping(p) }, pingPeriod, fellBehind}, // when writing fails
-		"a pong, nor another": {func(r *room, p *peer) { ping(p); time.Sleep(2 * writeWait); r.say("this") }, 2 * writeWait, fellBehind},
+		"a message":           {func(r *room, p *peer) { r.say("this") }, writeWait, timeout},
+		"why it has to go":    {func(r *room, p *peer) { r.say("this"); r.clients()[0].end(errBinary) }, writeWait, errBinary},
+		"a goodbye":           {func(r *room, _ *peer) { r.clients()[0].end(errBinary) }, writeWait, errBinary},
+		"a ping":              {func(*room, *peer) {}, pingPeriod + writeWait, timeout},
+		"heartbeat":           {func(_ *room, p *peer) { go io.ReadFull(p.NetConn(), make([]byte, 2)) }, pingPeriod + writeWait, timeout},
+		"a pong":              {func(_ *room, p *peer) { ping(p) }, pingPeriod, timeout}, // when writing fails
+		"a pong, nor another": {func(r *room, p *peer) { ping(p); time.Sleep(2 * writeWait); r.say("this") }, 2 * writeWait, timeout},
 	} {
 		runInRoom(t, name, func(t *testing.T, r *room) {
 			var subprotocols []string
@@ -595,7 +599,7 @@ func TestClientThatNeverReadsIsCutOff(t *testing.T) {
 			if got := time.Since(start); got < want || got > want+200*time.Millisecond {
 				t.Errorf("it was cut off after %v, want %v", got, want)
 			}
-			r.wantLogged(t, fmt.Sprintf("pipe: dropped with %q", test.want.Error()))
+			r.wantLogged(t, fmt.Sprintf("pipe: dropped: %q", test.want.Error()))
 		})
 	}
 }
@@ -618,7 +622,7 @@ func TestNobodyWaitsForAClientThatCannotBeWrittenTo(t *testing.T) {
 			t.Errorf("it cost the others %v, want no time", got)
 		}
 		time.Sleep(closeWait)
-		r.wantLogged(t, `pipe: left with "websocket: close 1006 (abnormal closure): use of closed network connection"`)
+		r.wantLogged(t, `pipe: dropped: "websocket: close 1006 (abnormal closure): read pipe: connection reset by peer"`)
 	})
 }
 
@@ -649,7 +653,7 @@ func TestPeerThatDoesNotTakeTheHandshakeIsDroppedAfterWriteWait(t *testing.T) {
 				r.wantEnd(t)
 				r.wantLogged(t)
 			} else {
-				r.wantLogged(t, `pipe: left with "websocket: close 1006 (abnormal closure): answering the handshake: i/o timeout"`)
+				r.wantLogged(t, `pipe: disconnected: "websocket: close 1006 (abnormal closure): handshake response: i/o timeout"`)
 			}
 		})
 	}
@@ -710,7 +714,11 @@ func TestRequestThatIsNoHandshakeIsRefusedAndRegistersNobody(t *testing.T) {
 			if response.StatusCode != test.want {
 				t.Errorf("got status %d, want %d", response.StatusCode, test.want)
 			}
-			r.wantLogged(t, fmt.Sprintf(`pipe: "websocket: %s"`, test.log))
+			origin := ""
+			if _, header, found := strings.Cut(test.request, "Origin: "); found {
+				origin = strings.TrimSpace(header)
+			}
+			r.wantLogged(t, fmt.Sprintf(`pipe: handshake refused: "websocket: %s" (Origin %q, Host "pipe")`, test.log, origin))
 		})
 	}
 }
@@ -806,7 +814,7 @@ func TestServerThatCannotHijackSaysSo(t *testing.T) {
 		t.Fatal(err)
 	}
 	serveWs(nil, rec, req) // It needs no hub.
-	if want := list(`: "feature not supported"`); rec.Code != http.StatusInternalServerError || !slices.Equal(book.lines(), want) {
+	if want := list(`: handshake refused: "feature not supported" (Origin "", Host "pipe")`); rec.Code != http.StatusInternalServerError || !slices.Equal(book.lines(), want) {
 		t.Errorf("got status %d and the log %q, want 500 and %q", rec.Code, book.lines(), want)
 	}
 }
@@ -872,7 +880,7 @@ func TestFloodDropsNoHealthyReader(t *testing.T) {
 						return
 					}
 					n += len(lines)
-					time.Sleep(breather / 2) // as long as a batch is on its way
+					time.Sleep(backpressureDelay / 2) // as long as a batch is on its way
 				}
 			})
 		}
@@ -903,7 +911,7 @@ func TestSenderIsSlowedToItsRateAndNeverDropped(t *testing.T) {
 					r.wantLogged(t)
 				}
 			}
-			r.wantLogged(t, "pipe: slowed, as it sends more than 100 messages a second")
+			r.wantLogged(t, "pipe: rate limited to 100 messages a second")
 		})
 	}
 }
@@ -981,7 +989,7 @@ func TestPeerIsDroppedPongWaitAfterItsLastMessageOrControlFrame(t *testing.T) {
 					}
 				}
 			}()
-			p.wantGoodbyeWithin(10*pongWait, tooSlow)
+			p.wantCloseWithin(10*pongWait, errTimeout)
 			if got := time.Since(start); got != test.want {
 				t.Errorf("it was dropped after %v, want %v", got, test.want)
 			}
@@ -1029,7 +1037,7 @@ func TestShutdownIsReadByAClientThatSendsBeforeItReads(t *testing.T) {
 		if got := time.Since(start); got != 0 {
 			t.Errorf("the client is held up for %v, want it let go", got)
 		}
-		p.wantGoodbye(shuttingDown)
+		p.wantClose(errShuttingDown)
 	})
 }
 
@@ -1052,7 +1060,7 @@ func TestRefusedPeerIsCutOffAlsoIfItTakesNothing(t *testing.T) {
 			if got := time.Since(start); got != want {
 				t.Errorf("it was cut off after %v, want %v", got, want)
 			}
-			r.hub.left <- last
+			r.hub.done <- last
 		})
 	}
 }
@@ -1067,11 +1075,11 @@ func TestHandshakeDuringShutdownIsRefused(t *testing.T) {
 			if err == nil || response == nil || response.StatusCode != http.StatusServiceUnavailable {
 				t.Fatalf("dial returned %v, %v; want status 503", response, err)
 			}
-			if body, _ := io.ReadAll(response.Body); string(body) != "the server is shutting down\n" {
+			if body, _ := io.ReadAll(response.Body); string(body) != "server shutting down\n" {
 				t.Errorf("the answer is %q, want it to say why", body)
 			}
 		}
-		r.hub.left <- last
+		r.hub.done <- last
 	})
 }
 
@@ -1150,7 +1158,7 @@ func TestServeReturnsWhyItNoLongerListens(t *testing.T) {
 		r, listener, _, result := startServe(t)
 		p := r.join(t)
 		listener.Close()
-		p.wantGoodbye(shuttingDown)
+		p.wantClose(errShuttingDown)
 		if err := wait(t, result, "serve"); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("serve returned %v, want %v", err, net.ErrClosed)
 		}
@@ -1162,7 +1170,7 @@ func TestServeReturnsAtOnceIfEverybodyLeaves(t *testing.T) {
 		r, _, cancel, result := startServe(t)
 		for range 10 {
 			p := r.join(t)
-			go p.wantGoodbye(shuttingDown)
+			go p.wantClose(errShuttingDown)
 		}
 		idle := r.connect(t) // as browsers keep one ready
 		defer idle.Close()
@@ -1190,14 +1198,14 @@ func TestServeReturnsInTimeEvenIfAClientIsStuck(t *testing.T) {
 		synctest.Wait()
 		start := time.Now()
 		cancel()
-		p.wantGoodbye(shuttingDown)
+		p.wantClose(errShuttingDown)
 		if err := wait(t, result, "serve"); err != nil {
 			t.Errorf("serve returned %v, want nil", err)
 		}
 		if got := time.Since(start); got != shutdownWait {
 			t.Errorf("serve returned after %v, want %v", got, shutdownWait)
 		}
-		r.wantLogged(t, "shutting down", "leaving clients behind that do not close within 5s")
+		r.wantLogged(t, "shutting down", "exiting although clients have not disconnected within 8s")
 		stuck.Close()
 	})
 }
@@ -1231,13 +1239,13 @@ func TestServeCutsOffASlowRequest(t *testing.T) {
 				if test.reads {
 					go io.Copy(io.Discard, conn)
 				}
-				time.Sleep(pageTimeout - 1)
+				time.Sleep(httpTimeout - 1)
 				if synctest.Wait(); conn.far.isClosed() {
-					t.Errorf("the connection is closed before %v have passed", pageTimeout)
+					t.Errorf("the connection is closed before %v have passed", httpTimeout)
 				}
 				time.Sleep(time.Second)
 				if synctest.Wait(); !conn.far.isClosed() {
-					t.Errorf("the connection is still open after %v", pageTimeout)
+					t.Errorf("the connection is still open after %v", httpTimeout)
 				}
 			})
 		})
@@ -1280,7 +1288,7 @@ func TestHubEndsAlthoughTheLogIsStuck(t *testing.T) {
 		p.Close() // which is logged
 		synctest.Wait()
 		r.hub.stop()
-		other.wantGoodbye(shuttingDown)
+		other.wantClose(errShuttingDown)
 		start := time.Now()
 		r.wantEnd(t)
 		if got := time.Since(start); got != 0 {
@@ -1311,7 +1319,7 @@ func TestServeReturnsAlthoughTheLogIsStuck(t *testing.T) {
 		p := r.join(t)
 		start := time.Now()
 		cancel()
-		p.wantGoodbye(shuttingDown)
+		p.wantClose(errShuttingDown)
 		if got := time.Since(start); got != 0 {
 			t.Errorf("the clients wait %v for the log", got)
 		}
@@ -1442,7 +1450,7 @@ func TestCodeInREADMEWorks(t *testing.T) {
 		for want, peer := range map[string]*peer{"Dinner is ready.": join("/kitchen/ws"), "": join("/garden/ws")} {
 			peers.Go(func() {
 				time.Sleep(closeWait / 2)
-				if got := strings.Join(peer.wantGoodbye(shuttingDown), "\n"); got != want {
+				if got := strings.Join(peer.wantClose(errShuttingDown), "\n"); got != want {
 					t.Errorf("got %q before the goodbye, want %q", got, want)
 				}
 			})
@@ -1673,15 +1681,8 @@ func (r *room) say(lines ...string) {
 // done; call it in a synctest bubble, and not after the hub's end.
 func (r *room) clients() (clients []*Client) {
 	synctest.Wait()
-	r.hub.ask(func() { clients = slices.Collect(maps.Keys(r.hub.clients)) })
+	r.hub.do(func() { clients = slices.Collect(maps.Keys(r.hub.clients)) })
 	return clients
-}
-
-// ask has run call it, and returns when it has done so.
-func (h *Hub) ask(call func()) {
-	done := make(chan struct{})
-	h.do <- func() { call(); close(done) }
-	<-done
 }
 
 // dialer returns a dialer that connects to the room. It offers compression, which
@@ -1773,14 +1774,14 @@ func (p *peer) wantLines(want ...string) {
 	}
 }
 
-// wantGoodbye reads until the connection ends, which must be with want. It
+// wantClose reads until the connection ends, which must be with want. It
 // returns the lines that came before.
-func (p *peer) wantGoodbye(want *goodbye) (lines []string) {
+func (p *peer) wantClose(want *websocket.CloseError) (lines []string) {
 	p.t.Helper()
-	return p.wantGoodbyeWithin(patience, want)
+	return p.wantCloseWithin(patience, want)
 }
 
-func (p *peer) wantGoodbyeWithin(within time.Duration, want *goodbye) (lines []string) {
+func (p *peer) wantCloseWithin(within time.Duration, want *websocket.CloseError) (lines []string) {
 	p.t.Helper()
 	for end := time.Now().Add(within); ; {
 		more, err := p.read(time.Until(end))
@@ -1788,7 +1789,7 @@ func (p *peer) wantGoodbyeWithin(within time.Duration, want *goodbye) (lines []s
 			lines = append(lines, more...)
 			continue
 		}
-		var got *goodbye
+		var got *websocket.CloseError
 		if !errors.As(err, &got) || *got != *want {
 			p.t.Errorf("after %d lines the connection ended with %v, want %v", len(lines), err, want)
 		}

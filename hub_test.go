@@ -100,7 +100,7 @@ func startHub(t *testing.T, sizes ...int) (*Hub, []*Client) {
 	t.Cleanup(func() {
 		hub.stop()
 		for _, client := range clients {
-			hub.left <- client
+			hub.done <- client
 		}
 		synctest.Wait() // a hub that does not end here is a deadlock to synctest
 	})
@@ -164,8 +164,8 @@ func TestFullQueueDropsItsClientAlone(t *testing.T) {
 		if hub.clients[clients[0]] || len(hub.clients) != 1 {
 			t.Errorf("the hub has %d clients, want the healthy one alone", len(hub.clients))
 		}
-		if got := clients[0].goodbye.Load(); got != fellBehind {
-			t.Errorf("goodbye is %v, want %v", got, fellBehind)
+		if got := clients[0].reason.Load(); got != errSlowClient {
+			t.Errorf("goodbye is %v, want %v", got, errSlowClient)
 		}
 	})
 }
@@ -196,12 +196,12 @@ func TestClientThatEndsBeforeRunHasTakenItInIsDropped(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, _ := startHub(t)
 		client := &Client{hub: hub, send: make(chan []byte, 1)}
-		client.goodbye.Store(notText) // readPump may be that quick
+		client.reason.Store(errBinary) // readPump may be that quick
 		hub.register <- client
 		hub.unregister <- client
 		synctest.Wait()
 		wantQueue(t, client, true)
-		hub.left <- client
+		hub.done <- client
 	})
 }
 
@@ -215,11 +215,11 @@ func TestWhoSeesItsQueueClosedFindsTheReason(t *testing.T) {
 				t.Error("drop did not close the queue")
 			}
 		}()
-		hub.drop(client, fellBehind)
+		hub.drop(client, errSlowClient)
 	}()
-	if got := client.goodbye.Load(); got != fellBehind || !client.dropped || hub.clients[client] {
+	if got := client.reason.Load(); got != errSlowClient || !client.dropped || hub.clients[client] {
 		t.Errorf("when the queue is closed the goodbye is %v, dropped %v, and in the room %v; want %v, true and false",
-			got, client.dropped, hub.clients[client], fellBehind)
+			got, client.dropped, hub.clients[client], errSlowClient)
 	}
 }
 
@@ -232,10 +232,10 @@ func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
 		start := time.Now()
 		for n := range 8 {
 			hub.broadcast <- []byte("message")
-			hub.ask(func() {}) // returns when the hub has finished with the message
+			hub.do(func() {}) // returns when the hub has finished with the message
 			// The first four fill half of the smaller queues; each of the others
 			// leaves them more than half full, for which one pause is enough.
-			want := breather * time.Duration(max(0, n-3))
+			want := backpressureDelay * time.Duration(max(0, n-3))
 			if got := time.Since(start); got != want {
 				t.Errorf("after %d messages the hub has paused for %v, want %v", n+1, got, want)
 			}
@@ -253,15 +253,15 @@ func TestStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
 		for range sendQueueSize + 1 {
 			hub.broadcast <- []byte("message")
 		}
-		hub.ask(func() {})
-		if got, most := time.Since(start), sendQueueSize/2*breather; got > most {
+		hub.do(func() {})
+		if got, most := time.Since(start), sendQueueSize/2*backpressureDelay; got > most {
 			t.Errorf("the stuck client cost the room %v, want at most %v", got, most)
 		}
 		dropped := time.Now()
 		for range 1000 {
 			hub.broadcast <- []byte("message")
 		}
-		hub.ask(func() {})
+		hub.do(func() {})
 		if got := time.Since(dropped); got != 0 {
 			t.Errorf("the dropped client cost the room %v, want nothing", got)
 		}
@@ -280,22 +280,22 @@ func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
 		hub.stop()
 		synctest.Wait()
 		wantQueue(t, inside, true, "last words")
-		if got := inside.goodbye.Load(); got != shuttingDown {
-			t.Errorf("goodbye is %v, want %v", got, shuttingDown)
+		if got := inside.reason.Load(); got != errShuttingDown {
+			t.Errorf("goodbye is %v, want %v", got, errShuttingDown)
 		}
-		if got := dropped.goodbye.Load(); got != fellBehind {
-			t.Errorf("goodbye is %v, want the first one, %v", got, fellBehind)
+		if got := dropped.reason.Load(); got != errSlowClient {
+			t.Errorf("goodbye is %v, want the first one, %v", got, errSlowClient)
 		}
 
 		// Until they have left, clients can talk to the hub.
-		hub.left <- inside
+		hub.done <- inside
 		hub.broadcast <- []byte("too late")
 		hub.unregister <- dropped
 		synctest.Wait()
 		if ended {
 			t.Error("the hub ended before its last client left")
 		}
-		hub.left <- dropped
+		hub.done <- dropped
 		synctest.Wait()
 		if !ended {
 			t.Error("the hub still runs after its last client left")
@@ -317,7 +317,7 @@ func TestRegisteringAgainIsHarmless(t *testing.T) {
 		wantQueue(t, clients[0], true, "heard once")
 		wantQueue(t, clients[1], false, "heard once", "heard by the other")
 
-		hub.left <- clients[0]
+		hub.done <- clients[0]
 		hub.register <- clients[0] // as above, also when it has left
 		hub.broadcast <- []byte("still here")
 		synctest.Wait()
@@ -328,9 +328,9 @@ func TestRegisteringAgainIsHarmless(t *testing.T) {
 func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 2, 2)
-		hub.left <- clients[0]
-		hub.left <- clients[0]
-		hub.left <- &Client{hub: hub}
+		hub.done <- clients[0]
+		hub.done <- clients[0]
+		hub.done <- &Client{hub: hub}
 		hub.stop()
 		synctest.Wait()                           // run would choose between the two.
 		hub.broadcast <- []byte("one is present") // or this would wait for ever
@@ -343,10 +343,10 @@ func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
 func TestLeavingWithoutUnregisteringIsEnough(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 2, 2)
-		hub.left <- clients[0]
+		hub.done <- clients[0]
 		hub.broadcast <- []byte("still here")
 		here := 0
-		hub.ask(func() { here = len(hub.clients) })
+		hub.do(func() { here = len(hub.clients) })
 		wantQueue(t, clients[0], true)
 		wantQueue(t, clients[1], false, "still here")
 		if here != 1 {
@@ -377,8 +377,8 @@ func TestMessageForOneClientReachesItAlone(t *testing.T) {
 	hub.queue(stranger, []byte("goes nowhere"))
 	wantQueue(t, small, true, "fits")
 	wantQueue(t, large, false)
-	if got := small.goodbye.Load(); got != fellBehind {
-		t.Errorf("goodbye is %v, want %v", got, fellBehind)
+	if got := small.reason.Load(); got != errSlowClient {
+		t.Errorf("goodbye is %v, want %v", got, errSlowClient)
 	}
 	if len(hub.clients) != 1 {
 		t.Errorf("the hub has %d clients, want the other one alone", len(hub.clients))
@@ -404,7 +404,7 @@ func copied(t *testing.T, joined func(*Client), said func(*Hub, []byte)) *Hub {
 					delete(h.clients, client)
 					close(client.send)
 				}
-			case <-h.left:
+			case <-h.done:
 				present--
 			case message := <-h.broadcast:
 				said(h, message)
@@ -439,7 +439,7 @@ func TestQueueClosedByHandIsANormalEnd(t *testing.T) {
 		sentAway.wantLines("hello")
 		other.wantLines("hello")
 		other.say("go")
-		sentAway.wantGoodbye(&goodbye{Code: 1000, Text: "the server has ended this connection"})
+		sentAway.wantClose(&websocket.CloseError{Code: 1000, Text: "closed by the server"})
 		other.say("still here")
 		other.wantLines("still here")
 	})
@@ -487,7 +487,7 @@ func TestAnswersToAClientThatDoesNotReadCostItAlone(t *testing.T) {
 			for {
 				select {
 				case message := <-front.broadcast:
-					r.hub.do <- func() { r.hub.queue(client, message) }
+					r.hub.do(func() { r.hub.queue(client, message) })
 				case <-over:
 					return
 				}
@@ -538,7 +538,7 @@ func TestRunMayWriteToConnWhenItTakesAClientIn(t *testing.T) {
 func TestPeerMayBeAskedForAPasswordBeforeItRegisters(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		r.serve = func(w http.ResponseWriter, req *http.Request) {
-			conn, err := upgrader.Upgrade(&holdAnswer{ResponseWriter: w}, req, nil)
+			conn, err := upgrader.Upgrade(&delayedHandshake{ResponseWriter: w}, req, nil)
 			if err != nil {
 				t.Error(err)
 				return
@@ -573,7 +573,7 @@ func TestUpstreamsServeWsWorksWithThesePumps(t *testing.T) {
 		}
 		offender, other := r.join(t), r.join(t)
 		offender.write(encode(0x8f, "")) // so that readPump has to close conn by halves
-		offender.wantGoodbye(&goodbye{Code: 1002, Text: "bad opcode 15"})
+		offender.wantClose(&websocket.CloseError{Code: 1002, Text: "bad opcode 15"})
 		offender.Close()
 		synctest.Wait()
 		other.say("hello")
@@ -581,45 +581,149 @@ func TestUpstreamsServeWsWorksWithThesePumps(t *testing.T) {
 	})
 }
 
-// Promise 9. From any goroutine, at any time, a copy can tell one client something,
-// ask who is here, and send one away: through do.
+// Promise 9. From any goroutine, at any time, an application can broadcast, send to one
+// client, ask which clients are connected, and drop one: through do and tell.
 
-func TestAnybodyCanTellAClientSomethingAskWhoIsHereAndSendOneAway(t *testing.T) {
+func TestDoAndTellReachTheHubFromAnyGoroutine(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 2, 2)
-		var wg sync.WaitGroup
-		here := 0
-		wg.Go(func() {
-			hub.do <- func() { hub.queue(clients[0], []byte("for you alone")) }
-			hub.do <- func() { here = len(hub.clients) }
-			hub.do <- func() { hub.drop(clients[1], tooBig) }
-			hub.do <- func() { hub.queue(clients[1], []byte("too late")) } // which is no panic
-		})
-		wg.Wait()
-		synctest.Wait()
-		wantQueue(t, clients[0], false, "for you alone")
-		wantQueue(t, clients[1], true)
-		if got := clients[1].goodbye.Load(); got != tooBig || here != 2 {
-			t.Errorf("goodbye is %v, and %d were here, want %v and 2", got, here, tooBig)
+		connected := 0
+		for _, test := range []struct {
+			name string
+			got  bool
+			want bool
+		}{
+			{"broadcast", hub.do(func() { hub.deliver([]byte("for both")) }), true},
+			{"send to one client", clients[0].tell([]byte("for one")), true},
+			{"count the clients", hub.do(func() { connected = len(hub.clients) }), true},
+			{"drop one", hub.do(func() { hub.drop(clients[1], errTooBig) }), true},
+			{"send to a dropped client", clients[1].tell([]byte("too late")), false},
+			{"fill a queue", clients[0].tell([]byte("one too many")), false},
+		} {
+			if test.got != test.want {
+				t.Errorf("%s: got %v, want %v", test.name, test.got, test.want)
+			}
 		}
-
-		// Until the last one has left, run does what it is asked to.
-		hub.stop()
-		done := make(chan bool)
-		hub.do <- func() { here = len(hub.clients); close(done) }
-		wait(t, done, "run's answer")
+		wantQueue(t, clients[0], true, "for both", "for one")
+		wantQueue(t, clients[1], true, "for both")
+		if got := clients[1].reason.Load(); got != errTooBig || connected != 2 {
+			t.Errorf("got reason %v and %d clients, want %v and 2", got, connected, errTooBig)
+		}
 	})
 }
 
-func TestWhoOutlivesTheHubSelectsOnStopped(t *testing.T) {
+func TestDoReturnsWhenTheFunctionHasReturned(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, _ := startHub(t)
+		start := time.Now()
+		hub.do(func() { time.Sleep(time.Second) })
+		if got := time.Since(start); got != time.Second {
+			t.Errorf("do returned after %v, want %v", got, time.Second)
+		}
+	})
+}
+
+func TestDoAndTellReturnFalseOnceTheHubIsStopped(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub := newHub()
+		ended := make(chan bool)
+		go func() { hub.run(); close(ended) }()
+		slow := join(hub, 1)
+		wantFalse := func() {
+			t.Helper()
+			for range 20 { // A select with two ready cases takes either.
+				if hub.do(func() { t.Error("do called the function of a stopped hub") }) {
+					t.Error("do returned true")
+				}
+				if slow.tell([]byte("too late")) {
+					t.Error("tell returned true")
+				}
+			}
+		}
+
+		// A call that run has taken finishes.
+		if !hub.do(hub.stop) {
+			t.Error("do returned false, although it called the function")
+		}
+		wantFalse() // while the slow client keeps run from returning
+		synctest.Wait()
+		wantFalse()
+		hub.done <- slow
+		wait(t, ended, "hub.run")
+		wantFalse()
+		wantQueue(t, slow, true)
+	})
+}
+
+func TestStopReleasesCallersOfDoThatRunHasNotTaken(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, _ := startHub(t)
+		busy, waiting := make(chan bool, 1), make(chan bool, 1)
+		go func() { busy <- hub.do(func() { time.Sleep(time.Second) }) }()
+		synctest.Wait()
+		go func() { waiting <- hub.do(func() {}) }()
+		synctest.Wait()
+		start := time.Now()
+		hub.stop()
+		if got := wait(t, waiting, "do"); got || time.Since(start) != 0 {
+			t.Errorf("the waiting call returned %v after %v, want false at once", got, time.Since(start))
+		}
+		if got := wait(t, busy, "do"); !got {
+			t.Error("the call that run had taken returned false, want true")
+		}
+	})
+}
+
+func TestDoAndTellFromFiftyGoroutinesAgainstDropAndStop(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		const goroutines, each = 50, 100
+		hub, clients := startHub(t, goroutines*each, goroutines*each)
+		var told [2][goroutines][]string // the messages for which tell returned true
+		var running sync.WaitGroup
+		for i := range goroutines {
+			running.Go(func() {
+				for n := range each {
+					for c, client := range clients {
+						message := fmt.Sprintf("%d %d", i, n)
+						if client.tell([]byte(message)) {
+							told[c][i] = append(told[c][i], message)
+						}
+					}
+					switch {
+					case i == 0 && n == each/2:
+						hub.do(func() { hub.drop(clients[0], errTooBig) })
+					case i == 1 && n == each*3/4:
+						hub.stop()
+					}
+				}
+			})
+		}
+		running.Wait()
+		synctest.Wait()
+		for c, client := range clients {
+			var got [goroutines][]string
+			messages, _ := queued(client)
+			for _, message := range messages {
+				var i, n int
+				fmt.Sscan(message, &i, &n)
+				got[i] = append(got[i], message)
+			}
+			for i := range got {
+				if !slices.Equal(got[i], told[c][i]) {
+					t.Errorf("client %d received %s of goroutine %d, want %s", c, brief(got[i]), i, brief(told[c][i]))
+				}
+			}
+		}
+	})
+}
+
+func TestGoroutineThatOutlivesTheHubEnds(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, sendQueueSize)
 		ended := make(chan bool)
 		go func() {
 			for range time.Tick(time.Second) {
-				select {
-				case hub.do <- func() { hub.queue(clients[0], []byte("tick")) }:
-				case <-hub.stopped:
+				if !clients[0].tell([]byte("tick")) {
 					close(ended)
 					return
 				}
@@ -644,7 +748,7 @@ func TestTheLastConnectionWinsAgainstHandshakesAlone(t *testing.T) {
 				select {
 				case client := <-front.register:
 					r.hub.register <- client
-					r.hub.ask(func() { r.hub.drop(newest, &goodbye{Code: 4000, Text: "here elsewhere"}) })
+					r.hub.do(func() { r.hub.drop(newest, &websocket.CloseError{Code: 4000, Text: "here elsewhere"}) })
 					newest = client
 				case <-over:
 					return
@@ -662,7 +766,7 @@ func TestTheLastConnectionWinsAgainstHandshakesAlone(t *testing.T) {
 		first.say("still here")
 		first.wantLines("still here")
 		second := r.join(t)
-		first.wantGoodbye(&goodbye{Code: 4000, Text: "here elsewhere"})
+		first.wantClose(&websocket.CloseError{Code: 4000, Text: "here elsewhere"})
 		second.say("me, too")
 		second.wantLines("me, too")
 	})
@@ -693,7 +797,7 @@ func TestSignalSendsEverybodyHomeAndEndsTheProcessWithStatus0(t *testing.T) {
 		process := startProcess(t, "sound", "-addr", "127.0.0.1:0")
 		p := joinProcess(t, process.url(t))
 		process.Process.Signal(sig)
-		p.wantGoodbye(shuttingDown)
+		p.wantClose(errShuttingDown)
 		process.wantEnd(t, "exit status 0", "shutting down")
 	}
 }
@@ -722,8 +826,21 @@ func TestSignalEndsTheProcessAlthoughItsLogIsStuck(t *testing.T) {
 		gone := joinProcess(t, "http://"+p.RemoteAddr().String()+"/")
 		gone.NetConn().Close() // which is logged, or would be
 		process.Process.Signal(sig)
-		p.wantGoodbye(shuttingDown)
+		p.wantClose(errShuttingDown)
 		process.wantEnd(t, "exit status 0")
+	}
+}
+
+func TestProcessOutlivesTheReaderOfItsLog(t *testing.T) {
+	process := startProcess(t, "sound", "-addr", "127.0.0.1:0")
+	url := process.url(t)
+	process.stderr.Close()
+	for range 2 { // Each request is logged.
+		response, err := http.Get(url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
 	}
 }
 
@@ -764,20 +881,22 @@ func TestProcessThatCannotServeSaysSo(t *testing.T) {
 // A process is this test binary as the chat server: see TestMain.
 type process struct {
 	*exec.Cmd
-	log chan string // its lines; closed at the end
+	stderr io.Closer
+	log    chan string // its lines; closed at the end
 }
 
 // startProcess starts the server as a process, which the test's end kills.
 func startProcess(t *testing.T, mode string, args ...string) *process {
 	t.Helper()
 	watch(t, patience)
-	p := &process{exec.Command(os.Args[0], args...), make(chan string, 1000)}
+	p := &process{Cmd: exec.Command(os.Args[0], args...), log: make(chan string, 1000)}
 	// The race detector would have each process end a second later.
 	p.Env = append(os.Environ(), asProcess+"="+mode, "GORACE=atexit_sleep_ms=0")
 	stderr, err := p.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
+	p.stderr = stderr
 	if _, err := p.StdinPipe(); err != nil { // It ends when this process does.
 		t.Fatal(err)
 	}
@@ -854,7 +973,7 @@ func BenchmarkHubBroadcast(b *testing.B) {
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/delivery")
 			hub.stop()
 			for _, client := range clients {
-				hub.left <- client
+				hub.done <- client
 			}
 		})
 	}

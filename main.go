@@ -1,12 +1,12 @@
-// Chat is a WebSocket chat server: what anybody says, everybody hears.
+// Chat is a WebSocket chat server: each message goes to every connected client.
 //
 // Usage:
 //
 //	chat [-addr host:port]
 //
-// It serves a page for browsers at / and the WebSocket endpoint at /ws. One
-// text message there is one line of chat. SIGINT or SIGTERM sends everybody
-// home and ends it with status 0; a second one ends it at once.
+// It serves a page for browsers at / and the WebSocket endpoint at /ws, where one text
+// message is one line of chat. SIGINT or SIGTERM starts a graceful shutdown, which ends
+// the process with status 0; a second signal forces it to exit with status 1.
 package main
 
 import (
@@ -25,21 +25,22 @@ import (
 	"time"
 )
 
-// pageTimeout is the time allowed for each of these: to send a request, to take the
-// answer, and to send the next request. Without it, who sends nothing would hold a
-// connection for ever.
-const pageTimeout = 10 * time.Second
+const (
+	// Time allowed for an HTTP client to send a request, for it to read the response,
+	// and between two requests. It does not apply to WebSocket connections.
+	httpTimeout = 10 * time.Second
 
-// maxHeaderSize is the maximum size in bytes of a request's header, which includes
-// its URL, which goes into the log. (net/http lets pass 4 KiB more.)
-const maxHeaderSize = 16 << 10
+	// Maximum size in bytes of a request header, and so of a URL in the log. (net/http
+	// allows 4 KiB more.)
+	maxHeaderSize = 16 << 10
 
-// shutdownWait is the time allowed to everybody together to leave when the server
-// shuts down.
-const shutdownWait = 5 * time.Second
+	// Time allowed for all clients to disconnect during a graceful shutdown. Less than
+	// the ten seconds of docker stop.
+	shutdownWait = 8 * time.Second
 
-// logWait is the time allowed to the log when the server starts and shuts down.
-const logWait = 100 * time.Millisecond
+	// Time that startup and shutdown wait for the log.
+	logWait = 100 * time.Millisecond
+)
 
 var addr = flag.String("addr", ":8080", "listen on `host:port`")
 
@@ -51,13 +52,15 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
+	// Without this, writing to a log whose reader has died would end the process.
+	signal.Ignore(syscall.SIGPIPE)
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	go func() {
 		<-signals
 		cancel()
-		<-signals // A second one ends the process at once.
+		<-signals
 		os.Exit(1)
 	}()
 	if err := run(ctx, *addr); err != nil {
@@ -65,8 +68,8 @@ func main() {
 	}
 }
 
-// run serves chat on addr until ctx is done. It returns an error if it cannot
-// listen there, or no longer can.
+// run listens on addr and serves until ctx is done. It returns an error if it cannot
+// listen, or no longer can.
 func run(ctx context.Context, addr string) error {
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -80,24 +83,24 @@ func run(ctx context.Context, addr string) error {
 	return serve(ctx, listener)
 }
 
-// serve serves chat to those who connect to listener, until ctx is done or
-// listener fails. Then it has the hub send everybody away, and returns when they
-// have gone, after shutdownWait at the latest.
+// serve accepts connections on listener until ctx is done or listener fails. Then it
+// stops the hub, and returns when all clients have disconnected, after shutdownWait at
+// the latest. The error is the listener's.
 func serve(ctx context.Context, listener net.Listener) error {
 	hub := newHub()
-	empty := make(chan struct{})
-	go func() { hub.run(); close(empty) }()
+	disconnected := make(chan struct{})
+	go func() { hub.run(); close(disconnected) }()
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", serveHome)
 	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
 	server := &http.Server{
 		Handler:        mux,
-		ReadTimeout:    pageTimeout,
-		WriteTimeout:   pageTimeout,
+		ReadTimeout:    httpTimeout,
+		WriteTimeout:   httpTimeout,
 		MaxHeaderBytes: maxHeaderSize,
 	}
-	context.AfterFunc(ctx, func() { server.Close() }) // WebSockets are the hub's to close.
+	context.AfterFunc(ctx, func() { server.Close() }) // This does not close WebSockets: the hub does.
 	err := server.Serve(listener)
 	if err == http.ErrServerClosed {
 		err = nil
@@ -106,15 +109,15 @@ func serve(ctx context.Context, listener net.Listener) error {
 	hub.stop()
 	logSoon("shutting down")
 	select {
-	case <-empty:
+	case <-disconnected:
 	case <-time.After(shutdownWait):
-		logSoon("leaving clients behind that do not close within %v", shutdownWait)
+		logSoon("exiting although clients have not disconnected within %v", shutdownWait)
 	}
 	return err
 }
 
-// logSoon logs like log.Printf, but waits for that no longer than logWait. A log that
-// nobody reads can be stuck: so is a Windows console in which text is selected.
+// logSoon logs like log.Printf, but waits no longer than logWait. Writes to a log block
+// while nothing reads it: in a Windows console, for example, while text is selected.
 func logSoon(format string, args ...any) {
 	logged := make(chan struct{})
 	go func() { log.Printf(format, args...); close(logged) }()
@@ -124,17 +127,15 @@ func logSoon(format string, args ...any) {
 	}
 }
 
-// contentSecurityPolicy allows the page its own script and style, by their hashes,
-// the icon in it, its own server, and WebSockets to any server; nothing else. In
-// Safari before 16, 'self' does not include WebSockets, so their schemes are named.
-// Only the page's own script can open one. https://www.w3.org/TR/CSP3/
+// contentSecurityPolicy allows the page its own script and style, by their hashes, its
+// icon, and connections to its own server. In Safari before 16, 'self' does not include
+// WebSockets, so it allows their schemes. https://www.w3.org/TR/CSP3/
 var contentSecurityPolicy = "default-src 'none'; script-src " + hashSource("script") +
 	"; style-src " + hashSource("style") + "; img-src data:; connect-src 'self' ws: wss:" +
 	"; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
-// hashSource returns the CSP hash source of what stands in home's one element
-// of that name. Browsers hash it with the line ends \n, also if git has made these
-// \r\n.
+// hashSource returns the CSP hash source for the content of the only element of that
+// name in home. Browsers normalize \r\n, which git may have made, to \n before hashing.
 func hashSource(element string) string {
 	_, content, _ := strings.Cut(strings.ReplaceAll(home, "\r\n", "\n"), "<"+element+">")
 	content, _, _ = strings.Cut(content, "</"+element+">")
@@ -142,7 +143,7 @@ func hashSource(element string) string {
 	return "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "'"
 }
 
-// serveHome answers with the page at /, and with an error elsewhere.
+// serveHome serves the page at /, and an error at every other path.
 func serveHome(w http.ResponseWriter, r *http.Request) {
 	log.Printf("%s: %s %q", r.RemoteAddr, r.Method, r.URL)
 	switch {
