@@ -24,44 +24,45 @@ const (
 	writeWait = 10 * time.Second
 
 	// Time allowed for the next message or control frame from the peer, and for a
-	// message to be complete once it has begun.
+	// message to finish once it has begun.
 	pongWait = 60 * time.Second
 
 	// Time between two pings to the peer. Must be less than pongWait.
 	pingPeriod = pongWait * 9 / 10
 
-	// Time allowed for the peer to answer the server's close frame. A busy peer first
-	// reads what is ahead of it: at one second, shutdowns lost close frames.
+	// Time allowed for the peer to answer the server's close frame. A busy peer must
+	// first read what precedes it: with one second, some peers lost it during shutdown.
 	closeWait = 5 * time.Second
 
 	// Maximum size in bytes of a message from the peer. If you raise it, keep
-	// maxBatchSize several times as large, and change home.html.
+	// maxBatchSize several times as large, and change the figure in home.html.
 	maxMessageSize = 512
 
 	// Maximum size in bytes of a WebSocket message to the peer: below 32 KiB, the
 	// default read limit of common client libraries.
 	maxBatchSize = 32<<10 - 1
 
-	// Number of messages queued for a peer before it is dropped as a slow client.
+	// Number of messages that may be queued for a peer. One more, and the hub drops it as
+	// a slow client.
 	sendQueueSize = 256
 
 	// The rate limit for messages and control frames from a peer is a token bucket: a
-	// burst of rateBurst, then one per rateInterval. A burst leaves the other clients'
-	// queues half empty, and 100 a second are more than people type. Shorten
+	// burst of rateBurst, then one per rateInterval. A burst fills at most half of the
+	// other clients' queues, and 100 a second is more than people type. Shorten
 	// rateInterval if your clients are programs, such as games.
 	rateBurst    = sendQueueSize / 2
 	rateInterval = 10 * time.Millisecond
 
-	// Subprotocol of clients that want an empty text message with each ping. Scripts
-	// in a browser cannot see pings, and so could not tell an idle connection from a
-	// half-open one.
+	// A client that asks for this subprotocol also gets an empty text message with each
+	// ping. A browser's script cannot see pings, and so could not tell an idle connection
+	// from a half-open one.
 	heartbeat = "heartbeat"
 )
 
 var newline = []byte{'\n'}
 
-// The reasons for which the server closes connections: a close code (RFC 6455 section
-// 7.4) and a text. Codes from 4000 to 4999 are free for applications.
+// Why the server closes connections: a close code (RFC 6455 section 7.4) and a text.
+// Codes from 4000 to 4999 are free for applications.
 var (
 	errShuttingDown = &websocket.CloseError{Code: websocket.CloseGoingAway, Text: "server shutting down"}
 	errUnregistered = &websocket.CloseError{Code: websocket.CloseNormalClosure, Text: "closed by the server"}
@@ -72,10 +73,9 @@ var (
 	errSlowClient   = &websocket.CloseError{Code: websocket.CloseTryAgainLater, Text: "slow client: " + strconv.Itoa(sendQueueSize) + " messages queued"}
 )
 
-// The read buffer is small, as each connection keeps one, and longer messages pass
-// through it in parts. Write buffers come from a pool, and hold a whole batch, so that
-// a batch is one frame. Upgrade chooses the first subprotocol here that the peer
-// offers; it ignores one set in the response header.
+// The read buffer is small because every connection keeps one; longer messages are read
+// in pieces. Write buffers come from a pool, and hold a whole batch, so that a batch is
+// one frame. Add your own subprotocols here: Upgrade ignores those in its response header.
 var upgrader = websocket.Upgrader{
 	ReadBufferSize:  512,
 	WriteBufferSize: maxBatchSize,
@@ -83,43 +83,45 @@ var upgrader = websocket.Upgrader{
 	Subprotocols:    []string{heartbeat},
 }
 
-// A Client connects one WebSocket peer with the hub. Its life:
+// A Client connects one WebSocket peer to the hub. Its life:
 //
 //  1. serveWs upgrades the connection, registers the client, and starts both pumps.
 //  2. The hub or a pump finds a reason to end the client. The first reason wins.
 //  3. run removes the client from the hub and closes send.
-//  4. writePump writes what is queued, then the close frame. (gorilla/websocket
-//     answers frames that violate the protocol itself, ahead of the queue.)
-//  5. readPump reads on until the peer has answered, or until closeWait is over. It
+//  4. writePump writes the queued messages, then the close frame. (To a protocol
+//     violation, gorilla/websocket itself has already written one.)
+//  5. readPump reads on until the peer has answered, for at most closeWait. Then it
 //     closes conn and tells run that the client is done.
+//
+// After a failed write, closeWait comes first, then steps 2 and 3: what the peer has
+// already sent, a close frame for example, can still be read.
 type Client struct {
 	hub  *Hub
 	conn *websocket.Conn
 
-	// From run to writePump. Applications send with tell, or queue on run's goroutine:
-	// a send of your own panics, and ends the process, if the hub has closed the channel.
-	// Do not close it either, except in run, deleting the client from hub.clients.
+	// From run to writePump. To send to this client, call tell, or queue on run's
+	// goroutine: sending on the channel directly panics, and ends the process, if the hub
+	// has closed it. Only run may close it, and must delete the client from hub.clients
+	// at the same time.
 	send chan []byte
 
-	// Owned by run: the client has been registered and dropped. reason cannot tell that,
-	// as readPump may set it before run has received the client from register.
+	// Owned by run: drop has closed send, so the client must not be registered again.
 	dropped bool
 
 	// Why the connection is closed. The first reason set wins.
 	reason atomic.Pointer[websocket.CloseError]
 
-	// Runs writePump, so that readPump can wait for its end.
+	// Done when writePump has returned, which readPump waits for.
 	writing sync.WaitGroup
 
 	// Owned by readPump:
-	bucketFull time.Time // when the token bucket of the rate limit is full again
-	limited    bool      // the log already says that the rate limit delays this client
-	receiving  bool      // a message has begun and is not complete
+	bucketFullAt time.Time // when the token bucket of the rate limit is full again
+	limited      bool      // the log already says that the rate limit delays this client
+	receiving    bool      // a message has begun and is not complete
 }
 
 // serveWs upgrades the request to a WebSocket connection and registers its peer with
-// hub. It returns when it has started the pumps, so that the request's memory can be
-// freed.
+// hub. It starts the pumps and returns, so that the request's memory can be freed.
 //
 // The handshake response is delayed until the client is registered: a peer that knows
 // it is connected misses no message.
@@ -138,13 +140,12 @@ func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	handshake.conn.respond()            // If this fails, the pumps get the same error.
-	client.writing.Go(client.writePump) // before readPump, which waits for its end
+	client.writing.Go(client.writePump) // before readPump, which waits for it
 	go client.readPump()
 }
 
-// tell queues message for this client alone, and reports whether it did: not if the
-// client has been dropped, or the hub stopped. Any goroutine may call it but run's,
-// which calls queue instead.
+// tell queues message for this client alone. It returns false if the client has been
+// dropped or the hub stopped. Any goroutine may call it except run's, which calls queue.
 func (c *Client) tell(message []byte) bool {
 	queued := false
 	c.hub.do(func() {
@@ -154,16 +155,15 @@ func (c *Client) tell(message []byte) bool {
 	return queued
 }
 
-// readPump sends what the peer writes to the hub. It does all reads on conn. It ends
-// when reading fails, as a rule with the peer's close frame, or because writePump has
+// readPump forwards the peer's messages to the hub. It does all reads on conn. It ends
+// when reading fails: usually with the peer's close frame, or because writePump has
 // closed conn. Once the client has a reason to end, readPump discards what it reads.
 //
-// An idle client waits in NextReader on a stack of 2 KiB, as long as this function has
-// few variables. That is why it leaves the rest to methods.
+// It is kept small, so that the goroutine of an idle client keeps a stack of 2 KiB.
 func (c *Client) readPump() {
 	c.conn.SetPingHandler(func(data string) error {
 		c.limitRate()
-		// writePump gets the error of a failed write as well.
+		// Ignore the error: after a failed write, writePump fails too.
 		c.conn.WriteControl(websocket.PongMessage, []byte(data), time.Now().Add(writeWait))
 		return nil
 	})
@@ -171,34 +171,34 @@ func (c *Client) readPump() {
 	// writePump answers a close frame, after what is queued.
 	c.conn.SetCloseHandler(func(int, string) error { return nil })
 	for {
-		// Not before: the hub may have taken long to receive the last message.
+		// The hub may have taken long to receive the last message: allow pongWait from now.
 		c.conn.SetReadDeadline(time.Now().Add(pongWait))
 		messageType, r, err := c.conn.NextReader()
 		if err == nil {
 			err = c.receive(messageType, r)
 		}
 		if err != nil {
-			c.close(err)
+			c.finish(err)
 			return
 		}
 	}
 }
 
-// limitRate takes a token for a message that begins, or for a control frame. If the
-// bucket is empty it sleeps until the next token, so that TCP backpressure delays the
-// peer. It also extends the read deadline.
+// limitRate takes a token for the start of a message, or a control frame. If the bucket
+// is empty it sleeps until the next token, so that TCP backpressure delays the peer. It
+// also extends the read deadline.
 func (c *Client) limitRate() {
 	if c.reason.Load() != nil {
-		return // The peer's close frame comes after what it has already sent.
+		return // Do not delay the peer's close frame, behind what it has sent.
 	}
 	if !c.receiving { // Control frames within a message do not give it more time.
 		c.conn.SetReadDeadline(time.Now().Add(pongWait))
 	}
-	if now := time.Now(); c.bucketFull.Before(now) {
-		c.bucketFull = now
+	if now := time.Now(); c.bucketFullAt.Before(now) {
+		c.bucketFullAt = now
 	}
-	c.bucketFull = c.bucketFull.Add(rateInterval)
-	wait := time.Until(c.bucketFull) - rateBurst*rateInterval
+	c.bucketFullAt = c.bucketFullAt.Add(rateInterval)
+	wait := time.Until(c.bucketFullAt) - rateBurst*rateInterval
 	if wait > 0 && !c.limited {
 		c.limited = true
 		// In a goroutine, as writes to a log can block.
@@ -208,8 +208,8 @@ func (c *Client) limitRate() {
 }
 
 // receive broadcasts the message in r as one clean line, unless it is blank or the
-// client has a reason to end. A message that is not allowed becomes that reason. The
-// error is one of reading. (SetReadLimit would close the connection without a text.)
+// client already has a reason to end. An invalid message gives it one. The error is a
+// read error. (SetReadLimit would close the connection without a text.)
 func (c *Client) receive(messageType int, r io.Reader) error {
 	c.limitRate()
 	c.receiving = true
@@ -247,8 +247,8 @@ func clean(message []byte) []byte {
 }
 
 // writePump writes queued messages and pings to the peer. It does all writes on conn
-// but pongs. It ends after the close frame, or when a write fails. closeWait later it
-// closes conn, which ends readPump if the peer has not.
+// except pongs. It ends after the close frame, or when a write fails. closeWait later a
+// timer closes conn, which ends readPump if the peer has not.
 func (c *Client) writePump() {
 	ticker := time.NewTicker(pingPeriod)
 	defer ticker.Stop()
@@ -266,10 +266,11 @@ func (c *Client) writePump() {
 		}
 	}
 	time.AfterFunc(closeWait, func() {
-		c.reason.CompareAndSwap(nil, abnormal(err)) // if a write has failed
+		c.reason.CompareAndSwap(nil, abnormal(err)) // unless the peer has sent a close frame
 		c.conn.Close()
 	})
-	// An application's run may send here without a default case: it must not block.
+	// Receive until run closes send, so that an application's run without a default case
+	// does not block.
 	for range c.send {
 	}
 }
@@ -314,15 +315,15 @@ func (c *Client) writeClose() error {
 	return websocket.ErrCloseSent
 }
 
-// end has run drop the client. Only readPump may call it: run receives for as long as
-// readPump has not sent to done. Others use do with drop.
+// end has run drop the client. Only readPump may call it: run keeps receiving until it
+// has received readPump's done. Other goroutines call drop through do.
 func (c *Client) end(reason *websocket.CloseError) {
 	c.reason.CompareAndSwap(nil, reason)
 	c.hub.unregister <- c
 }
 
-// close ends the client when reading has failed with err.
-func (c *Client) close(err error) {
+// finish ends the client when reading has failed with err.
+func (c *Client) finish(err error) {
 	reason, closed := readError(err)
 	c.end(reason)
 	c.writing.Wait() // until the close frame has been written
@@ -334,8 +335,8 @@ func (c *Client) close(err error) {
 	c.logEnd(reason, closed) // last, as writes to a log can block
 }
 
-// readError returns the reason in an error from reading, and whether the peer or the
-// network has closed the connection.
+// readError turns a read error into a reason, and reports whether the peer or the network
+// has closed the connection.
 func readError(err error) (reason *websocket.CloseError, closed bool) {
 	switch err := err.(type) {
 	case *websocket.CloseError: // the peer's, or 1006 if there was no close frame
@@ -346,7 +347,7 @@ func readError(err error) (reason *websocket.CloseError, closed bool) {
 		}
 		return abnormal(err), true
 	}
-	if err == io.ErrUnexpectedEOF { // TLS, within a record
+	if err == io.ErrUnexpectedEOF { // a TLS connection cut within a record
 		return abnormal(err), true
 	}
 	return &websocket.CloseError{Code: websocket.CloseProtocolError, Text: err.Error()}, false
@@ -357,9 +358,9 @@ func abnormal(err error) *websocket.CloseError {
 	return &websocket.CloseError{Code: websocket.CloseAbnormalClosure, Text: err.Error()}
 }
 
-// linger is the lingering close of a connection whose frames can no longer be read: it
-// discards input until the peer closes its side, or writePump closes conn. To close a
-// TCP connection with unread input resets it, which can destroy the close frame.
+// linger does a lingering close when frames can no longer be parsed: it discards input
+// until the peer closes its side, or writePump's timer closes conn. Closing a TCP
+// connection with unread input resets it, and the peer may lose the close frame.
 func (c *Client) linger() {
 	conn := c.conn.NetConn()
 	if delayed, ok := conn.(*delayedConn); ok {
@@ -372,8 +373,9 @@ func (c *Client) linger() {
 	io.Copy(io.Discard, conn)
 }
 
-// logEnd logs why the client has ended, unless that is normal. It quotes the reason, as
-// the peer may have chosen the text.
+// logEnd logs why the client has ended, unless it ended normally. It quotes the reason,
+// as the peer may have chosen the text. The client was disconnected if its first reason
+// came with the end of the connection, and dropped if the server had one before.
 func (c *Client) logEnd(reason *websocket.CloseError, closed bool) {
 	first := c.reason.Load()
 	if !websocket.IsUnexpectedCloseError(first, websocket.CloseNormalClosure,
@@ -399,9 +401,9 @@ func (h *delayedHandshake) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return h.conn, buffered, err
 }
 
-// A delayedConn delays the first write, which is Upgrade's handshake response. respond
-// writes it, and so does the next Read or Write, as an application may exchange
-// messages with the peer before it registers the client.
+// A delayedConn holds back the first write, which is Upgrade's handshake response, until
+// respond or the next Read or Write: an application may exchange messages with the peer
+// before it registers the client.
 type delayedConn struct {
 	net.Conn
 	respond func() error // writes the response once; returns the same error each time
@@ -432,7 +434,7 @@ func (c *delayedConn) Read(p []byte) (int, error) {
 	return c.Conn.Read(p)
 }
 
-// reject answers the handshake with status 503 instead, and closes the connection.
+// reject answers the handshake with status 503 instead of 101, and closes the connection.
 func (c *delayedConn) reject(text string) {
 	c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
 	io.WriteString(c.Conn, "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\r\n"+text+"\n")

@@ -1205,7 +1205,7 @@ func TestServeReturnsInTimeEvenIfAClientIsStuck(t *testing.T) {
 		if got := time.Since(start); got != shutdownWait {
 			t.Errorf("serve returned after %v, want %v", got, shutdownWait)
 		}
-		r.wantLogged(t, "shutting down", "exiting although clients have not disconnected within 8s")
+		r.wantLogged(t, "shutting down", "exiting: some clients are still connected after 8s")
 		stuck.Close()
 	})
 }

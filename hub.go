@@ -8,19 +8,21 @@ import (
 )
 
 // A Hub broadcasts each message to all of its clients. One goroutine, run, owns the
-// set of clients, so there is no mutex. Any other goroutine uses do or tell.
+// set of clients, so there is no mutex. Other goroutines reach it through do, tell and
+// the channels below. (hub.go and client.go are meant to be copied: the application, in
+// these comments, is the program that you build from them.)
 type Hub struct {
 	// Owned by run:
 	clients map[*Client]bool
 
-	// From other goroutines to run. A stopped hub soon receives nothing: a sender that
-	// may outlive it, such as an HTTP handler, must also select on stopped, or use do. On
-	// run's goroutine a send deadlocks: call deliver, queue or drop there.
-	broadcast  chan []byte  // a message for every client, as clean returns it
+	// From other goroutines to run. After stop, run returns and nothing receives: a sender
+	// that may outlive it, such as an HTTP handler, must also select on stopped, or use do.
+	// A send from run's own goroutine deadlocks: call deliver, queue or drop there.
+	broadcast  chan []byte  // a message for every client, already passed through clean
 	register   chan *Client // a client to add
 	unregister chan *Client // a client to drop
 	calls      chan func()  // from do
-	done       chan *Client // a client whose pumps have ended, from readPump
+	done       chan *Client // a client whose connection readPump has closed
 
 	// stop starts a graceful shutdown: run drops every client, and returns when all of
 	// them are done. stop closes stopped and does not wait. Any goroutine may call it,
@@ -44,15 +46,15 @@ func newHub() *Hub {
 }
 
 // run is the hub's goroutine. It returns once the hub has been stopped and every
-// client is done: at once if the peers answer the close frame. A peer that reads
-// nothing delays it by writeWait + closeWait.
+// client is done: at once if all peers answer the close frame. A peer that reads nothing
+// delays it by up to writeWait + closeWait.
 func (h *Hub) run() {
-	open := make(map[*Client]bool) // registered and not done, whether dropped or not
+	open := make(map[*Client]bool) // registered and not done, dropped or not
 	register, stopped := h.register, h.stopped
 	for stopped != nil || len(open) > 0 {
 		select {
 		case client := <-register:
-			if !client.dropped { // The queue of a dropped client is closed.
+			if !client.dropped { // or an application's mistake would send on a closed queue
 				h.clients[client] = true
 				open[client] = true
 			}
@@ -63,10 +65,10 @@ func (h *Hub) run() {
 		case call := <-h.calls:
 			call()
 		case client := <-h.done:
-			h.drop(client, errUnregistered) // if the application has not unregistered it
+			h.drop(client, errUnregistered) // in case the application has not unregistered it
 			delete(open, client)
 		case <-stopped:
-			register, stopped = nil, nil // A receive from a nil channel is never ready.
+			register, stopped = nil, nil // A nil channel is never ready: both cases are disabled.
 			for client := range h.clients {
 				h.drop(client, errShuttingDown)
 			}
@@ -77,12 +79,12 @@ func (h *Hub) run() {
 // do runs f on run's goroutine, and returns true when f has returned. Once the hub
 // has been stopped, it returns false without running f. The whole hub waits for f.
 //
-// f may use clients, deliver, queue and drop. It must not call do or tell, which
-// would deadlock, as they would anywhere else on run's goroutine.
+// f may use clients, deliver, queue and drop. It must not call do or tell: they
+// deadlock on run's goroutine.
 func (h *Hub) do(f func()) bool {
 	select {
 	case <-h.stopped:
-		return false // even if run could still take the call
+		return false // The select below could choose calls although stopped is closed.
 	default:
 	}
 	returned := make(chan struct{})
@@ -96,8 +98,9 @@ func (h *Hub) do(f func()) bool {
 }
 
 // backpressureDelay is how long the hub waits when a queue is more than half full:
-// long enough for the writePumps to catch up, short enough that a slow client costs
-// the others little. Meanwhile senders block, and TCP backpressure delays their peers.
+// long enough for the writePumps to catch up, short enough that a slow client still
+// leaves the others a thousand messages a second. Meanwhile senders block, and TCP
+// backpressure delays their peers.
 const backpressureDelay = time.Millisecond
 
 // deliver queues message for every client, then waits for backpressureDelay if a
@@ -106,7 +109,7 @@ func (h *Hub) deliver(message []byte) {
 	crowded := false
 	for client := range h.clients {
 		h.queue(client, message)
-		if len(client.send) > cap(client.send)/2 && h.clients[client] { // A dropped client needs no wait.
+		if len(client.send) > cap(client.send)/2 && h.clients[client] { // A client just dropped needs no wait.
 			crowded = true
 		}
 	}
@@ -129,8 +132,8 @@ func (h *Hub) queue(client *Client, message []byte) {
 	}
 }
 
-// drop removes client from the hub and closes its queue: writePump then writes what
-// is queued, and a close frame with the code and text of reason. It ignores a client
+// drop removes client from the hub and closes its queue: writePump then writes the
+// queued messages, and a close frame with the code and text of reason. It ignores a client
 // that is nil or dropped. Every removal goes through drop: if your application indexes
 // its clients, by user for example, delete from the index here. Only run's goroutine
 // may call it: others use do.

@@ -26,19 +26,19 @@ import (
 )
 
 const (
-	// Time allowed for an HTTP client to send a request, for it to read the response,
-	// and between two requests. It does not apply to WebSocket connections.
+	// Time allowed to read a request, to write its response, and between two requests. It
+	// does not apply to WebSocket connections.
 	httpTimeout = 10 * time.Second
 
-	// Maximum size in bytes of a request header, and so of a URL in the log. (net/http
-	// allows 4 KiB more.)
+	// Maximum size in bytes of a request header, which also bounds the URLs in the log.
+	// (net/http allows 4 KiB more.)
 	maxHeaderSize = 16 << 10
 
-	// Time allowed for all clients to disconnect during a graceful shutdown. Less than
-	// the ten seconds of docker stop.
+	// Time allowed for all clients to disconnect during a graceful shutdown: less than the
+	// ten seconds that docker stop allows by default.
 	shutdownWait = 8 * time.Second
 
-	// Time that startup and shutdown wait for the log.
+	// Longest time that startup and shutdown wait for a write to the log.
 	logWait = 100 * time.Millisecond
 )
 
@@ -52,7 +52,7 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
-	// Without this, writing to a log whose reader has died would end the process.
+	// Otherwise a write to stderr after its reader has exited would end the process.
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 2)
@@ -68,8 +68,8 @@ func main() {
 	}
 }
 
-// run listens on addr and serves until ctx is done. It returns an error if it cannot
-// listen, or no longer can.
+// run listens on addr and serves until ctx is done. It returns an error if
+// listening fails, at once or later.
 func run(ctx context.Context, addr string) error {
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -84,8 +84,8 @@ func run(ctx context.Context, addr string) error {
 }
 
 // serve accepts connections on listener until ctx is done or listener fails. Then it
-// stops the hub, and returns when all clients have disconnected, after shutdownWait at
-// the latest. The error is the listener's.
+// stops the hub, and waits up to shutdownWait for all clients to disconnect. It returns
+// the listener's error, if any.
 func serve(ctx context.Context, listener net.Listener) error {
 	hub := newHub()
 	disconnected := make(chan struct{})
@@ -111,13 +111,13 @@ func serve(ctx context.Context, listener net.Listener) error {
 	select {
 	case <-disconnected:
 	case <-time.After(shutdownWait):
-		logSoon("exiting although clients have not disconnected within %v", shutdownWait)
+		logSoon("exiting: some clients are still connected after %v", shutdownWait)
 	}
 	return err
 }
 
-// logSoon logs like log.Printf, but waits no longer than logWait. Writes to a log block
-// while nothing reads it: in a Windows console, for example, while text is selected.
+// logSoon logs like log.Printf, but waits at most logWait. Writes to a log can block: in a
+// Windows console, for example, while text is selected.
 func logSoon(format string, args ...any) {
 	logged := make(chan struct{})
 	go func() { log.Printf(format, args...); close(logged) }()
@@ -129,7 +129,7 @@ func logSoon(format string, args ...any) {
 
 // contentSecurityPolicy allows the page its own script and style, by their hashes, its
 // icon, and connections to its own server. In Safari before 16, 'self' does not include
-// WebSockets, so it allows their schemes. https://www.w3.org/TR/CSP3/
+// WebSockets, so the policy also lists ws: and wss:. https://www.w3.org/TR/CSP3/
 var contentSecurityPolicy = "default-src 'none'; script-src " + hashSource("script") +
 	"; style-src " + hashSource("style") + "; img-src data:; connect-src 'self' ws: wss:" +
 	"; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

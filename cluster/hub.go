@@ -3,28 +3,30 @@ package main
 import (
 	"sync"
 	"time"
+
+	"github.com/gorilla/websocket"
 )
 
-// A Hub passes on to every client in the room what any of them says. ("A copy", in
-// these comments, is a program that somebody has made from this one.)
+// A Hub broadcasts each message to all of its clients. One goroutine, run, owns the
+// set of clients, so there is no mutex. Other goroutines reach it through do, tell and
+// the channels below. (hub.go and client.go are meant to be copied: the application, in
+// these comments, is the program that you build from them.)
 type Hub struct {
 	// Owned by run:
 	clients map[*Client]bool
 
-	// From other goroutines to run. After stop, run no longer receives from register,
-	// and when the last client has left, from none: then a send waits for ever. So
-	// whoever may outlive the hub, as a handler does, selects on stopped as well. A
-	// function that run calls must not send here, as it would wait for itself: it calls
-	// deliver, queue and drop.
-	broadcast  chan []byte  // for every client: what clean returns, of at most maxMessageSize bytes
-	do         chan func()  // to be called by run: what only run may do; the room waits for it
-	register   chan *Client // to be taken in
-	unregister chan *Client // to be dropped
-	left       chan *Client // readPump's last word: its client has ended
+	// From other goroutines to run. After stop, run returns and nothing receives: a sender
+	// that may outlive it, such as an HTTP handler, must also select on stopped, or use do.
+	// A send from run's own goroutine deadlocks: call deliver, queue or drop there.
+	broadcast  chan []byte  // a message for every client, already passed through clean
+	register   chan *Client // a client to add
+	unregister chan *Client // a client to drop
+	calls      chan func()  // from do
+	done       chan *Client // a client whose connection readPump has closed
 
-	// stop makes run send everybody away. Anybody may call it, any number of times.
-	// It closes stopped at once; the hub has ended when run returns, which takes as
-	// long as its slowest client.
+	// stop starts a graceful shutdown: run drops every client, and returns when all of
+	// them are done. stop closes stopped and does not wait. Any goroutine may call it,
+	// any number of times.
 	stop    func()
 	stopped <-chan struct{}
 }
@@ -34,76 +36,91 @@ func newHub() *Hub {
 	return &Hub{
 		clients:    make(map[*Client]bool),
 		broadcast:  make(chan []byte),
-		do:         make(chan func()),
 		register:   make(chan *Client),
 		unregister: make(chan *Client),
-		left:       make(chan *Client),
+		calls:      make(chan func()),
+		done:       make(chan *Client),
 		stop:       sync.OnceFunc(func() { close(stopped) }),
 		stopped:    stopped,
 	}
 }
 
-// run is the hub's one goroutine. After stop it sends everybody away, and it
-// returns when the last of them has left.
+// run is the hub's goroutine. It returns once the hub has been stopped and every
+// client is done: at once if all peers answer the close frame. A peer that reads nothing
+// delays it by up to writeWait + closeWait.
 func (h *Hub) run() {
-	present := make(map[*Client]bool) // who has registered and not left, dropped or not
+	open := make(map[*Client]bool) // registered and not done, dropped or not
 	register, stopped := h.register, h.stopped
-	for stopped != nil || len(present) > 0 {
+	for stopped != nil || len(open) > 0 {
 		select {
 		case client := <-register:
-			if !client.dropped { // A copy may register it again, but its queue is closed.
+			if !client.dropped { // or an application's mistake would send on a closed queue
 				h.clients[client] = true
-				present[client] = true
+				open[client] = true
 			}
 		case client := <-h.unregister:
-			h.drop(client, noReason)
-		case client := <-h.left:
-			h.drop(client, noReason) // if a copy has not done so
-			delete(present, client)
+			h.drop(client, errUnregistered)
 		case message := <-h.broadcast:
 			h.deliver(message)
-		case call := <-h.do:
+		case call := <-h.calls:
 			call()
+		case client := <-h.done:
+			h.drop(client, errUnregistered) // in case the application has not unregistered it
+			delete(open, client)
 		case <-stopped:
-			register, stopped = nil, nil // a nil channel is never ready
+			register, stopped = nil, nil // A nil channel is never ready: both cases are disabled.
 			for client := range h.clients {
-				h.drop(client, shuttingDown)
+				h.drop(client, errShuttingDown)
 			}
 		}
 	}
 }
 
-// breather is how long the hub pauses when a queue is more than half full: long
-// enough for writePumps to catch up and for senders to feel the pressure, short
-// enough that one stuck reader costs the room next to nothing. A reader that is
-// always half behind holds the room to a thousand messages a second, which is
-// more than anybody reads.
-const breather = time.Millisecond
+// do runs f on run's goroutine, and returns true when f has returned. Once the hub
+// has been stopped, it returns false without running f. The whole hub waits for f.
+//
+// f may use clients, deliver, queue and drop. It must not call do or tell: they
+// deadlock on run's goroutine.
+func (h *Hub) do(f func()) bool {
+	select {
+	case <-h.stopped:
+		return false // The select below could choose calls although stopped is closed.
+	default:
+	}
+	returned := make(chan struct{})
+	select {
+	case h.calls <- func() { f(); close(returned) }:
+		<-returned
+		return true
+	case <-h.stopped:
+		return false
+	}
+}
 
-// deliver queues message for every client, and pauses if one has fallen behind.
-// Only run may call it; others send to broadcast.
+// backpressureDelay is how long the hub waits when a queue is more than half full:
+// long enough for the writePumps to catch up, short enough that a slow client still
+// leaves the others a thousand messages a second. Meanwhile senders block, and TCP
+// backpressure delays their peers.
+const backpressureDelay = time.Millisecond
+
+// deliver queues message for every client, then waits for backpressureDelay if a
+// queue is crowded. Only run's goroutine may call it: others use do, or broadcast.
 func (h *Hub) deliver(message []byte) {
 	crowded := false
 	for client := range h.clients {
 		h.queue(client, message)
-		// A client that has just been dropped is no reason to pause.
-		if len(client.send) > cap(client.send)/2 && h.clients[client] {
+		if len(client.send) > cap(client.send)/2 && h.clients[client] { // A client just dropped needs no wait.
 			crowded = true
 		}
 	}
 	if crowded {
-		time.Sleep(breather)
+		time.Sleep(backpressureDelay)
 	}
 }
 
-// queue queues message for client, in the form of those for broadcast. If client is
-// nil, or has been dropped, it does nothing. It never blocks: a client whose queue is
-// full is dead or stuck, and is dropped. Only run may call it, so others have run do it:
-//
-//	select {
-//	case hub.do <- func() { hub.queue(client, message) }:
-//	case <-hub.stopped:
-//	}
+// queue queues message for client, or drops client if its queue is full. It never
+// blocks, and ignores a client that is nil or dropped. Only run's goroutine may call
+// it: others use tell.
 func (h *Hub) queue(client *Client, message []byte) {
 	if !h.clients[client] {
 		return
@@ -111,19 +128,20 @@ func (h *Hub) queue(client *Client, message []byte) {
 	select {
 	case client.send <- message:
 	default:
-		h.drop(client, fellBehind)
+		h.drop(client, errSlowClient)
 	}
 }
 
-// drop takes client out of the room and closes its queue, which makes its
-// writePump say goodbye. run drops clients of its own accord, so if you keep another
-// map of clients, delete from it here, and not where run receives from unregister.
-// Only run may call it, so others have run do it.
-func (h *Hub) drop(client *Client, why *goodbye) {
+// drop removes client from the hub and closes its queue: writePump then writes the
+// queued messages, and a close frame with the code and text of reason. It ignores a client
+// that is nil or dropped. Every removal goes through drop: if your application indexes
+// its clients, by user for example, delete from the index here. Only run's goroutine
+// may call it: others use do.
+func (h *Hub) drop(client *Client, reason *websocket.CloseError) {
 	if h.clients[client] {
 		delete(h.clients, client)
 		client.dropped = true
-		client.goodbye.CompareAndSwap(nil, why)
+		client.reason.CompareAndSwap(nil, reason)
 		close(client.send)
 	}
 }

@@ -42,21 +42,22 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// pageTimeout is the time allowed for each of these: to send a request, to take the
-// answer, and to send the next request. Without it, who sends nothing would hold a
-// connection for ever.
-const pageTimeout = 10 * time.Second
+const (
+	// Time allowed to read a request, to write its response, and between two requests. It
+	// does not apply to WebSocket connections.
+	httpTimeout = 10 * time.Second
 
-// maxHeaderSize is the maximum size in bytes of a request's header, which includes
-// its URL, which goes into the log. (net/http lets pass 4 KiB more.)
-const maxHeaderSize = 16 << 10
+	// Maximum size in bytes of a request header, which also bounds the URLs in the log.
+	// (net/http allows 4 KiB more.)
+	maxHeaderSize = 16 << 10
 
-// shutdownWait is the time allowed to everybody together to leave when the server
-// shuts down.
-const shutdownWait = 5 * time.Second
+	// Time allowed for all clients to disconnect during a graceful shutdown: less than the
+	// ten seconds that docker stop allows by default.
+	shutdownWait = 8 * time.Second
 
-// logWait is the time allowed to the log when the server starts and shuts down.
-const logWait = 100 * time.Millisecond
+	// Longest time that startup and shutdown wait for a write to the log.
+	logWait = 100 * time.Millisecond
+)
 
 var (
 	addr    = flag.String("addr", ":8080", "listen on `host:port`")
@@ -73,13 +74,15 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
+	// Otherwise a write to stderr after its reader has exited would end the process.
+	signal.Ignore(syscall.SIGPIPE)
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	go func() {
 		<-signals
 		cancel()
-		<-signals // A second one ends the process at once.
+		<-signals
 		os.Exit(1)
 	}()
 	if err := run(ctx, *addr, *urls, *creds, *subject); err != nil {
@@ -126,14 +129,13 @@ func run(ctx context.Context, addr, urls, creds, subject string) error {
 	return serve(ctx, listener, relay)
 }
 
-// serve serves chat to those who connect to listener, until ctx is done, listener
-// fails, or NATS sends the node away for good. Then it has the hub send everybody
-// away, and when they have gone, after shutdownWait at the latest, it has the relay
-// leave.
+// serve accepts connections on listener until ctx is done, listener fails, or the
+// connection to NATS is closed for good. Then it stops the hub, waits up to shutdownWait
+// for all clients to disconnect, and stops the relay.
 func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	hub := relay.hub
-	empty := make(chan struct{})
-	go func() { hub.run(); close(empty) }()
+	disconnected := make(chan struct{})
+	go func() { hub.run(); close(disconnected) }()
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", serveHome)
@@ -147,11 +149,11 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	mux.HandleFunc("/ready", func(w http.ResponseWriter, r *http.Request) { serveReady(relay, w) })
 	server := &http.Server{
 		Handler:        mux,
-		ReadTimeout:    pageTimeout,
-		WriteTimeout:   pageTimeout,
+		ReadTimeout:    httpTimeout,
+		WriteTimeout:   httpTimeout,
 		MaxHeaderBytes: maxHeaderSize,
 	}
-	context.AfterFunc(ctx, func() { server.Close() }) // WebSockets are the hub's to close.
+	context.AfterFunc(ctx, func() { server.Close() }) // This does not close WebSockets: the hub does.
 	// NATS is sought without end, but for a few errors after which nats.go gives up.
 	relay.nc.SetClosedHandler(func(*nats.Conn) { server.Close() })
 	if relay.nc.IsClosed() { // before the handler was set
@@ -168,9 +170,9 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	hub.stop()
 	logSoon("shutting down")
 	select {
-	case <-empty:
+	case <-disconnected:
 	case <-time.After(shutdownWait):
-		logSoon("leaving clients behind that do not close within %v", shutdownWait)
+		logSoon("exiting: some clients are still connected after %v", shutdownWait)
 	}
 	relay.leave()
 	return err
@@ -186,8 +188,8 @@ func serveReady(relay *Relay, w http.ResponseWriter) {
 	}
 }
 
-// logSoon logs like log.Printf, but waits for that no longer than logWait. A log that
-// nobody reads can be stuck: so is a Windows console in which text is selected.
+// logSoon logs like log.Printf, but waits at most logWait. Writes to a log can block: in a
+// Windows console, for example, while text is selected.
 func logSoon(format string, args ...any) {
 	logged := make(chan struct{})
 	go func() { log.Printf(format, args...); close(logged) }()
@@ -197,17 +199,15 @@ func logSoon(format string, args ...any) {
 	}
 }
 
-// contentSecurityPolicy allows the page its own script and style, by their hashes,
-// the icon in it, its own server, and WebSockets to any server; nothing else. In
-// Safari before 16, 'self' does not include WebSockets, so their schemes are named.
-// Only the page's own script can open one. https://www.w3.org/TR/CSP3/
+// contentSecurityPolicy allows the page its own script and style, by their hashes, its
+// icon, and connections to its own server. In Safari before 16, 'self' does not include
+// WebSockets, so the policy also lists ws: and wss:. https://www.w3.org/TR/CSP3/
 var contentSecurityPolicy = "default-src 'none'; script-src " + hashSource("script") +
 	"; style-src " + hashSource("style") + "; img-src data:; connect-src 'self' ws: wss:" +
 	"; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
-// hashSource returns the CSP hash source of what stands in home's one element
-// of that name. Browsers hash it with the line ends \n, also if git has made these
-// \r\n.
+// hashSource returns the CSP hash source for the content of the only element of that
+// name in home. Browsers normalize \r\n, which git may have made, to \n before hashing.
 func hashSource(element string) string {
 	_, content, _ := strings.Cut(strings.ReplaceAll(home, "\r\n", "\n"), "<"+element+">")
 	content, _, _ = strings.Cut(content, "</"+element+">")
@@ -215,7 +215,7 @@ func hashSource(element string) string {
 	return "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "'"
 }
 
-// serveHome answers with the page at /, and with an error elsewhere.
+// serveHome serves the page at /, and an error at every other path.
 func serveHome(w http.ResponseWriter, r *http.Request) {
 	log.Printf("%s: %s %q", r.RemoteAddr, r.Method, r.URL)
 	switch {

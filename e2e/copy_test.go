@@ -118,12 +118,9 @@ const whoIsHere = `
 --- main.go
  	mux.HandleFunc("/", serveHome)
 +	mux.HandleFunc("/clients", func(w http.ResponseWriter, r *http.Request) {
-+		clients := make(chan int, 1)
-+		select {
-+		case hub.do <- func() { clients <- len(hub.clients) }:
-+			fmt.Fprint(w, <-clients)
-+		case <-hub.stopped:
-+		}
++		connected := 0
++		hub.do(func() { connected = len(hub.clients) })
++		fmt.Fprint(w, connected)
 +	})
 @@
  	"flag"
@@ -142,7 +139,7 @@ func TestCopyWithRoomsInOneHub(t *testing.T) {
  		clients:    make(map[*Client]bool),
 +		rooms:      make(map[string]map[*Client]bool),
 @@
- 				present[client] = true
+ 				open[client] = true
 +				if h.rooms[client.room] == nil {
 +					h.rooms[client.room] = make(map[*Client]bool)
 +				}
@@ -163,14 +160,14 @@ func TestCopyWithRoomsInOneHub(t *testing.T) {
 -	for client := range h.clients {
 +	for client := range room {
 --- client.go
- 	hub *Hub
+ 	conn *websocket.Conn
 +	room string
 @@
 -	client := &Client{hub: hub, conn: conn, send: make(chan []byte, sendQueueSize)}
 +	client := &Client{hub: hub, room: r.FormValue("room"), conn: conn, send: make(chan []byte, sendQueueSize)}
 @@
 -		c.hub.broadcast <- line
-+		c.hub.do <- func() { c.hub.deliver(c.hub.rooms[c.room], line) }
++		c.hub.do(func() { c.hub.deliver(c.hub.rooms[c.room], line) })
 `, strings.ReplaceAll(whoIsHere, "clients", "rooms"))
 	cook, eater, gardener := s.dialTo(t, "/ws?room=kitchen"), s.dialTo(t, "/ws?room=kitchen"), s.dialTo(t, "/ws?room=garden")
 	say(t, cook, "soup")
@@ -196,7 +193,7 @@ const users = `
  		clients:    make(map[*Client]bool),
 +		users:      make(map[string]*Client),
 @@
- 				present[client] = true
+ 				open[client] = true
 +				h.users[client.user] = client
 @@
  		delete(h.clients, client)
@@ -204,7 +201,7 @@ const users = `
 +			delete(h.users, client.user)
 +		}
 --- client.go
- 	hub *Hub
+ 	conn *websocket.Conn
 +	user string
 @@
 -	client := &Client{hub: hub, conn: conn, send: make(chan []byte, sendQueueSize)}
@@ -221,29 +218,20 @@ func TestCopyWithHandlersThatReachOneUser(t *testing.T) {
  	mux.HandleFunc("/", serveHome)
 +	mux.HandleFunc("/notify", func(w http.ResponseWriter, r *http.Request) {
 +		user, line := r.FormValue("user"), clean([]byte(r.FormValue("line")))
-+		select {
-+		case hub.do <- func() { hub.queue(hub.users[user], line) }:
-+		case <-hub.stopped:
-+		}
++		hub.do(func() { hub.queue(hub.users[user], line) })
 +	})
 +	mux.HandleFunc("/here", func(w http.ResponseWriter, r *http.Request) {
-+		here := make(chan []string, 1)
-+		select {
-+		case hub.do <- func() { here <- slices.Sorted(maps.Keys(hub.users)) }:
-+			fmt.Fprint(w, <-here)
-+		case <-hub.stopped:
-+		}
++		var users []string
++		hub.do(func() { users = slices.Sorted(maps.Keys(hub.users)) })
++		fmt.Fprint(w, users)
 +	})
 +	mux.HandleFunc("/away", func(w http.ResponseWriter, r *http.Request) {
-+		user, why := r.FormValue("user"), &goodbye{Code: 4000, Text: "come back with a ticket"}
-+		select {
-+		case hub.do <- func() { hub.drop(hub.users[user], why) }:
-+		case <-hub.stopped:
-+		}
++		user, reason := r.FormValue("user"), &websocket.CloseError{Code: 4000, Text: "come back with a ticket"}
++		hub.do(func() { hub.drop(hub.users[user], reason) })
 +	})
 +	mux.HandleFunc("/close", func(w http.ResponseWriter, r *http.Request) {
 +		hub.stop()
-+		<-empty
++		<-disconnected
 +	})
 @@
  	"flag"
@@ -253,6 +241,10 @@ func TestCopyWithHandlersThatReachOneUser(t *testing.T) {
 @@
  	"os/signal"
 +	"slices"
+@@
+ 	"time"
++
++	"github.com/gorilla/websocket"
 `)
 	hans, older, newer := s.dialTo(t, "/ws?user=hans"), s.dialTo(t, "/ws?user=grete"), s.dialTo(t, "/ws?user=grete")
 	s.get(t, "/notify?user=nobody&line=dinner")
@@ -288,7 +280,7 @@ func TestCopyInWhichTheLastConnectionOfAUserWins(t *testing.T) {
 +				h.drop(h.users[client.user], elsewhere)
  				h.users[client.user] = client
 @@
-+var elsewhere = &goodbye{Code: 4001, Text: "you have connected elsewhere"}
++var elsewhere = &websocket.CloseError{Code: 4001, Text: "you have connected elsewhere"}
  func newHub() *Hub {
 `)
 	first := s.dialTo(t, "/ws?user=grete")
@@ -325,7 +317,7 @@ func TestCopyWithASecondSource(t *testing.T) {
 +		case line := <-h.console:
 +			h.deliver(append([]byte("Operator: "), line...))
 --- main.go
- 	go func() { hub.run(); close(empty) }()
+ 	go func() { hub.run(); close(disconnected) }()
 +	go func() {
 +		for typed := bufio.NewScanner(os.Stdin); typed.Scan(); {
 +			select {
@@ -367,19 +359,17 @@ func TestCopyWithAClockEnds(t *testing.T) {
 	t.Parallel()
 	s := startCopy(t, `
 --- main.go
- 	go func() { hub.run(); close(empty) }()
+ 	go func() { hub.run(); close(disconnected) }()
 +	var clock sync.WaitGroup
 +	clock.Go(func() {
 +		for now := range time.Tick(10 * time.Millisecond) {
-+			select {
-+			case hub.broadcast <- []byte(now.Format("15:04:05.00")):
-+			case <-hub.stopped:
++			if !hub.do(func() { hub.deliver([]byte(now.Format("15:04:05.00"))) }) {
 +				return
 +			}
 +		}
 +	})
 @@
- 		logSoon("leaving clients behind that do not close within %v", shutdownWait)
+ 		logSoon("exiting: some clients are still connected after %v", shutdownWait)
  	}
 +	clock.Wait()
 @@
@@ -405,8 +395,7 @@ func TestCopyThatAnswersDropsWhoDoesNotRead(t *testing.T) {
 	s := startCopy(t, `
 --- client.go
 +	case bytes.HasPrefix(line, []byte("?")):
-+		answer := bytes.Repeat([]byte("Yes. "), 100)
-+		c.hub.do <- func() { c.hub.queue(c, answer) }
++		c.tell(bytes.Repeat([]byte("Yes. "), 100))
  	case len(line) > 0:
 @@
 -	rateInterval = 10 * time.Millisecond
@@ -463,11 +452,11 @@ func TestCopyWithOneJSONDocumentAMessage(t *testing.T) {
 	s := startCopy(t, `
 --- client.go
  	w.Write(message)
--	for room := maxBatchSize - len(message); len(c.send) > 0 && room >= len(newline)+maxMessageSize; {
+-	for free := maxBatchSize - len(message); len(c.send) > 0 && free >= len(newline)+maxMessageSize; {
 -		message = <-c.send
 -		w.Write(newline)
 -		w.Write(message)
--		room -= len(newline) + len(message)
+-		free -= len(newline) + len(message)
 -	}
  	return w.Close()
 @@
@@ -512,7 +501,7 @@ func TestCopyWithCompressedBinaryMessagesOf8MiB(t *testing.T) {
 +	EnableCompression: true,
 @@
 -	case messageType != websocket.TextMessage:
--		c.end(notText)
+-		c.end(errBinary)
 +	case messageType == websocket.BinaryMessage:
 +		c.hub.broadcast <- message
 @@
@@ -589,10 +578,10 @@ func TestCopyThatSaysWhoComesAndLeaves(t *testing.T) {
 	t.Parallel()
 	s := startCopy(t, `
 --- hub.go
- 				present[client] = true
+ 				open[client] = true
 +				h.deliver([]byte(client.conn.RemoteAddr().String() + " has come"))
 @@
- 			delete(present, client)
+ 			delete(open, client)
 +			h.deliver([]byte(client.conn.RemoteAddr().String() + " has left"))
 `)
 	grete := s.dial(t)
@@ -632,8 +621,8 @@ func TestCopyInAPackageOfItsOwn(t *testing.T) {
 -	hub := newHub()
 +	hub := chat.NewHub()
 @@
--	go func() { hub.run(); close(empty) }()
-+	go func() { hub.Run(); close(empty) }()
+-	go func() { hub.run(); close(disconnected) }()
++	go func() { hub.Run(); close(disconnected) }()
 @@
 -	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
 +	mux.Handle("/ws", hub)

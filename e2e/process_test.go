@@ -110,7 +110,7 @@ func TestWhoIsSentAwayReadsWhy(t *testing.T) {
 			tt.offend(t, s, conn)
 			conn.SetReadDeadline(time.Now().Add(patience))
 			wantGoodbye(t, discard(conn), tt.code)
-			s.waitForLog(t, fmt.Sprintf(`dropped with "websocket: close %d\b`, tt.code))
+			s.waitForLog(t, fmt.Sprintf(`dropped: "websocket: close %d\b`, tt.code))
 		})
 	}
 }

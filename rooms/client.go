@@ -3,7 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"errors"
+	"fmt"
 	"io"
 	"log"
 	"net"
@@ -23,66 +23,59 @@ const (
 	// Time allowed to write one frame to the peer.
 	writeWait = 10 * time.Second
 
-	// Time allowed between two messages or control frames from the peer, and for
-	// a message to be complete once it has begun.
+	// Time allowed for the next message or control frame from the peer, and for a
+	// message to finish once it has begun.
 	pongWait = 60 * time.Second
 
-	// Time between two pings to the peer; below pongWait, so that a live peer has
-	// something to answer in time.
+	// Time between two pings to the peer. Must be less than pongWait.
 	pingPeriod = pongWait * 9 / 10
 
-	// Time allowed to the peer to answer our close frame with its own, from the
-	// moment at which the frame has gone into the network.
-	closeWait = time.Second
+	// Time allowed for the peer to answer the server's close frame. A busy peer must
+	// first read what precedes it: with one second, some peers lost it during shutdown.
+	closeWait = 5 * time.Second
 
 	// Maximum size in bytes of a message from the peer. If you raise it, keep
-	// maxBatchSize several times as large, and tell home.html.
+	// maxBatchSize several times as large, and change the figure in home.html.
 	maxMessageSize = 512
 
-	// Maximum size in bytes of a WebSocket message to the peer: less than 32 KiB,
-	// which common client libraries read by default.
+	// Maximum size in bytes of a WebSocket message to the peer: below 32 KiB, the
+	// default read limit of common client libraries.
 	maxBatchSize = 32<<10 - 1
 
-	// Messages that wait for a peer before it is dropped: what a busy room says
-	// while a peer's network stalls for a moment.
+	// Number of messages that may be queued for a peer. One more, and the hub drops it as
+	// a slow client.
 	sendQueueSize = 256
 
-	// Messages and control frames taken from a peer at once, and the time for
-	// each one after that. A burst leaves the queues of the others half empty, and
-	// 100 a second are more than people type or read. Shorten rateInterval if your
-	// clients are programs that send more, as a game's or a shared cursor's do: who
-	// sends faster than this is read later and later.
+	// The rate limit for messages and control frames from a peer is a token bucket: a
+	// burst of rateBurst, then one per rateInterval. A burst fills at most half of the
+	// other clients' queues, and 100 a second is more than people type. Shorten
+	// rateInterval if your clients are programs, such as games.
 	rateBurst    = sendQueueSize / 2
 	rateInterval = 10 * time.Millisecond
 
-	// The subprotocol with which a client asks for an empty text message with
-	// each ping. A browser's script cannot see pings: this is how it can tell a
-	// quiet room from a dead line.
+	// A client that asks for this subprotocol also gets an empty text message with each
+	// ping. A browser's script cannot see pings, and so could not tell an idle connection
+	// from a half-open one.
 	heartbeat = "heartbeat"
 )
 
 var newline = []byte{'\n'}
 
-// A goodbye is the code and the reason with which a connection ends. Your own ones
-// have codes from 4000 to 4999. RFC 6455 section 7.4.
-type goodbye = websocket.CloseError
-
-// The server's own goodbyes. A text longer than a close frame can hold is cut.
+// Why the server closes connections: a close code (RFC 6455 section 7.4) and a text.
+// Codes from 4000 to 4999 are free for applications.
 var (
-	shuttingDown = &goodbye{Code: websocket.CloseGoingAway, Text: "the server is shutting down"}
-	noReason     = &goodbye{Code: websocket.CloseNormalClosure, Text: "the server has ended this connection"}
-	notText      = &goodbye{Code: websocket.CloseUnsupportedData, Text: "send text messages, not binary ones"}
-	notUTF8      = &goodbye{Code: websocket.CloseInvalidFramePayloadData, Text: "send text as valid UTF-8"}
-	tooBig       = &goodbye{Code: websocket.CloseMessageTooBig, Text: "send at most " + strconv.Itoa(maxMessageSize) + " bytes in a message"}
-	tooSlow      = &goodbye{Code: websocket.ClosePolicyViolation, Text: "answer pings, and complete each message, within " + pongWait.String()}
-	fellBehind   = &goodbye{Code: websocket.CloseTryAgainLater, Text: "read as fast as the others write"}
+	errShuttingDown = &websocket.CloseError{Code: websocket.CloseGoingAway, Text: "server shutting down"}
+	errUnregistered = &websocket.CloseError{Code: websocket.CloseNormalClosure, Text: "closed by the server"}
+	errBinary       = &websocket.CloseError{Code: websocket.CloseUnsupportedData, Text: "binary messages are not supported"}
+	errInvalidUTF8  = &websocket.CloseError{Code: websocket.CloseInvalidFramePayloadData, Text: "message is not valid UTF-8"}
+	errTooBig       = &websocket.CloseError{Code: websocket.CloseMessageTooBig, Text: "message exceeds " + strconv.Itoa(maxMessageSize) + " bytes"}
+	errTimeout      = &websocket.CloseError{Code: websocket.ClosePolicyViolation, Text: "no pong, or no complete message, for " + pongWait.String()}
+	errSlowClient   = &websocket.CloseError{Code: websocket.CloseTryAgainLater, Text: "slow client: " + strconv.Itoa(sendQueueSize) + " messages queued"}
 )
 
-// Each connection keeps its read buffer: a small one, as longer messages pass
-// through it in parts. Write buffers are pooled: only a connection that is being
-// written to holds one. It holds a whole batch, which thus is one frame. Add a
-// subprotocol of your own here, as Upgrade ignores one in its header: the first of
-// these that the peer offers is chosen.
+// The read buffer is small because every connection keeps one; longer messages are read
+// in pieces. Write buffers come from a pool, and hold a whole batch, so that a batch is
+// one frame. Add your own subprotocols here: Upgrade ignores those in its response header.
 var upgrader = websocket.Upgrader{
 	ReadBufferSize:  512,
 	WriteBufferSize: maxBatchSize,
@@ -90,191 +83,137 @@ var upgrader = websocket.Upgrader{
 	Subprotocols:    []string{heartbeat},
 }
 
-// A Client stands between one WebSocket connection and the hub. This is its life:
+// A Client connects one WebSocket peer to the hub. Its life:
 //
-//  1. serveWs registers it with the hub, and starts its two pumps.
-//  2. Somebody finds a reason to end it: the hub, one of the pumps, or the peer.
-//     The first reason is its goodbye.
-//  3. run takes it out of the room and closes send.
-//  4. writePump writes what is still queued, then the goodbye. (Frames that break
-//     the protocol are answered by gorilla/websocket itself, ahead of the queue.)
-//  5. readPump reads on until the peer has answered, closes conn, and tells run
-//     that the client has left.
+//  1. serveWs upgrades the connection, registers the client, and starts both pumps.
+//  2. The hub or a pump finds a reason to end the client. The first reason wins.
+//  3. run removes the client from the hub and closes send.
+//  4. writePump writes the queued messages, then the close frame. (To a protocol
+//     violation, gorilla/websocket itself has already written one.)
+//  5. readPump reads on until the peer has answered, for at most closeWait. Then it
+//     closes conn and tells run that the client is done.
+//
+// After a failed write, closeWait comes first, then steps 2 and 3: what the peer has
+// already sent, a close frame for example, can still be read.
 type Client struct {
 	hub    *Hub
-	visit  Visit   // who comes, as the cookie says
-	person *Person // owned by run: whose connection it is, once enter has let it in
+	visit  Visit   // the user and the room, from the cookie and the request
+	person *Person // owned by run: the user whose connection this is, once enter has let it in
+	conn   *websocket.Conn
 
-	// Its NetConn is a *heldConn, whose Conn is the *net.TCPConn or *tls.Conn.
-	conn *websocket.Conn
-
-	// From run to writePump. Only queue and drop may send or close. A send after it is
-	// closed is a panic, which ends the process: if a copy closes it, but leaves the
-	// client in hub.clients, run will send. If a copy deletes the client there, but does
-	// not close send, the client never ends.
+	// From run to writePump. To send to this client, call tell, or queue on run's
+	// goroutine: sending on the channel directly panics, and ends the process, if the hub
+	// has closed it. Only run may close it, and must delete the client from hub.clients
+	// at the same time.
 	send chan []byte
 
-	// Owned by run: the client has been dropped, for good. That there is a goodbye
-	// does not tell that: readPump may set one while run still takes the client in.
+	// Owned by run: drop has closed send, so the client must not be registered again.
 	dropped bool
 
-	// Why the client has to go. Whoever finds a reason sets it; the first counts.
-	goodbye atomic.Pointer[goodbye]
+	// Why the connection is closed. The first reason set wins.
+	reason atomic.Pointer[websocket.CloseError]
 
-	// Runs writePump, so that readPump can wait for its end.
+	// Done when writePump has returned, which readPump waits for.
 	writing sync.WaitGroup
 
 	// Owned by readPump:
-	due       time.Time // when a peer at one message per rateInterval would have sent as many
-	slowed    bool      // the log says that the peer sends faster
-	receiving bool      // a message has begun and is not complete
+	bucketFullAt time.Time // when the token bucket of the rate limit is full again
+	limited      bool      // the log already says that the rate limit delays this client
+	receiving    bool      // a message has begun and is not complete
 }
 
-// serveWs makes the request a WebSocket connection and its peer a client of
-// hub. It returns once the handshake is answered: the pumps go on in goroutines
-// of their own, so that what the request holds can be freed.
+// serveWs upgrades the request to a WebSocket connection and registers its peer with
+// hub. It starts the pumps and returns, so that the request's memory can be freed.
+//
+// The handshake response is delayed until the client is registered: a peer that knows
+// it is connected misses no message.
 func serveWs(hub *Hub, visit Visit, w http.ResponseWriter, r *http.Request) {
-	handshake := &holdAnswer{ResponseWriter: w}
+	handshake := &delayedHandshake{ResponseWriter: w}
 	conn, err := upgrader.Upgrade(handshake, r, nil)
 	if err != nil {
-		log.Printf("%s: %q", r.RemoteAddr, err)
+		log.Printf("%s: handshake refused: %q (Origin %q, Host %q)", r.RemoteAddr, err, r.Header.Get("Origin"), r.Host)
 		return
 	}
 	client := &Client{hub: hub, visit: visit, conn: conn, send: make(chan []byte, sendQueueSize)}
 	select {
 	case hub.register <- client:
 	case <-hub.stopped:
-		handshake.conn.refuse(shuttingDown.Text)
+		handshake.conn.reject(errShuttingDown.Text)
 		return
 	}
-	// Only now, so that the peer misses nothing that is said once it knows that it
-	// is connected. If this fails, both pumps will get the same error.
-	handshake.conn.answer()
-	client.writing.Go(client.writePump) // first, as readPump waits for its end
+	handshake.conn.respond()            // If this fails, the pumps get the same error.
+	client.writing.Go(client.writePump) // before readPump, which waits for it
 	go client.readPump()
 }
 
-// holdAnswer is a ResponseWriter for Upgrade, which gets conn from it.
-type holdAnswer struct {
-	http.ResponseWriter
-	conn *heldConn
+// tell queues message for this client alone. It returns false if the client has been
+// dropped or the hub stopped. Any goroutine may call it except run's, which calls queue.
+func (c *Client) tell(message []byte) bool {
+	queued := false
+	c.hub.do(func() {
+		c.hub.queue(c, message)
+		queued = c.hub.clients[c]
+	})
+	return queued
 }
 
-func (h *holdAnswer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	conn, buffered, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	h.conn = &heldConn{Conn: conn}
-	return h.conn, buffered, err
-}
-
-// A heldConn holds back what is first written to it, which is Upgrade's answer to
-// the handshake. answer lets that go, and so does the next Read or Write: a copy may
-// ask the peer for a password before it registers the client.
-type heldConn struct {
-	net.Conn
-	answer func() error // It writes once, and returns the same error ever after.
-}
-
-func (c *heldConn) Write(p []byte) (int, error) {
-	if c.answer == nil {
-		held := bytes.Clone(p)
-		c.answer = sync.OnceValue(func() error {
-			c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
-			if _, err := c.Conn.Write(held); err != nil {
-				return &goodbye{Code: websocket.CloseAbnormalClosure, Text: "answering the handshake: " + err.Error()}
-			}
-			return nil
-		})
-		return len(p), nil
-	}
-	if err := c.answer(); err != nil {
-		return 0, err
-	}
-	return c.Conn.Write(p)
-}
-
-func (c *heldConn) Read(p []byte) (int, error) {
-	if err := c.answer(); err != nil {
-		return 0, err
-	}
-	return c.Conn.Read(p)
-}
-
-// CloseWrite closes the writing side, if the connection can do that.
-func (c *heldConn) CloseWrite() error {
-	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
-		return half.CloseWrite()
-	}
-	return errors.ErrUnsupported
-}
-
-// refuse answers the handshake with 503 instead, and closes the connection.
-func (c *heldConn) refuse(why string) {
-	c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
-	io.WriteString(c.Conn, "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\r\n"+why+"\n")
-	c.Conn.Close()
-}
-
-// readPump takes what the peer says to the hub. It does all reads on conn. It ends
-// when nothing can be read any more: as a rule after the peer's close frame, and
-// otherwise because writePump has closed conn. Once there is a goodbye, it still
-// reads, but takes nothing to the hub.
+// readPump forwards the peer's messages to the hub. It does all reads on conn. It ends
+// when reading fails: usually with the peer's close frame, or because writePump has
+// closed conn. Once the client has a reason to end, readPump discards what it reads.
 //
-// An idle client waits in NextReader, within a stack of 2 KiB as long as this
-// function's part of it is small: what else there is to do is done in methods.
+// It is kept small, so that the goroutine of an idle client keeps a stack of 2 KiB.
 func (c *Client) readPump() {
 	c.conn.SetPingHandler(func(data string) error {
-		c.pace()
-		// A pong may have to wait for a batch. If it fails, so will writePump.
+		c.limitRate()
+		// Ignore the error: after a failed write, writePump fails too.
 		c.conn.WriteControl(websocket.PongMessage, []byte(data), time.Now().Add(writeWait))
 		return nil
 	})
-	c.conn.SetPongHandler(func(string) error { c.pace(); return nil })
-	// The answer to a close frame is writePump's, behind what is queued.
+	c.conn.SetPongHandler(func(string) error { c.limitRate(); return nil })
+	// writePump answers a close frame, after what is queued.
 	c.conn.SetCloseHandler(func(int, string) error { return nil })
 	for {
-		// Reset the deadline here: handing the last message to the hub may have
-		// taken long, and the peer is not to blame for that.
+		// The hub may have taken long to receive the last message: allow pongWait from now.
 		c.conn.SetReadDeadline(time.Now().Add(pongWait))
 		messageType, r, err := c.conn.NextReader()
 		if err == nil {
 			err = c.receive(messageType, r)
 		}
 		if err != nil {
-			c.hangUp(err)
+			c.finish(err)
 			return
 		}
 	}
 }
 
-// pace takes note of a message that begins, or of a control frame. It gives the
-// peer pongWait for what comes next, and sleeps if the peer is ahead of its rate
-// by more than a burst, so that TCP slows it down.
-func (c *Client) pace() {
-	if c.goodbye.Load() != nil {
-		return // Do not slow it now: its close frame comes behind what it has sent.
+// limitRate takes a token for the start of a message, or a control frame. If the bucket
+// is empty it sleeps until the next token, so that TCP backpressure delays the peer. It
+// also extends the read deadline.
+func (c *Client) limitRate() {
+	if c.reason.Load() != nil {
+		return // Do not delay the peer's close frame, behind what it has sent.
 	}
-	if !c.receiving { // A ping in the middle of a message gives it no more time.
+	if !c.receiving { // Control frames within a message do not give it more time.
 		c.conn.SetReadDeadline(time.Now().Add(pongWait))
 	}
-	if now := time.Now(); c.due.Before(now) {
-		c.due = now
+	if now := time.Now(); c.bucketFullAt.Before(now) {
+		c.bucketFullAt = now
 	}
-	c.due = c.due.Add(rateInterval)
-	ahead := time.Until(c.due) - rateBurst*rateInterval
-	if ahead > 0 && !c.slowed {
-		c.slowed = true
-		// In a goroutine, as nobody waits for a log that is stuck.
-		go log.Printf("%v: slowed, as it sends more than %d messages a second", c.conn.RemoteAddr(), time.Second/rateInterval)
+	c.bucketFullAt = c.bucketFullAt.Add(rateInterval)
+	wait := time.Until(c.bucketFullAt) - rateBurst*rateInterval
+	if wait > 0 && !c.limited {
+		c.limited = true
+		// In a goroutine, as writes to a log can block.
+		go log.Printf("%v: rate limited to %d messages a second", c.conn.RemoteAddr(), time.Second/rateInterval)
 	}
-	time.Sleep(ahead)
+	time.Sleep(wait)
 }
 
-// receive takes the message in r to the hub as one clean line, unless it is
-// blank, or comes after the goodbye. One that breaks a rule ends the client. It
-// returns an error if the message cannot be read. (SetReadLimit would do for the
-// limit, but it closes without a reason.)
+// receive broadcasts the message in r as one clean line, unless it is blank or the
+// client already has a reason to end. An invalid message gives it one. The error is a
+// read error. (SetReadLimit would close the connection without a text.)
 func (c *Client) receive(messageType int, r io.Reader) error {
-	c.pace()
+	c.limitRate()
 	c.receiving = true
 	message, err := io.ReadAll(io.LimitReader(r, maxMessageSize+1))
 	c.receiving = false
@@ -283,23 +222,23 @@ func (c *Client) receive(messageType int, r io.Reader) error {
 	}
 	line := clean(message)
 	switch {
-	case c.goodbye.Load() != nil:
+	case c.reason.Load() != nil:
 	case len(message) > maxMessageSize:
-		c.end(tooBig)
+		c.end(errTooBig)
 	case messageType != websocket.TextMessage:
-		c.end(notText)
+		c.end(errBinary)
 	case !utf8.Valid(message):
-		c.end(notUTF8)
+		c.end(errInvalidUTF8)
 	case len(line) > 0:
-		c.hub.do <- func() { c.hub.hear(c, string(line)) }
+		c.hub.do(func() { c.hub.hear(c, string(line)) })
 	}
 	return nil
 }
 
-// clean makes one line of UTF-8 of message: control characters, which end lines
-// and drive terminals, become spaces, bytes that are not UTF-8 become U+FFFD, and
-// white space around it goes. What the server says itself has to be clean, too,
-// or browsers may disconnect.
+// clean makes message one line of valid UTF-8. Control characters, which end lines and
+// drive terminals, become spaces; invalid UTF-8 becomes U+FFFD; surrounding white space
+// is trimmed. Clean the application's own messages too: browsers close the connection
+// on invalid UTF-8.
 func clean(message []byte) []byte {
 	return bytes.TrimSpace(bytes.Map(func(r rune) rune {
 		if unicode.IsControl(r) {
@@ -309,11 +248,12 @@ func clean(message []byte) []byte {
 	}, message))
 }
 
-// writePump takes what the hub says to the peer, and pings it. It does all writes
-// of messages on conn. It ends after the goodbye, or when a write fails, and has
-// conn closed soon after, which ends readPump if that still reads.
+// writePump writes queued messages and pings to the peer. It does all writes on conn
+// except pongs. It ends after the close frame, or when a write fails. closeWait later a
+// timer closes conn, which ends readPump if the peer has not.
 func (c *Client) writePump() {
-	pings := time.NewTicker(pingPeriod)
+	ticker := time.NewTicker(pingPeriod)
+	defer ticker.Stop()
 	var err error
 	for err == nil {
 		select {
@@ -321,30 +261,23 @@ func (c *Client) writePump() {
 			if ok {
 				err = c.writeBatch(message)
 			} else {
-				c.sayGoodbye()
-				err = websocket.ErrCloseSent // Nothing may follow a close frame.
+				err = c.writeClose()
 			}
-		case <-pings.C:
+		case <-ticker.C:
 			err = c.ping()
 		}
 	}
-	pings.Stop()
-	// readPump gets any other error as well, and handles it.
-	if timeout, ok := err.(net.Error); ok && timeout.Timeout() {
-		c.goodbye.CompareAndSwap(nil, fellBehind)
-	}
-
-	// readPump has closeWait to read the peer's answer. (A TLS connection may take
-	// five seconds more to close.)
-	time.AfterFunc(closeWait, func() { c.conn.Close() })
-
-	// A copy's run may send here without a default: empty the queue until run closes
-	// it, so that it does not block for ever.
+	time.AfterFunc(closeWait, func() {
+		c.reason.CompareAndSwap(nil, abnormal(err)) // unless the peer has sent a close frame
+		c.conn.Close()
+	})
+	// Receive until run closes send, so that an application's run without a default case
+	// does not block.
 	for range c.send {
 	}
 }
 
-// writeBatch sends message, and what has queued up behind it, in one frame.
+// writeBatch writes message, and those that have queued up behind it, in one frame.
 func (c *Client) writeBatch(message []byte) error {
 	c.conn.SetWriteDeadline(time.Now().Add(writeWait))
 	w, err := c.conn.NextWriter(websocket.TextMessage)
@@ -352,16 +285,16 @@ func (c *Client) writeBatch(message []byte) error {
 		return err
 	}
 	w.Write(message)
-	for room := maxBatchSize - len(message); len(c.send) > 0 && room >= len(newline)+maxLineSize; {
+	for free := maxBatchSize - len(message); len(c.send) > 0 && free >= len(newline)+maxLineSize; {
 		message = <-c.send
 		w.Write(newline)
 		w.Write(message)
-		room -= len(newline) + len(message)
+		free -= len(newline) + len(message)
 	}
 	return w.Close()
 }
 
-// ping sends a ping, and a heartbeat to who asked for it.
+// ping writes a ping, and a heartbeat if the peer has asked for the subprotocol.
 func (c *Client) ping() error {
 	c.conn.SetWriteDeadline(time.Now().Add(writeWait))
 	err := c.conn.WriteMessage(websocket.PingMessage, nil)
@@ -371,82 +304,141 @@ func (c *Client) ping() error {
 	return err
 }
 
-// sayGoodbye sends the close frame. If that fails, nothing better can be done:
-// conn is closed soon after.
-func (c *Client) sayGoodbye() {
-	c.goodbye.CompareAndSwap(nil, noReason) // if a copy has closed send by hand
-	why := c.goodbye.Load()
-	if why.Code == websocket.CloseAbnormalClosure {
-		return // 1006 is no code to send. RFC 6455 section 7.4.1.
+// writeClose writes the close frame. It always returns an error, as nothing may follow.
+func (c *Client) writeClose() error {
+	c.reason.CompareAndSwap(nil, errUnregistered) // if the application has closed send itself
+	reason := c.reason.Load()
+	if reason.Code != websocket.CloseAbnormalClosure { // 1006 is never sent: RFC 6455 section 7.4.1.
+		// The text has at most 123 bytes: RFC 6455 section 5.5.
+		text := strings.ToValidUTF8(reason.Text[:min(len(reason.Text), 123)], "")
+		c.conn.SetWriteDeadline(time.Now().Add(writeWait))
+		c.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(reason.Code, text))
 	}
-	// A close frame holds a code and 123 bytes of text. RFC 6455 section 5.5.
-	text := strings.ToValidUTF8(why.Text[:min(len(why.Text), 123)], "")
-	c.conn.SetWriteDeadline(time.Now().Add(writeWait))
-	c.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(why.Code, text))
+	return websocket.ErrCloseSent
 }
 
-// end has run drop the client, whose peer is told why. Only readPump may call it:
-// run is sure to receive until readPump sends to left. Others have run call drop.
-func (c *Client) end(why *goodbye) {
-	c.goodbye.CompareAndSwap(nil, why)
+// end has run drop the client. Only readPump may call it: run keeps receiving until it
+// has received readPump's done. Other goroutines call drop through do.
+func (c *Client) end(reason *websocket.CloseError) {
+	c.reason.CompareAndSwap(nil, reason)
 	c.hub.unregister <- c
 }
 
-// hangUp is the end of readPump, after reading has failed with err.
-func (c *Client) hangUp(err error) {
-	why, gone := whyItFailed(err)
-	c.end(why)
-	c.writing.Wait() // writePump says what is queued, and the goodbye.
-	if !gone {
-		c.drain()
+// finish ends the client when reading has failed with err.
+func (c *Client) finish(err error) {
+	reason, closed := readError(err)
+	c.end(reason)
+	c.writing.Wait() // until the close frame has been written
+	if !closed {
+		c.linger()
 	}
 	c.conn.Close()
-	c.hub.left <- c
-	c.logEnd(why, gone) // last, so that nobody waits for a log that is stuck
+	c.hub.done <- c
+	c.logEnd(reason, closed) // last, as writes to a log can block
 }
 
-// whyItFailed tells what err, from reading, means for the goodbye, and whether
-// the peer has gone: then there is nothing more to read.
-func whyItFailed(err error) (why *goodbye, gone bool) {
+// readError turns a read error into a reason, and reports whether the peer or the network
+// has closed the connection.
+func readError(err error) (reason *websocket.CloseError, closed bool) {
 	switch err := err.(type) {
-	case *goodbye: // the peer's own, or 1006 if the connection ended without one
+	case *websocket.CloseError: // the peer's, or 1006 if there was no close frame
 		return err, true
 	case net.Error:
 		if err.Timeout() {
-			return tooSlow, false
+			return errTimeout, false
 		}
-		return &goodbye{Code: websocket.CloseAbnormalClosure, Text: err.Error()}, true
+		return abnormal(err), true
 	}
-	if err == io.ErrUnexpectedEOF { // A TLS connection ended within a record.
-		return &goodbye{Code: websocket.CloseAbnormalClosure, Text: err.Error()}, true
+	if err == io.ErrUnexpectedEOF { // a TLS connection cut within a record
+		return abnormal(err), true
 	}
-	return &goodbye{Code: websocket.CloseProtocolError, Text: err.Error()}, false
+	return &websocket.CloseError{Code: websocket.CloseProtocolError, Text: err.Error()}, false
 }
 
-// drain reads until the peer has closed its side, or writePump closes conn. The
-// peer may still be sending, and what it sends can no longer be parsed. But to close
-// a TCP connection with input unread is to reset it, and the reset can destroy the
-// close frame.
-func (c *Client) drain() {
+// abnormal returns the reason of a connection that has failed.
+func abnormal(err error) *websocket.CloseError {
+	return &websocket.CloseError{Code: websocket.CloseAbnormalClosure, Text: err.Error()}
+}
+
+// linger does a lingering close when frames can no longer be parsed: it discards input
+// until the peer closes its side, or writePump's timer closes conn. Closing a TCP
+// connection with unread input resets it, and the peer may lose the close frame.
+func (c *Client) linger() {
 	conn := c.conn.NetConn()
-	if half, ok := conn.(interface{ CloseWrite() error }); ok {
+	if delayed, ok := conn.(*delayedConn); ok {
+		conn = delayed.Conn
+	}
+	if half, ok := conn.(interface{ CloseWrite() error }); ok { // TCP and TLS
 		half.CloseWrite()
 	}
 	conn.SetReadDeadline(time.Time{})
 	io.Copy(io.Discard, conn)
 }
 
-// logEnd logs how the client has ended, unless that was a normal end. It quotes
-// the reason, as the peer may have chosen the words.
-func (c *Client) logEnd(why *goodbye, gone bool) {
-	first := c.goodbye.Load()
+// logEnd logs why the client has ended, unless it ended normally. It quotes the reason,
+// as the peer may have chosen the text. The client was disconnected if its first reason
+// came with the end of the connection, and dropped if the server had one before.
+func (c *Client) logEnd(reason *websocket.CloseError, closed bool) {
+	first := c.reason.Load()
 	if !websocket.IsUnexpectedCloseError(first, websocket.CloseNormalClosure,
 		websocket.CloseGoingAway, websocket.CloseNoStatusReceived) {
 		return
 	}
 	ended := "dropped"
-	if first == why && gone {
-		ended = "left"
+	if first == reason && closed {
+		ended = "disconnected"
 	}
-	log.Printf("%v: %s with %q", c.conn.RemoteAddr(), ended, first)
+	log.Printf("%v: %s: %q", c.conn.RemoteAddr(), ended, first)
+}
+
+// A delayedHandshake is the ResponseWriter for Upgrade, which hijacks conn from it.
+type delayedHandshake struct {
+	http.ResponseWriter
+	conn *delayedConn
+}
+
+func (h *delayedHandshake) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, buffered, err := http.NewResponseController(h.ResponseWriter).Hijack()
+	h.conn = &delayedConn{Conn: conn}
+	return h.conn, buffered, err
+}
+
+// A delayedConn holds back the first write, which is Upgrade's handshake response, until
+// respond or the next Read or Write: an application may exchange messages with the peer
+// before it registers the client.
+type delayedConn struct {
+	net.Conn
+	respond func() error // writes the response once; returns the same error each time
+}
+
+func (c *delayedConn) Write(p []byte) (int, error) {
+	if c.respond == nil {
+		response := bytes.Clone(p)
+		c.respond = sync.OnceValue(func() error {
+			c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
+			if _, err := c.Conn.Write(response); err != nil {
+				return abnormal(fmt.Errorf("handshake response: %w", err))
+			}
+			return nil
+		})
+		return len(p), nil
+	}
+	if err := c.respond(); err != nil {
+		return 0, err
+	}
+	return c.Conn.Write(p)
+}
+
+func (c *delayedConn) Read(p []byte) (int, error) {
+	if err := c.respond(); err != nil {
+		return 0, err
+	}
+	return c.Conn.Read(p)
+}
+
+// reject answers the handshake with status 503 instead of 101, and closes the connection.
+func (c *delayedConn) reject(text string) {
+	c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
+	io.WriteString(c.Conn, "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\r\n"+text+"\n")
+	c.Conn.Close()
 }

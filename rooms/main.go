@@ -15,21 +15,22 @@ import (
 	"time"
 )
 
-// pageTimeout is the time allowed for each of these: to send a request, to take the
-// answer, and to send the next request. Without it, who sends nothing would hold a
-// connection for ever.
-const pageTimeout = 10 * time.Second
+const (
+	// Time allowed to read a request, to write its response, and between two requests. It
+	// does not apply to WebSocket connections.
+	httpTimeout = 10 * time.Second
 
-// maxHeaderSize is the maximum size in bytes of a request's header, which includes
-// its URL, which goes into the log. (net/http lets pass 4 KiB more.)
-const maxHeaderSize = 16 << 10
+	// Maximum size in bytes of a request header, which also bounds the URLs in the log.
+	// (net/http allows 4 KiB more.)
+	maxHeaderSize = 16 << 10
 
-// shutdownWait is the time allowed to everybody together to leave when the server
-// shuts down.
-const shutdownWait = 5 * time.Second
+	// Time allowed for all clients to disconnect during a graceful shutdown: less than the
+	// ten seconds that docker stop allows by default.
+	shutdownWait = 8 * time.Second
 
-// logWait is the time allowed to the log when the server starts and shuts down.
-const logWait = 100 * time.Millisecond
+	// Longest time that startup and shutdown wait for a write to the log.
+	logWait = 100 * time.Millisecond
+)
 
 var addr = flag.String("addr", "localhost:8080", "listen on `host:port`")
 
@@ -41,13 +42,15 @@ func main() {
 		flag.Usage()
 		os.Exit(2)
 	}
+	// Otherwise a write to stderr after its reader has exited would end the process.
+	signal.Ignore(syscall.SIGPIPE)
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	go func() {
 		<-signals
 		cancel()
-		<-signals // A second one ends the process at once.
+		<-signals
 		os.Exit(1)
 	}()
 	if err := run(ctx, *addr); err != nil {
@@ -55,8 +58,8 @@ func main() {
 	}
 }
 
-// run serves chat on addr until ctx is done. It returns an error if it cannot
-// listen there, or no longer can.
+// run listens on addr and serves until ctx is done. It returns an error if
+// listening fails, at once or later.
 func run(ctx context.Context, addr string) error {
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -70,36 +73,36 @@ func run(ctx context.Context, addr string) error {
 	return serve(ctx, listener)
 }
 
-// serve serves chat to those who connect to listener, until ctx is done or
-// listener fails. Then it has the hubs send everybody away, and returns when they
-// have gone, after shutdownWait at the latest.
+// serve accepts connections on listener until ctx is done or listener fails. Then it
+// stops the hubs, and waits up to shutdownWait for all clients to disconnect. It returns
+// the listener's error, if any.
 func serve(ctx context.Context, listener net.Listener) error {
 	rooms := newRooms(cmp.Or(os.Getenv("CHAT_KEY"), rand.Text()))
 	server := &http.Server{
 		Handler:        rooms.handler(),
-		ReadTimeout:    pageTimeout,
-		WriteTimeout:   pageTimeout,
+		ReadTimeout:    httpTimeout,
+		WriteTimeout:   httpTimeout,
 		MaxHeaderBytes: maxHeaderSize,
 	}
-	context.AfterFunc(ctx, func() { server.Close() }) // WebSockets are the hubs' to close.
+	context.AfterFunc(ctx, func() { server.Close() }) // This does not close WebSockets: the hubs do.
 	err := server.Serve(listener)
 	if err == http.ErrServerClosed {
 		err = nil
 	}
 
-	empty := make(chan struct{})
-	go func() { rooms.stop(); close(empty) }()
+	disconnected := make(chan struct{})
+	go func() { rooms.stop(); close(disconnected) }()
 	logSoon("shutting down")
 	select {
-	case <-empty:
+	case <-disconnected:
 	case <-time.After(shutdownWait):
-		logSoon("leaving clients behind that do not close within %v", shutdownWait)
+		logSoon("exiting: some clients are still connected after %v", shutdownWait)
 	}
 	return err
 }
 
-// logSoon logs like log.Printf, but waits for that no longer than logWait. A log that
-// nobody reads can be stuck: so is a Windows console in which text is selected.
+// logSoon logs like log.Printf, but waits at most logWait. Writes to a log can block: in a
+// Windows console, for example, while text is selected.
 func logSoon(format string, args ...any) {
 	logged := make(chan struct{})
 	go func() { log.Printf(format, args...); close(logged) }()

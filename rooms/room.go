@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/gorilla/websocket"
 	"github.com/mtibben/confusables"
 	"golang.org/x/text/cases"
 	"golang.org/x/text/secure/precis"
@@ -33,12 +34,12 @@ const historySize = 100
 // long, and stand in two fields. A hello with maxPeople names has to fit, too.
 const maxNameSize, maxLineSize = 32, 4 << 10
 
-// The room's own goodbyes. RFC 6455 section 7.4.2 leaves their codes to applications.
+// Why a room closes connections. RFC 6455 section 7.4.2 leaves these codes to applications.
 // After a code from 4400 on, the page does not come back by itself.
-var sentAway = &goodbye{Code: 4403, Text: "you have been sent away from this room"}
-var nameTaken = &goodbye{Code: 4409, Text: "somebody in this room has your name, or one that looks like it"}
-var tooManyTabs = &goodbye{Code: 4429, Text: "you are in this room too many times"}
-var roomFull = &goodbye{Code: 4503, Text: "this room is full"}
+var sentAway = &websocket.CloseError{Code: 4403, Text: "you have been sent away from this room"}
+var nameTaken = &websocket.CloseError{Code: 4409, Text: "somebody in this room has your name, or one that looks like it"}
+var tooManyTabs = &websocket.CloseError{Code: 4429, Text: "you are in this room too many times"}
+var roomFull = &websocket.CloseError{Code: 4503, Text: "this room is full"}
 
 // A Line is what a client reads: one JSON document. Its kind says what it is:
 //

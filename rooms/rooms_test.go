@@ -52,7 +52,7 @@ func TestNobodySpeaksWhoHasNotBeenLetIn(t *testing.T) {
 			hans.until("left Mallory: sent away by Grete")
 			for _, attack := range []struct {
 				name, cookie, line string
-				want               *goodbye
+				want               *websocket.CloseError
 			}{
 				{"crash the server", kicked, "/x", sentAway},
 				{"speak although sent away", kicked, "I am still here", sentAway},
@@ -665,7 +665,7 @@ func TestLongestLinesAreSentWhole(t *testing.T) {
 			t.Errorf("hears %q", lines)
 		}
 		for range 200 {
-			w.room("kitchen").do <- func() { w.room("kitchen").tell(Line{Kind: "said", Who: name, Text: text, Line: text}) }
+			w.room("kitchen").do(func() { w.room("kitchen").tell(Line{Kind: "said", Who: name, Text: text, Line: text}) })
 		}
 		if p.heard(); p.longest < maxLineSize/2 || p.longest > maxLineSize || p.largest < maxBatchSize/2 || p.largest > maxBatchSize {
 			t.Errorf("the longest line has %d bytes, and the largest message %d", p.longest, p.largest)
@@ -682,7 +682,7 @@ func TestLongestLinesAreSentWhole(t *testing.T) {
 			t.Errorf("the hello has %d bytes", hello)
 		}
 		p.say(text + "x")
-		p.wantGoodbye(tooBig)
+		p.wantGoodbye(errTooBig)
 	})
 }
 
@@ -1039,7 +1039,7 @@ func TestFloodInOneRoomLeavesTheOthersAsQuickAsBefore(t *testing.T) {
 		kitchen := w.room("kitchen")
 		over := make(chan struct{})
 		go func() {
-			for range sendQueueSize { // from the half of it on, each costs the kitchen a breather
+			for range sendQueueSize { // from the half of it on, each costs the kitchen a backpressureDelay
 				kitchen.broadcast <- []byte("x")
 			}
 			close(over)
@@ -1080,7 +1080,7 @@ func TestStopIsReadInEveryRoomBehindWhatIsQueued(t *testing.T) {
 		stopped := make(chan struct{})
 		go func() { w.stop(); close(stopped) }()
 		for _, p := range peers {
-			if lines := p.wantGoodbye(shuttingDown); len(lines) == 0 || lines[len(lines)-1] != "said: last words" {
+			if lines := p.wantGoodbye(errShuttingDown); len(lines) == 0 || lines[len(lines)-1] != "said: last words" {
 				t.Errorf("hears %q, want last words at the end", lines)
 			}
 		}
@@ -1102,7 +1102,7 @@ func TestSIGTERMIsReadInEveryRoomAndEndsItWithStatusZero(t *testing.T) {
 	start := time.Now()
 	cmd.Process.Signal(syscall.SIGTERM)
 	for _, p := range peers {
-		p.wantGoodbye(shuttingDown)
+		p.wantGoodbye(errShuttingDown)
 	}
 	io.Copy(io.Discard, log)
 	if err := cmd.Wait(); err != nil {
@@ -1648,7 +1648,7 @@ func (p *peer) row(after, count int) int {
 }
 
 // wantGoodbye waits until the connection ends, and returns the lines before that.
-func (p *peer) wantGoodbye(want *goodbye) (lines []string) {
+func (p *peer) wantGoodbye(want *websocket.CloseError) (lines []string) {
 	p.t.Helper()
 	select {
 	case <-p.ended:
@@ -1656,7 +1656,7 @@ func (p *peer) wantGoodbye(want *goodbye) (lines []string) {
 		p.t.Errorf("the connection does not end within %v", patience)
 		return nil
 	}
-	var got *goodbye
+	var got *websocket.CloseError
 	if !errors.As(p.err, &got) || *got != *want {
 		p.t.Errorf("the connection ends with %v, want %v", p.err, want)
 	}
