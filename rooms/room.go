@@ -301,8 +301,8 @@ func (d directory[T]) remove(name string)        { delete(d, fold(name)); delete
 // Lisa and LISA, or look alike in small letters. Weiß counts as Weiss.
 // https://www.unicode.org/reports/tr39/#Confusable_Detection
 func fold(name string) string {
-	small := strings.ReplaceAll(cases.Fold().String(name), "i\u0307", "i") // It was a Turkish capital i.
-	return cases.Fold().String(confusables.Skeleton(small))
+	// A Turkish capital I with a dot folds to two characters.
+	return cases.Fold().String(confusables.Skeleton(strings.ReplaceAll(cases.Fold().String(name), "i\u0307", "i")))
 }
 
 // looks returns a key that is the same for two names that look alike as they are
