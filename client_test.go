@@ -1422,7 +1422,7 @@ func TestThePageKnowsTheServersFigures(t *testing.T) {
 	}
 }
 
-// README.md, "Copy it": the code there is the code here, and works.
+// README.md, "Use it in your project": the code there is the code here, and works.
 
 func TestCodeInREADMEWorks(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
@@ -1456,10 +1456,7 @@ func TestCodeInREADMEWorks(t *testing.T) {
 			})
 		}
 		hub := hubs["/kitchen/ws"]
-		select {
-		case hub.broadcast <- []byte("Dinner is ready."):
-		case <-hub.stopped:
-		}
+		hub.do(func() { hub.deliver([]byte("Dinner is ready.")) })
 		for _, hub := range hubs {
 			hub.stop()
 		}
@@ -1482,9 +1479,11 @@ func TestCodeInREADMEIsTheCodeHere(t *testing.T) {
 	}
 	_, code, _ := strings.Cut(strings.ReplaceAll(string(readme), "\r\n", "\n"), "\n    hubs := ")
 	code, _, found := strings.Cut("hubs := "+code, "\n\n")
-	if !found {
-		t.Fatal("README.md has no code that starts with hubs")
+	broadcast := regexp.MustCompile(`(?m)^    hub\.do\(.*$`).FindString(string(readme))
+	if !found || broadcast == "" {
+		t.Fatal("README.md has no code that starts with hubs, or none that starts with hub.do")
 	}
+	code += "\n" + broadcast
 	_, rest, _ := strings.Cut(strings.ReplaceAll(string(here), "\r\n", "\n"), "func TestCodeInREADMEWorks")
 	for line := range strings.Lines(code) {
 		before, after, found := strings.Cut(rest, "\t"+strings.TrimSpace(line)+"\n")
