@@ -33,56 +33,56 @@ import (
 
 // The tests stand in the order of what they show: what happens on the wire, the
 // promises, serving, and the page. Then comes the rig, and after it fuzzing. What
-// needs only a Hub, what copies do, the process, and the benchmarks are in hub_test.go.
+// needs only a Hub, what applications do, the process, and the benchmarks are in hub_test.go.
 
 // The promises, and the tests of each in both files. This index is code so that the
 // compiler knows its names.
 var _ = map[string][]func(*testing.T){
 	"1. Joined when Dial returns, and only after a right handshake": {
-		TestRequestThatIsNoHandshakeIsRefusedAndRegistersNobody, TestPanicInCheckOriginLeavesNothingInTheHub,
-		TestHandshakeIsAnsweredWhenTheClientHasRegistered, TestClientIsInTheRoomBeforeItsHandshakeSucceeds,
-		TestJoinedWhenDialReturnsOverTCP, TestRunMayWriteToConnWhenItTakesAClientIn},
+		TestInvalidHandshakeIsRefusedAndRegistersNothing, TestPanicInCheckOriginLeavesNothingInTheHub,
+		TestHandshakeResponseIsDelayedUntilTheClientIsRegistered, TestClientIsRegisteredBeforeItsHandshakeSucceeds,
+		TestJoinedWhenDialReturnsOverTCP, TestRunMayWriteToConnWhenItRegistersAClient},
 	"2. One order": {
-		TestEverybodySeesTheSameMessagesInTheSameOrder},
-	"3. A healthy client is never dropped because somebody else sends fast": {
-		TestFloodDropsNoHealthyReader, TestSenderIsSlowedToItsRateAndNeverDropped,
-		TestBurstComesBackAfterSilence, TestHubPausesOnlyWhenAQueueIsPastHalf},
-	"4. A stuck client costs a bounded pause, and then nothing": {
-		TestStuckClientCostsTheRoomNothingOnceItIsDropped, TestFullQueueDropsItsClientAlone,
-		TestClientThatNeverReadsIsCutOff, TestNobodyWaitsForAClientThatCannotBeWrittenTo},
-	"5. Any message or control frame shows that a peer lives": {
-		TestPeerIsDroppedPongWaitAfterItsLastMessageOrControlFrame, TestClientThatTheRoomHoldsUpIsNotTakenForSilent},
+		TestAllClientsReceiveTheSameMessagesInTheSameOrder},
+	"3. A healthy client is never dropped because another one sends fast": {
+		TestFloodDropsNoHealthyClient, TestSenderIsRateLimitedAndNeverDropped,
+		TestTokenBucketRefillsWhileIdle, TestHubAppliesBackpressureOnlyWhenAQueueIsPastHalf},
+	"4. A slow client costs a bounded wait, and then nothing": {
+		TestSlowClientCostsTheOthersNothingOnceItIsDropped, TestFullQueueDropsItsClientAlone,
+		TestClientThatNeverReadsIsClosed, TestNothingWaitsForAClientAfterAFailedWrite},
+	"5. Any message or control frame shows that a peer is alive": {
+		TestPeerTimesOutPongWaitAfterItsLastMessageOrControlFrame, TestClientDelayedByTheHubDoesNotTimeOut},
 	"6. SIGINT or SIGTERM, and a port in use": {
-		TestSignalSendsEverybodyHomeAndEndsTheProcessWithStatus0, TestSecondSignalEndsTheProcessAtOnce,
-		TestProcessThatCannotServeSaysSo, TestServeReturnsAtOnceIfEverybodyLeaves,
-		TestServeReturnsInTimeEvenIfAClientIsStuck, TestStoppedHubSendsEverybodyAwayAndWaitsForThem,
-		TestShutdownIsReadByAClientThatSendsBeforeItReads, TestHandshakeDuringShutdownIsRefused,
-		TestRefusedPeerIsCutOffAlsoIfItTakesNothing},
+		TestSignalShutsDownGracefullyWithStatus0, TestSecondSignalForcesAnExit,
+		TestProcessThatCannotListenExitsWithOneLine, TestServeReturnsAtOnceIfAllClientsDisconnect,
+		TestServeReturnsAfterShutdownWaitDespiteASlowClient, TestStoppedHubDropsAllClientsAndWaitsForThem,
+		TestShutdownIsReadByAClientThatSendsBeforeItReads, TestHandshakeDuringShutdownIsRejected,
+		TestRejectedPeerThatDoesNotReadIsClosedAfterWriteWait},
 	"7. No goroutine outlives its client, and none the hub": {
-		TestHubEndsSoonHoweverItsClientEnds, TestRequestIsOverWhenItsHandshakeIsAnswered,
-		TestStoppedHubSendsEverybodyAwayAndWaitsForThem},
-	"8. A naive move in a copy costs at most its own client": {
-		TestRegisteringAgainIsHarmless, TestUnregisterTwiceIsHarmless, TestUnregisterOfAStrangerIsHarmless,
-		TestLeavingTwiceDoesNotEndTheHubEarly, TestLeavingWithoutUnregisteringIsEnough,
-		TestAnybodyMayStopTheHubAnyNumberOfTimes, TestQueueClosedByHandIsANormalEnd,
-		TestWaitingForAClientThatDoesNotReadEndsWithItsConnection, TestHistoryMayBeLongerThanAQueue,
-		TestEveryEndIsSaidAndLoggedAsWhatItIs, // a reason that is too long
+		TestHubEndsSoonHoweverItsClientEnds, TestServeWsReturnsAfterTheHandshake,
+		TestStoppedHubDropsAllClientsAndWaitsForThem},
+	"8. A naive move of an application costs at most its own client": {
+		TestRegisteringAgainIsHarmless, TestUnregisterTwiceIsHarmless, TestUnregisterOfAnUnknownClientIsHarmless,
+		TestDoneTwiceDoesNotEndTheHubEarly, TestDoneWithoutUnregisterIsEnough,
+		TestAnyGoroutineMayStopTheHubAnyNumberOfTimes, TestQueueClosedByTheApplicationIsANormalClosure,
+		TestBlockingSendInRunEndsWithTheSlowClientsConnection, TestHistoryMayExceedTheQueue,
+		TestEveryCloseReasonIsSentAndLogged, // a reason that is too long
 		TestUpstreamsServeWsWorksWithThesePumps, TestPeerMayBeAskedForAPasswordBeforeItRegisters},
 	"9. From any goroutine, at any time, through do and tell": {
 		TestDoAndTellReachTheHubFromAnyGoroutine, TestDoReturnsWhenTheFunctionHasReturned,
 		TestDoAndTellReturnFalseOnceTheHubIsStopped, TestStopReleasesCallersOfDoThatRunHasNotTaken,
 		TestDoAndTellFromFiftyGoroutinesAgainstDropAndStop, TestGoroutineThatOutlivesTheHubEnds,
-		TestMessageForOneClientReachesItAlone, TestAnswersToAClientThatDoesNotReadCostItAlone,
-		TestTheLastConnectionWinsAgainstHandshakesAlone},
+		TestMessageForOneClientReachesItAlone, TestRepliesToASlowClientCostItAlone,
+		TestNewConnectionOfAUserReplacesTheOldOnlyAfterAValidHandshake},
 	"10. Nothing in the shutdown waits for the log, and a log whose reader has died ends nothing": {
 		TestProcessOutlivesTheReaderOfItsLog,
-		TestHubEndsAlthoughTheLogIsStuck, TestServeReturnsAlthoughTheLogIsStuck,
-		TestSignalEndsTheProcessAlthoughItsLogIsStuck, TestClientThatIsSlowedWaitsForNoLog},
+		TestHubEndsAlthoughTheLogBlocks, TestServeReturnsAlthoughTheLogBlocks,
+		TestSignalEndsTheProcessAlthoughItsLogBlocks, TestRateLimitedClientDoesNotWaitForTheLog},
 }
 
 // The figures and words that people rely on; all other tests ask the constants.
 
-func TestFiguresAndGoodbyesAreThePromisedOnes(t *testing.T) {
+func TestConstantsAndCloseReasonsAreAsPromised(t *testing.T) {
 	for name, test := range map[string]struct{ got, want any }{
 		"writeWait":         {writeWait, 10 * time.Second},
 		"pongWait":          {pongWait, time.Minute},
@@ -204,9 +204,9 @@ func TestBatchIsFilledToTheLastByte(t *testing.T) {
 }
 
 // A client that asks for the subprotocol heartbeat gets an empty text message
-// with every ping; who does not ask gets none.
+// with every ping; other clients get none.
 
-func TestWhoAsksForHeartbeatsGetsAnEmptyMessageWithEachPing(t *testing.T) {
+func TestHeartbeatClientGetsAnEmptyMessageWithEachPing(t *testing.T) {
 	quiet := []string{`10s text "hello"`, `54s ping ""`, `1m48s ping ""`}
 	lively := []string{`10s text "hello"`, `54s ping ""`, `54s text ""`, `1m48s ping ""`, `1m48s text ""`}
 	for subprotocol, want := range map[string][]string{"": quiet, "other": quiet, "heartbeat": lively} {
@@ -297,11 +297,11 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 	}
 }
 
-// On the wire, when things go wrong: the one who caused it gets a close code and
-// a reason, also when it is in the middle of sending; when both have said goodbye
-// TCP ends at once, and everyone else sees nothing.
+// On the wire, when things go wrong: the client that caused it gets a close code and a
+// reason, also while it is sending; after both close frames TCP is closed at once; and
+// the other clients notice nothing.
 
-// offences are what a client can do to be sent away.
+// offences are what a client can do to have its connection closed.
 var offences = []struct {
 	name string
 	sent []byte
@@ -320,13 +320,13 @@ var offences = []struct {
 }
 
 // much is many messages, and endless as many parts of one: more than a pipe holds
-// for somebody who does not read, and more than the allowed rate takes in closeWait.
+// for a peer that does not read, and more than the rate limit takes in closeWait.
 var (
 	much    = bytes.Repeat(encode(0x81, strings.Repeat("x", 122)), 2000)
 	endless = bytes.Repeat(encode(0x00, strings.Repeat("x", 122)), 2000)
 )
 
-func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
+func TestOffenderAloneIsClosedAndReadsTheReason(t *testing.T) {
 	for _, offence := range offences {
 		for _, busy := range []bool{false, true} {
 			for _, sends := range []bool{false, true} {
@@ -337,11 +337,11 @@ func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 					if busy {
 						offender.unbuffered()
 						said = list("one", "two", "three")
-						r.say(said...) // Nobody has read it when the offence comes.
+						r.say(said...) // The peer has not read it when the offence comes.
 						heard = said
 					}
 					if logged.Code == 1002 {
-						// gorilla/websocket says this one itself, ahead of what is queued.
+						// gorilla/websocket writes this one itself, ahead of the queue.
 						logged.Text = "websocket: " + logged.Text
 						heard = said[:min(1, len(said))]
 					}
@@ -359,7 +359,7 @@ func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 						writing.Wait() // It reads only when it has written all.
 					}
 					if got := offender.wantClose(offence.want); !slices.Equal(got, heard) {
-						t.Errorf("before the goodbye came %s, want %q", brief(got), heard)
+						t.Errorf("before the close frame came %s, want %q", brief(got), heard)
 					}
 					if logged.Code == 1002 {
 						offender.wantHalfEnd()
@@ -380,7 +380,7 @@ func TestOffenderAloneIsSentAwayAndReadsWhy(t *testing.T) {
 	}
 }
 
-func TestCopyWithCompressionEndsWhoSendsWhatCannotBeRead(t *testing.T) {
+func TestCompressedMessageThatCannotBeReadIsAProtocolError(t *testing.T) {
 	defer func(old websocket.Upgrader) { upgrader = old }(upgrader)
 	upgrader.EnableCompression = true
 	inRoom(t, func(t *testing.T, r *room) {
@@ -392,7 +392,7 @@ func TestCopyWithCompressionEndsWhoSendsWhatCannotBeRead(t *testing.T) {
 	})
 }
 
-func TestTLSPeerThatDiesWithinARecordHasVanished(t *testing.T) {
+func TestTLSConnectionCutWithinARecordIsAbnormalClosure(t *testing.T) {
 	issuer := httptest.NewTLSServer(nil) // for its certificate
 	issuer.Close()
 	inBubble(t, func(t *testing.T) {
@@ -411,7 +411,7 @@ func TestTLSPeerThatDiesWithinARecordHasVanished(t *testing.T) {
 // That the pipes behave as TCP does: here it is TCP, and little to send, so that
 // it takes no time.
 
-func TestOffenderReadsWhyOverTCPAlsoWhileItSends(t *testing.T) {
+func TestOffenderReadsTheReasonOverTCPWhileItSends(t *testing.T) {
 	watch(t, patience)
 	r := tcpRoom(t)
 	for _, offence := range offences {
@@ -423,7 +423,7 @@ func TestOffenderReadsWhyOverTCPAlsoWhileItSends(t *testing.T) {
 	}
 }
 
-func TestOffenderThatNeverAnswersIsCutOffAfterCloseWait(t *testing.T) {
+func TestOffenderThatNeverAnswersIsClosedAfterCloseWait(t *testing.T) {
 	for _, offence := range offences {
 		runInRoom(t, offence.name, func(t *testing.T, r *room) {
 			p := r.join(t)
@@ -442,7 +442,7 @@ func TestOffenderThatNeverAnswersIsCutOffAfterCloseWait(t *testing.T) {
 	}
 }
 
-// A connection of somebody's own, perhaps not TCP, may have no CloseWrite.
+// An application's connection, perhaps not TCP, may have no CloseWrite.
 
 type wholeListener struct{ *pipeListener }
 
@@ -451,7 +451,7 @@ func (l wholeListener) Accept() (net.Conn, error) {
 	return struct{ net.Conn }{conn}, err
 }
 
-func TestOffenderReadsWhyWhereNothingCanBeHalfClosed(t *testing.T) {
+func TestOffenderReadsTheReasonWithoutCloseWrite(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		listener := newPipeListener()
 		r := newRoom(t, wholeListener{listener})
@@ -465,11 +465,11 @@ func TestOffenderReadsWhyWhereNothingCanBeHalfClosed(t *testing.T) {
 	})
 }
 
-// How a connection ends, and what the log says of it: whose goodbye it was, and
+// How a connection ends, and what the log says of it: which side closed it, and
 // nothing if all went well. What a peer chooses is quoted, so that it can neither
 // end a line of the log nor drive a terminal.
 
-func TestEveryEndIsSaidAndLoggedAsWhatItIs(t *testing.T) {
+func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 	const evil = "x\n2026/11/23 10:00:00 10.0.0.1: forged\x1b[2J\u009b31m"
 	sends := func(sent []byte) func(*room, *peer) {
 		return func(_ *room, p *peer) {
@@ -477,7 +477,7 @@ func TestEveryEndIsSaidAndLoggedAsWhatItIs(t *testing.T) {
 			p.write(sent)
 		}
 	}
-	stall := func(r *room, p *peer, lines int) { // Nobody has read them.
+	stall := func(r *room, p *peer, lines int) { // The peer has not read them.
 		p.unbuffered()
 		for n := range lines {
 			r.say(fmt.Sprint("line ", n))
@@ -489,7 +489,7 @@ func TestEveryEndIsSaidAndLoggedAsWhatItIs(t *testing.T) {
 		name  string
 		end   func(*room, *peer)
 		after time.Duration
-		lines int                   // that come before the goodbye
+		lines int                   // that come before the close frame
 		want  *websocket.CloseError // what the peer reads, unless it has gone
 		log   string
 	}{
@@ -566,7 +566,7 @@ func TestEveryEndIsSaidAndLoggedAsWhatItIs(t *testing.T) {
 	}
 }
 
-func TestClientThatNeverReadsIsCutOff(t *testing.T) {
+func TestClientThatNeverReadsIsClosed(t *testing.T) {
 	ping := func(p *peer) { p.write(encode(0x89, "")) }
 	timeout := abnormal(os.ErrDeadlineExceeded) // the failed write's error
 	for name, test := range map[string]struct {
@@ -576,7 +576,7 @@ func TestClientThatNeverReadsIsCutOff(t *testing.T) {
 	}{
 		"a message":           {func(r *room, p *peer) { r.say("this") }, writeWait, timeout},
 		"why it has to go":    {func(r *room, p *peer) { r.say("this"); r.clients()[0].end(errBinary) }, writeWait, errBinary},
-		"a goodbye":           {func(r *room, _ *peer) { r.clients()[0].end(errBinary) }, writeWait, errBinary},
+		"a close frame":       {func(r *room, _ *peer) { r.clients()[0].end(errBinary) }, writeWait, errBinary},
 		"a ping":              {func(*room, *peer) {}, pingPeriod + writeWait, timeout},
 		"heartbeat":           {func(_ *room, p *peer) { go io.ReadFull(p.NetConn(), make([]byte, 2)) }, pingPeriod + writeWait, timeout},
 		"a pong":              {func(_ *room, p *peer) { ping(p) }, pingPeriod, timeout}, // when writing fails
@@ -591,7 +591,7 @@ func TestClientThatNeverReadsIsCutOff(t *testing.T) {
 			start, want := time.Now(), test.after+closeWait
 			test.begin(r, p)
 			p.NetConn().SetWriteDeadline(time.Time{})
-			for !p.pipe().far.isClosed() && time.Since(start) < 2*want { // It lives.
+			for !p.pipe().far.isClosed() && time.Since(start) < 2*want { // It answers.
 				time.Sleep(100 * time.Millisecond)
 				p.NetConn().Write(encode(0x8a, ""))
 				synctest.Wait()
@@ -604,7 +604,7 @@ func TestClientThatNeverReadsIsCutOff(t *testing.T) {
 	}
 }
 
-func TestNobodyWaitsForAClientThatCannotBeWrittenTo(t *testing.T) {
+func TestNothingWaitsForAClientAfterAFailedWrite(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		p := r.join(t)
 		client := r.clients()[0]
@@ -679,7 +679,7 @@ func TestPongWaitsForAStalledPeer(t *testing.T) {
 // handshake succeeded reaches that client. Only a peer whose handshake is right
 // registers.
 
-func TestRequestThatIsNoHandshakeIsRefusedAndRegistersNobody(t *testing.T) {
+func TestInvalidHandshakeIsRefusedAndRegistersNothing(t *testing.T) {
 	without := func(header string) string {
 		return regexp.MustCompile(header+": .*\r\n").ReplaceAllString(handshake, "")
 	}
@@ -701,7 +701,7 @@ func TestRequestThatIsNoHandshakeIsRefusedAndRegistersNobody(t *testing.T) {
 	} {
 		runInRoom(t, test.name, func(t *testing.T, r *room) {
 			front := *r.hub
-			front.register = make(chan *Client) // Who registers waits for ever, and gets no answer.
+			front.register = make(chan *Client) // A client that registers gets no response.
 			r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
 			conn := r.connect(t)
 			defer conn.Close()
@@ -736,7 +736,7 @@ func TestPanicInCheckOriginLeavesNothingInTheHub(t *testing.T) {
 	}) // and the hub ends
 }
 
-func TestHandshakeIsAnsweredWhenTheClientHasRegistered(t *testing.T) {
+func TestHandshakeResponseIsDelayedUntilTheClientIsRegistered(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		front := *r.hub
 		front.register = make(chan *Client)
@@ -763,7 +763,7 @@ func TestHandshakeIsAnsweredWhenTheClientHasRegistered(t *testing.T) {
 	})
 }
 
-func TestClientIsInTheRoomBeforeItsHandshakeSucceeds(t *testing.T) {
+func TestClientIsRegisteredBeforeItsHandshakeSucceeds(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		connect := r.connect
 		r.connect = func(t testing.TB) net.Conn {
@@ -807,7 +807,7 @@ func (w wrapped) Write(p []byte) (int, error) { return w.inner.Write(p) }
 func (w wrapped) WriteHeader(status int)      { w.inner.WriteHeader(status) }
 func (w wrapped) Unwrap() http.ResponseWriter { return w.inner }
 
-func TestServerThatCannotHijackSaysSo(t *testing.T) {
+func TestServerWithoutHijackRespondsWithAnError(t *testing.T) {
 	book, rec := captureLog(t), httptest.NewRecorder()
 	req, err := http.ReadRequest(bufio.NewReader(strings.NewReader(handshake + "\r\n")))
 	if err != nil {
@@ -821,7 +821,7 @@ func TestServerThatCannotHijackSaysSo(t *testing.T) {
 
 // Promise 2. One order: every client sees the same messages in the same order.
 
-func TestEverybodySeesTheSameMessagesInTheSameOrder(t *testing.T) {
+func TestAllClientsReceiveTheSameMessagesInTheSameOrder(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		const senders, each = 8, 50
 		seen := make([][]string, senders)
@@ -853,10 +853,10 @@ func TestEverybodySeesTheSameMessagesInTheSameOrder(t *testing.T) {
 	})
 }
 
-// Promise 3. A healthy client is never dropped because somebody else sends fast.
+// Promise 3. A healthy client is never dropped because another one sends fast.
 // That the hub pauses is shown in hub_test.go.
 
-func TestFloodDropsNoHealthyReader(t *testing.T) {
+func TestFloodDropsNoHealthyClient(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		const floods, each = 8, 3 * rateBurst
 		var wg sync.WaitGroup
@@ -888,7 +888,7 @@ func TestFloodDropsNoHealthyReader(t *testing.T) {
 	})
 }
 
-func TestSenderIsSlowedToItsRateAndNeverDropped(t *testing.T) {
+func TestSenderIsRateLimitedAndNeverDropped(t *testing.T) {
 	for name, sent := range map[string][]byte{
 		"messages":       encode(0x81, "flood"),
 		"blank messages": encode(0x81, ""),
@@ -916,7 +916,7 @@ func TestSenderIsSlowedToItsRateAndNeverDropped(t *testing.T) {
 	}
 }
 
-func TestBurstComesBackAfterSilence(t *testing.T) {
+func TestTokenBucketRefillsWhileIdle(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		p := r.join(t).unbuffered()
 		go io.Copy(io.Discard, p.NetConn())
@@ -945,11 +945,11 @@ func TestBurstComesBackAfterSilence(t *testing.T) {
 // queue is full, and nothing after: in hub_test.go.
 
 // Promise 5. Any message or control frame from a peer, not only a pong, shows that
-// it lives.
+// it is alive.
 
 // A message has pongWait, too: to be whole.
 
-func TestPeerIsDroppedPongWaitAfterItsLastMessageOrControlFrame(t *testing.T) {
+func TestPeerTimesOutPongWaitAfterItsLastMessageOrControlFrame(t *testing.T) {
 	type step struct {
 		wait time.Duration
 		sent []byte
@@ -999,9 +999,9 @@ func TestPeerIsDroppedPongWaitAfterItsLastMessageOrControlFrame(t *testing.T) {
 	}
 }
 
-func TestClientThatTheRoomHoldsUpIsNotTakenForSilent(t *testing.T) {
+func TestClientDelayedByTheHubDoesNotTimeOut(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
-		front := *r.hub // It takes what clients say, and passes nothing on.
+		front := *r.hub // It receives messages, and broadcasts none.
 		front.broadcast = make(chan []byte)
 		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
 		p := r.join(t)
@@ -1041,7 +1041,7 @@ func TestShutdownIsReadByAClientThatSendsBeforeItReads(t *testing.T) {
 	})
 }
 
-func TestRefusedPeerIsCutOffAlsoIfItTakesNothing(t *testing.T) {
+func TestRejectedPeerThatDoesNotReadIsClosedAfterWriteWait(t *testing.T) {
 	for takes, want := range map[bool]time.Duration{true: 0, false: writeWait} {
 		runInRoom(t, fmt.Sprintf("takes=%v", takes), func(t *testing.T, r *room) {
 			last := join(r.hub, 0) // so that the hub goes on
@@ -1065,7 +1065,7 @@ func TestRefusedPeerIsCutOffAlsoIfItTakesNothing(t *testing.T) {
 	}
 }
 
-func TestHandshakeDuringShutdownIsRefused(t *testing.T) {
+func TestHandshakeDuringShutdownIsRejected(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		last := join(r.hub, 0)
 		r.hub.stop()
@@ -1089,7 +1089,7 @@ func TestHandshakeDuringShutdownIsRefused(t *testing.T) {
 
 func TestHubEndsSoonHoweverItsClientEnds(t *testing.T) {
 	for name, end := range map[string]func(*room, *peer){
-		"the peer says goodbye":            func(_ *room, p *peer) { p.write(encodeClose(1000, "")) },
+		"the peer sends a close frame":     func(_ *room, p *peer) { p.write(encodeClose(1000, "")) },
 		"the peer vanishes":                func(_ *room, p *peer) { p.Close() },
 		"the peer is silent":               func(_ *room, p *peer) { time.Sleep(pongWait) },
 		"the peer breaks a rule":           func(_ *room, p *peer) { p.write(encode(0x82, "")) },
@@ -1124,7 +1124,7 @@ func TestHubEndsSoonHoweverItsClientEnds(t *testing.T) {
 	}
 }
 
-func TestRequestIsOverWhenItsHandshakeIsAnswered(t *testing.T) {
+func TestServeWsReturnsAfterTheHandshake(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		returned := make(chan bool)
 		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(r.hub, w, req); close(returned) }
@@ -1135,7 +1135,7 @@ func TestRequestIsOverWhenItsHandshakeIsAnswered(t *testing.T) {
 
 // run and serve. The process is in hub_test.go.
 
-func TestServerNamesAnAddressThatCanBeOpened(t *testing.T) {
+func TestServerLogsAURLThatCanBeOpened(t *testing.T) {
 	watch(t, patience)
 	for addr, want := range map[string]string{":0": "localhost", "0.0.0.0:0": "localhost", "127.0.0.1:0": "127.0.0.1"} {
 		book := captureLog(t)
@@ -1153,7 +1153,7 @@ func TestServerNamesAnAddressThatCanBeOpened(t *testing.T) {
 	}
 }
 
-func TestServeReturnsWhyItNoLongerListens(t *testing.T) {
+func TestServeReturnsTheListenersError(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		r, listener, _, result := startServe(t)
 		p := r.join(t)
@@ -1165,7 +1165,7 @@ func TestServeReturnsWhyItNoLongerListens(t *testing.T) {
 	})
 }
 
-func TestServeReturnsAtOnceIfEverybodyLeaves(t *testing.T) {
+func TestServeReturnsAtOnceIfAllClientsDisconnect(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		r, _, cancel, result := startServe(t)
 		for range 10 {
@@ -1190,7 +1190,7 @@ func TestServeReturnsAtOnceIfEverybodyLeaves(t *testing.T) {
 	})
 }
 
-func TestServeReturnsInTimeEvenIfAClientIsStuck(t *testing.T) {
+func TestServeReturnsAfterShutdownWaitDespiteASlowClient(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		r, _, cancel, result := startServe(t)
 		stuck, p := r.join(t).unbuffered(), r.join(t)
@@ -1210,7 +1210,7 @@ func TestServeReturnsInTimeEvenIfAClientIsStuck(t *testing.T) {
 	})
 }
 
-func TestServeCutsOffASlowRequest(t *testing.T) {
+func TestServeClosesASlowHTTPConnection(t *testing.T) {
 	const page = "GET / HTTP/1.1\r\nHost: pipe\r\n\r\n"
 	for _, test := range []struct {
 		name, sent string
@@ -1252,7 +1252,7 @@ func TestServeCutsOffASlowRequest(t *testing.T) {
 	}
 }
 
-func TestServeLimitsTheHeaderAndSoALineOfTheLog(t *testing.T) {
+func TestServeLimitsTheRequestHeader(t *testing.T) {
 	for _, header := range []string{
 		"GET /?" + strings.Repeat("x", 900_000) + " HTTP/1.1\r\nHost: pipe\r\n\r\n",
 		"GET / HTTP/1.1\r\nHost: pipe\r\nCookie: " + strings.Repeat("x", 900_000) + "\r\n\r\n",
@@ -1274,12 +1274,12 @@ func TestServeLimitsTheHeaderAndSoALineOfTheLog(t *testing.T) {
 
 // Promise 10. Nothing in the shutdown waits for the log.
 
-// A stuckLog is one that nobody reads. It takes what is written when it is closed.
+// A stuckLog blocks each write until it is closed.
 type stuckLog chan struct{}
 
 func (l stuckLog) Write(p []byte) (int, error) { <-l; return len(p), nil }
 
-func TestHubEndsAlthoughTheLogIsStuck(t *testing.T) {
+func TestHubEndsAlthoughTheLogBlocks(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		stuck := make(stuckLog)
 		defer close(stuck)
@@ -1297,7 +1297,7 @@ func TestHubEndsAlthoughTheLogIsStuck(t *testing.T) {
 	})
 }
 
-func TestClientThatIsSlowedWaitsForNoLog(t *testing.T) {
+func TestRateLimitedClientDoesNotWaitForTheLog(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		stuck := make(stuckLog)
 		defer close(stuck)
@@ -1310,7 +1310,7 @@ func TestClientThatIsSlowedWaitsForNoLog(t *testing.T) {
 	})
 }
 
-func TestServeReturnsAlthoughTheLogIsStuck(t *testing.T) {
+func TestServeReturnsAlthoughTheLogBlocks(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		r, _, cancel, result := startServe(t)
 		stuck := make(stuckLog)
@@ -1395,7 +1395,7 @@ func TestContentSecurityPolicyAllowsThePageItsOwnScriptAndStyleAlone(t *testing.
 	}
 }
 
-func TestHashesAreTheBrowsersAlsoWhenGitHasMadeCRLFOfLineEnds(t *testing.T) {
+func TestCSPHashesIgnoreCRLF(t *testing.T) {
 	defer func(old string) { home = old }(home)
 	for _, element := range []string{"script", "style"} {
 		home = strings.ReplaceAll(home, "\r\n", "\n")
@@ -1451,7 +1451,7 @@ func TestCodeInREADMEWorks(t *testing.T) {
 			peers.Go(func() {
 				time.Sleep(closeWait / 2)
 				if got := strings.Join(peer.wantClose(errShuttingDown), "\n"); got != want {
-					t.Errorf("got %q before the goodbye, want %q", got, want)
+					t.Errorf("got %q before the close frame, want %q", got, want)
 				}
 			})
 		}
@@ -1525,8 +1525,8 @@ func goroutines() []string {
 	return strings.Split(string(stacks[:runtime.Stack(stacks, true)]), "\n\n")
 }
 
-// inBubble runs test in a synctest bubble, where time passes only while everybody
-// waits. No test takes an hour of that, but one in which only tickers go on.
+// inBubble runs test in a synctest bubble, where time passes only while all
+// goroutines wait. No test takes an hour of that, but one in which only tickers go on.
 func inBubble(t *testing.T, test func(*testing.T)) {
 	watch(t, patience)
 	synctest.Test(t, func(t *testing.T) {
@@ -1554,7 +1554,7 @@ type room struct {
 	log     *logBook
 }
 
-// roomURL is where a room's WebSocket endpoint is, for those who connect to it.
+// roomURL is where a room's WebSocket endpoint is, for its clients.
 const roomURL = "ws://pipe/ws"
 
 // handshake is the header of a request for it; an empty line has to follow.
@@ -1612,7 +1612,7 @@ func newRoom(t testing.TB, listener net.Listener) *room {
 		case <-r.hub.stopped:
 		default:
 			t.Error("hub.run has returned, although nobody has stopped the hub")
-			r.hub.stop() // or everybody would wait for it
+			r.hub.stop() // or every client would wait for it
 		}
 		close(r.ended)
 	}()
@@ -1667,7 +1667,7 @@ func (r *room) wantLogged(t testing.TB, want ...string) {
 	}
 }
 
-// say says lines in the room, one after the other. It returns when everything
+// say broadcasts lines in the room, one after the other. It returns when everything
 // that follows from it is done; call it in a synctest bubble.
 func (r *room) say(lines ...string) {
 	for _, line := range lines {
@@ -1676,7 +1676,7 @@ func (r *room) say(lines ...string) {
 	}
 }
 
-// clients returns who is in the hub, at a moment at which nothing more is to be
+// clients returns the hub's clients, at a moment at which nothing more is to be
 // done; call it in a synctest bubble, and not after the hub's end.
 func (r *room) clients() (clients []*Client) {
 	synctest.Wait()
@@ -1717,8 +1717,8 @@ type peer struct {
 // pipe returns the connection that it has in a room of pipes.
 func (p *peer) pipe() *pipe { return p.NetConn().(*pipe) }
 
-// unbuffered has its pipe hold nothing from now on, so that who does not read
-// holds up who writes.
+// unbuffered has its pipe hold nothing from now on, so that a peer that does not read
+// blocks the writer.
 func (p *peer) unbuffered() *peer {
 	p.pipe().unbuffer()
 	return p
@@ -1807,7 +1807,7 @@ func (p *peer) wantEndOf(both bool) {
 	p.NetConn().SetReadDeadline(time.Now().Add(patience))
 	n, err := p.NetConn().Read(make([]byte, 1))
 	if got := p.pipe().far.isClosed(); n != 0 || err != io.EOF || got != both {
-		p.t.Errorf("after the goodbye came %d bytes and %v, and the server had closed TCP: %v; want %v and %v", n, err, got, io.EOF, both)
+		p.t.Errorf("after the close frame came %d bytes and %v, and the server had closed TCP: %v; want %v and %v", n, err, got, io.EOF, both)
 	}
 }
 
@@ -1881,7 +1881,7 @@ func brief(v any) string {
 }
 
 // A pipe is one end of a connection in memory. It does what TCP does, at its
-// worst: it buffers; it can be closed one way; and whoever closes it with input
+// worst: it buffers; it can be closed one way; and an end that closes it with input
 // unread, or writes when the other end is closed, resets it, which destroys what
 // the other end has not read.
 type pipe struct {
@@ -2085,7 +2085,7 @@ func (r *room) fuzz(t *testing.T, other *peer, sent []byte) {
 	for err := error(nil); err == nil; {
 		_, err = p.read(patience)
 	}
-	// The end is longer than what any client may say.
+	// The end is longer than any client's message.
 	end := strings.Repeat("end", maxMessageSize)
 	r.hub.broadcast <- []byte(end)
 	for {

@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 		os.Exit(m.Run())
 	case "stuck log": // after the first line
 		log.SetOutput(&stuckAfterOne{})
-	case "stuck client": // whose pump gets no buffer to say goodbye with
+	case "stuck client": // whose writePump gets no buffer for the close frame
 		upgrader.WriteBufferPool = stuckPool{}
 	}
 	go func() {
@@ -165,7 +165,7 @@ func TestFullQueueDropsItsClientAlone(t *testing.T) {
 			t.Errorf("the hub has %d clients, want the healthy one alone", len(hub.clients))
 		}
 		if got := clients[0].reason.Load(); got != errSlowClient {
-			t.Errorf("goodbye is %v, want %v", got, errSlowClient)
+			t.Errorf("reason is %v, want %v", got, errSlowClient)
 		}
 	})
 }
@@ -182,7 +182,7 @@ func TestUnregisterTwiceIsHarmless(t *testing.T) {
 	})
 }
 
-func TestUnregisterOfAStrangerIsHarmless(t *testing.T) {
+func TestUnregisterOfAnUnknownClientIsHarmless(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 1)
 		hub.unregister <- &Client{hub: hub, send: make(chan []byte, 1)}
@@ -192,7 +192,7 @@ func TestUnregisterOfAStrangerIsHarmless(t *testing.T) {
 	})
 }
 
-func TestClientThatEndsBeforeRunHasTakenItInIsDropped(t *testing.T) {
+func TestClientThatEndsBeforeItIsRegisteredIsDropped(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, _ := startHub(t)
 		client := &Client{hub: hub, send: make(chan []byte, 1)}
@@ -205,7 +205,7 @@ func TestClientThatEndsBeforeRunHasTakenItInIsDropped(t *testing.T) {
 	})
 }
 
-func TestWhoSeesItsQueueClosedFindsTheReason(t *testing.T) {
+func TestReasonIsSetBeforeTheQueueIsClosed(t *testing.T) {
 	hub := newHub()
 	client := &Client{} // without a queue: to close nil is a panic, so here drop gets no further
 	hub.clients[client] = true
@@ -218,15 +218,15 @@ func TestWhoSeesItsQueueClosedFindsTheReason(t *testing.T) {
 		hub.drop(client, errSlowClient)
 	}()
 	if got := client.reason.Load(); got != errSlowClient || !client.dropped || hub.clients[client] {
-		t.Errorf("when the queue is closed the goodbye is %v, dropped %v, and in the room %v; want %v, true and false",
+		t.Errorf("when the queue is closed the reason is %v, dropped %v, and in the room %v; want %v, true and false",
 			got, client.dropped, hub.clients[client], errSlowClient)
 	}
 }
 
-// Promise 3. A healthy client is never dropped because somebody else sends fast:
-// when any queue is more than half full after a broadcast, the hub pauses.
+// Promise 3. A healthy client is never dropped because another one sends fast: when
+// any queue is more than half full after a broadcast, the hub applies backpressure.
 
-func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
+func TestHubAppliesBackpressureOnlyWhenAQueueIsPastHalf(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, _ := startHub(t, 8, 8, 100)
 		start := time.Now()
@@ -243,10 +243,10 @@ func TestHubPausesOnlyWhenAQueueIsPastHalf(t *testing.T) {
 	})
 }
 
-// Promise 4. A stuck client costs the room only that bounded pause until its queue
-// is full, and nothing after.
+// Promise 4. A slow client costs the others only that bounded wait until its queue is
+// full, and nothing after.
 
-func TestStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
+func TestSlowClientCostsTheOthersNothingOnceItIsDropped(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, _ := startHub(t, sendQueueSize)
 		start := time.Now()
@@ -270,7 +270,7 @@ func TestStuckClientCostsTheRoomNothingOnceItIsDropped(t *testing.T) {
 
 // Promises 6 and 7. Every client gets what is queued and 1001, and run returns.
 
-func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
+func TestStoppedHubDropsAllClientsAndWaitsForThem(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub := newHub()
 		ended := false
@@ -281,10 +281,10 @@ func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
 		synctest.Wait()
 		wantQueue(t, inside, true, "last words")
 		if got := inside.reason.Load(); got != errShuttingDown {
-			t.Errorf("goodbye is %v, want %v", got, errShuttingDown)
+			t.Errorf("reason is %v, want %v", got, errShuttingDown)
 		}
 		if got := dropped.reason.Load(); got != errSlowClient {
-			t.Errorf("goodbye is %v, want the first one, %v", got, errSlowClient)
+			t.Errorf("reason is %v, want the first one, %v", got, errSlowClient)
 		}
 
 		// Until they have left, clients can talk to the hub.
@@ -303,7 +303,7 @@ func TestStoppedHubSendsEverybodyAwayAndWaitsForThem(t *testing.T) {
 	})
 }
 
-// Promise 8. A naive move in a copy costs at most its own client.
+// Promise 8. A naive move of an application costs at most its own client.
 
 func TestRegisteringAgainIsHarmless(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
@@ -325,7 +325,7 @@ func TestRegisteringAgainIsHarmless(t *testing.T) {
 	})
 }
 
-func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
+func TestDoneTwiceDoesNotEndTheHubEarly(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 2, 2)
 		hub.done <- clients[0]
@@ -340,7 +340,7 @@ func TestLeavingTwiceDoesNotEndTheHubEarly(t *testing.T) {
 	})
 }
 
-func TestLeavingWithoutUnregisteringIsEnough(t *testing.T) {
+func TestDoneWithoutUnregisterIsEnough(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 2, 2)
 		hub.done <- clients[0]
@@ -355,7 +355,7 @@ func TestLeavingWithoutUnregisteringIsEnough(t *testing.T) {
 	})
 }
 
-func TestAnybodyMayStopTheHubAnyNumberOfTimes(t *testing.T) {
+func TestAnyGoroutineMayStopTheHubAnyNumberOfTimes(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, _ := startHub(t, 1)
 		for range 3 {
@@ -378,16 +378,16 @@ func TestMessageForOneClientReachesItAlone(t *testing.T) {
 	wantQueue(t, small, true, "fits")
 	wantQueue(t, large, false)
 	if got := small.reason.Load(); got != errSlowClient {
-		t.Errorf("goodbye is %v, want %v", got, errSlowClient)
+		t.Errorf("reason is %v, want %v", got, errSlowClient)
 	}
 	if len(hub.clients) != 1 {
 		t.Errorf("the hub has %d clients, want the other one alone", len(hub.clients))
 	}
 }
 
-// copied returns a hub whose run is like the one in copies of upstream's example:
-// it closes queues by hand, without a goodbye. It calls joined for who registers,
-// and said for each message, where the copy has its own ideas.
+// copied returns a hub whose run is like the one in copies of upstream's example: it
+// closes queues itself, without a reason. It calls joined for each client that registers
+// and said for each message, to do what the application does.
 func copied(t *testing.T, joined func(*Client), said func(*Hub, []byte)) *Hub {
 	h := newHub()
 	t.Cleanup(h.stop)
@@ -416,7 +416,7 @@ func copied(t *testing.T, joined func(*Client), said func(*Hub, []byte)) *Hub {
 	return h
 }
 
-func TestQueueClosedByHandIsANormalEnd(t *testing.T) {
+func TestQueueClosedByTheApplicationIsANormalClosure(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		var first *Client
 		hub := copied(t, func(client *Client) {
@@ -445,7 +445,7 @@ func TestQueueClosedByHandIsANormalEnd(t *testing.T) {
 	})
 }
 
-func TestWaitingForAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
+func TestBlockingSendInRunEndsWithTheSlowClientsConnection(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		hub := copied(t, func(*Client) {}, func(h *Hub, message []byte) {
 			for client := range h.clients {
@@ -473,7 +473,7 @@ func TestWaitingForAClientThatDoesNotReadEndsWithItsConnection(t *testing.T) {
 	})
 }
 
-func TestAnswersToAClientThatDoesNotReadCostItAlone(t *testing.T) {
+func TestRepliesToASlowClientCostItAlone(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		front := *r.hub // Its client's messages come here, and go back to that client.
 		front.register, front.broadcast = make(chan *Client), make(chan []byte)
@@ -510,7 +510,7 @@ func TestAnswersToAClientThatDoesNotReadCostItAlone(t *testing.T) {
 	})
 }
 
-func TestHistoryMayBeLongerThanAQueue(t *testing.T) {
+func TestHistoryMayExceedTheQueue(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		history := make([]string, sendQueueSize+44)
 		hub := copied(t, func(client *Client) {
@@ -524,7 +524,7 @@ func TestHistoryMayBeLongerThanAQueue(t *testing.T) {
 	})
 }
 
-func TestRunMayWriteToConnWhenItTakesAClientIn(t *testing.T) {
+func TestRunMayWriteToConnWhenItRegistersAClient(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		hub := copied(t, func(client *Client) {
 			welcome := "welcome, " + client.conn.RemoteAddr().String()
@@ -736,7 +736,7 @@ func TestGoroutineThatOutlivesTheHubEnds(t *testing.T) {
 	})
 }
 
-func TestTheLastConnectionWinsAgainstHandshakesAlone(t *testing.T) {
+func TestNewConnectionOfAUserReplacesTheOldOnlyAfterAValidHandshake(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		front := *r.hub // It keeps one connection of a user, the newest.
 		front.register = make(chan *Client)
@@ -792,7 +792,7 @@ func TestProcessServesWhereItSays(t *testing.T) {
 	p.wantLines("hello")
 }
 
-func TestSignalSendsEverybodyHomeAndEndsTheProcessWithStatus0(t *testing.T) {
+func TestSignalShutsDownGracefullyWithStatus0(t *testing.T) {
 	for _, sig := range signals(t) {
 		process := startProcess(t, "sound", "-addr", "127.0.0.1:0")
 		p := joinProcess(t, process.url(t))
@@ -802,7 +802,7 @@ func TestSignalSendsEverybodyHomeAndEndsTheProcessWithStatus0(t *testing.T) {
 	}
 }
 
-func TestSecondSignalEndsTheProcessAtOnce(t *testing.T) {
+func TestSecondSignalForcesAnExit(t *testing.T) {
 	signals := signals(t)
 	for i, first := range signals {
 		second := signals[1-i]
@@ -819,7 +819,7 @@ func TestSecondSignalEndsTheProcessAtOnce(t *testing.T) {
 	}
 }
 
-func TestSignalEndsTheProcessAlthoughItsLogIsStuck(t *testing.T) {
+func TestSignalEndsTheProcessAlthoughItsLogBlocks(t *testing.T) {
 	for _, sig := range signals(t) {
 		process := startProcess(t, "stuck log", "-addr", "127.0.0.1:0")
 		p := joinProcess(t, process.url(t))
@@ -852,7 +852,7 @@ func signals(t *testing.T) []os.Signal {
 	return []os.Signal{os.Interrupt, syscall.SIGTERM}
 }
 
-func TestProcessThatCannotServeSaysSo(t *testing.T) {
+func TestProcessThatCannotListenExitsWithOneLine(t *testing.T) {
 	busy, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
