@@ -142,7 +142,7 @@ func join(hub *Hub, nc *nats.Conn, subject string, logger *log.Logger) (*Relay, 
 			subject, maxSubjectSize)
 	}
 	front := *hub
-	front.clients, front.broadcast = nil, make(chan []byte)
+	front.broadcast = make(chan []byte) // The rest is shared, so that do and tell work.
 	r := &Relay{
 		hub:      hub,
 		front:    &front,

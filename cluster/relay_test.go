@@ -353,6 +353,20 @@ func TestClientHearsWhatIsSaidElsewhereOnceItIsConnected(t *testing.T) {
 	}
 }
 
+func TestTellReachesAClientThroughTheFront(t *testing.T) {
+	_, nodes := startRoom(t, 1)
+	conn := nodes[0].dial(t)
+	var client *Client
+	nodes[0].front.do(func() {
+		for client = range nodes[0].front.clients {
+		}
+	})
+	if !client.tell([]byte("for one client")) {
+		t.Error("tell returned false for a connected client")
+	}
+	conn.want(t, "for one client")
+}
+
 func TestRoomsOfOtherNamesAreOtherRooms(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t)

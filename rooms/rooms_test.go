@@ -686,6 +686,25 @@ func TestLongestLinesAreSentWhole(t *testing.T) {
 	})
 }
 
+// An application sends to one client from any goroutine.
+
+func TestTellReachesOneClientAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		grete, hans := w.join("Grete", "kitchen"), w.join("Hans", "kitchen")
+		grete.heard()
+		hans.heard()
+		hub := w.room("kitchen")
+		var client *Client
+		hub.do(func() { client = hub.names.find("Grete").clients[0] })
+		if !client.tell(Line{Kind: "said", Text: "for you alone"}.encode()) {
+			t.Error("tell returned false for a connected client")
+		}
+		grete.want("said: for you alone")
+		hans.want()
+	})
+}
+
 // Comings and goings.
 
 func TestServerSaysWhoComesWhoLeavesAndWhoIsHere(t *testing.T) {
