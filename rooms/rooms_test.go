@@ -697,11 +697,15 @@ func TestTellReachesOneClientAlone(t *testing.T) {
 		hub := w.room("kitchen")
 		var client *Client
 		hub.do(func() { client = hub.names.find("Grete").clients[0] })
-		if !client.tell(Line{Kind: "said", Text: "for you alone"}.encode()) {
+		if !client.tell(Line{Kind: "answer", Text: "for you alone"}.encode()) {
 			t.Error("tell returned false for a connected client")
 		}
-		grete.want("said: for you alone")
-		hans.want()
+		if got := grete.documents(); len(got) != 1 || got[0].Text != "for you alone" {
+			t.Errorf("got %+v, want the one line", got)
+		}
+		if got := hans.documents(); len(got) != 0 {
+			t.Errorf("the other client got %+v, want nothing", got)
+		}
 	})
 }
 
