@@ -697,7 +697,7 @@ func TestTellReachesOneClientAlone(t *testing.T) {
 		hub := w.room("kitchen")
 		var client *Client
 		hub.do(func() { client = hub.names.find("Grete").clients[0] })
-		if !client.tell(Line{Kind: "answer", Text: "for you alone"}.encode()) {
+		if !client.tell(Line{Kind: "answer", Text: "for you alone", Time: time.Now()}.encode()) {
 			t.Error("tell returned false for a connected client")
 		}
 		if got := grete.documents(); len(got) != 1 || got[0].Text != "for you alone" {
