@@ -205,7 +205,7 @@ func TestShutdownSaysGoodbyeToEverybody(t *testing.T) {
 func TestASecondSignalEndsItAtOnce(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
-	s.dial(t) // never reads the goodbye, which takes the server a second
+	s.dial(t) // never reads the close frame: the server waits for closeWait
 	s.signal(t, os.Interrupt)
 	s.waitForLog(t, "shutting down")
 	s.signal(t, os.Interrupt)
