@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,55 +12,150 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	_ "github.com/gin-gonic/gin" // keeps it in go.mod, for the copy that uses it
 	"github.com/gorilla/websocket"
+	"golang.org/x/tools/imports"
 )
 
-// These tests do to a copy of the server what people do to theirs, and run it. The
-// changes are diffs without line numbers: to be read, and to be copied.
+// These tests change a copy of the server as an application would, and run it: first
+// each recipe of README.md, with the code that stands there, then more. Changes are
+// diffs without line numbers.
 
-// Two rooms as README.md shows them, in a module of the oldest Go that it names.
-// (With go 1.21 they would be one, as all rounds of a loop share their variables.)
-func TestCopyWithTheTwoRoomsOfTheREADME(t *testing.T) {
-	t.Parallel()
-	readme, err := os.ReadFile(filepath.Join("..", "README.md"))
+// recipe returns the code under a heading in README.md: the changes to hub.go and
+// client.go, and the Go code beside them.
+func recipe(t *testing.T, heading string) (changes, code string) {
+	t.Helper()
+	_, section, found := strings.Cut(readme(t), "\n"+heading+"\n")
+	if !found {
+		t.Fatalf("README.md has no heading %q", heading)
+	}
+	section, _, _ = strings.Cut(section, "\n#")
+	for _, block := range regexp.MustCompile(`(?m)(?:^    .*\n)+`).FindAllString(section+"\n", -1) {
+		block = regexp.MustCompile(`(?m)^    `).ReplaceAllString(block, "")
+		if strings.HasPrefix(block, "--- ") {
+			changes += "\n" + block
+		} else {
+			code += block
+		}
+	}
+	if changes+code == "" {
+		t.Fatalf("README.md has no code under %q", heading)
+	}
+	return changes, code
+}
+
+func readme(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(root, "README.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, lines, _ := strings.Cut(string(readme), "\n    hubs := ")
-	lines, _, _ = strings.Cut(lines, "\n\n")
-	start, broadcast := "hubs := "+lines, regexp.MustCompile(`(?m)^    hub\.do\(.*$`).FindString(string(readme))
-	if lines == "" || broadcast == "" {
-		t.Fatal("README.md does not show two rooms and a broadcast")
+	return string(text)
+}
+
+// add returns a change that adds code to main.go's serve, before it listens.
+func add(code string) string {
+	lines := strings.Split(strings.TrimSuffix(code, "\n"), "\n")
+	return "\n--- main.go\n \tmux.HandleFunc(\"/\", serveHome)\n+" + strings.Join(lines, "\n+") + "\n"
+}
+
+// handle returns a change that adds a handler for path, which runs code.
+func handle(path, code string) string {
+	return add(`mux.HandleFunc("` + path + "\", func(w http.ResponseWriter, r *http.Request) {\n" + code + "\n})")
+}
+
+func TestEachRecipeOfTheREADMEHasATest(t *testing.T) {
+	t.Parallel()
+	tests, err := os.ReadFile("copy_test.go")
+	if err != nil {
+		t.Fatal(err)
 	}
+	headings := regexp.MustCompile(`(?m)^### .*$`).FindAllString(readme(t), -1)
+	for _, heading := range headings {
+		if heading != "### Common mistakes" && !strings.Contains(string(tests), `recipe(t, "`+heading+`")`) {
+			t.Errorf("no test runs the recipe %q", heading)
+		}
+	}
+	if len(headings) < 10 {
+		t.Errorf("README.md has %d recipes", len(headings))
+	}
+}
+
+// The setup and the graceful shutdown make a program together. The shutdown also waits
+// for a request that is not a WebSocket.
+func TestCopyWithAMainOfItsOwn(t *testing.T) {
+	t.Parallel()
+	_, setup := recipe(t, "## Use it in your project")
+	_, shutdown := recipe(t, "### Graceful shutdown in your own main")
+	run := regexp.MustCompile(`go func\(\) \{ hub\.run\(\); .*`).FindString(shutdown)
+	s := startCopy(t, `
+--- main.go
+-	return serve(ctx, listener)
++	return serveOwn(ctx, listener)
+ }
+--- own.go
++package main
++
++func serveOwn(ctx context.Context, listener net.Listener) error {
++	mux := http.NewServeMux()
++	ended := make(chan struct{})
++	`+strings.ReplaceAll(replace(t, setup, "go hub.run()", run), "\n", "\n+")+`
++	mux.HandleFunc("/slow", func(w http.ResponseWriter, r *http.Request) {
++		log.Print("a slow request")
++		<-hub.stopped
++		io.WriteString(w, "answered")
++	})
++	server := &http.Server{Handler: mux}
++	go server.Serve(listener)
++	`+strings.ReplaceAll(shutdown, "\n", "\n+")+`
++	return nil
++}
+`)
+	conn := s.dial(t)
+	say(t, conn, "hello")
+	wantLines(t, conn, "hello")
+	answer := make(chan string)
+	go func() { answer <- s.get(t, "/slow") }()
+	s.waitForLog(t, "a slow (request)")
+	s.signal(t, syscall.SIGTERM)
+	wantEnd(t, conn, websocket.CloseGoingAway)
+	if got := <-answer; got != "answered" {
+		t.Errorf("the slow request gets %q", got)
+	}
+	s.wantExit(t, time.Now(), patience)
+}
+
+// With a module of the oldest Go that README.md names. (With go 1.21 the two rooms would
+// be one, as all rounds of a loop share their variables.)
+func TestCopyWithAHubForEachRoom(t *testing.T) {
+	t.Parallel()
+	_, rooms := recipe(t, "### Rooms: a hub for each")
+	_, broadcast := recipe(t, "### Broadcast from a handler or a service")
 	s := startCopy(t, `
 --- go.mod
 -go 1.25
 +go 1.22
 --- main.go
 -	return serve(ctx, listener)
-+	return serveTwo(ctx, listener)
---- two.go
++	return serveRooms(ctx, listener)
+--- rooms.go
 +package main
-+import (
-+	"context"
-+	"net"
-+	"net/http"
-+	"sync"
-+)
-+func serveTwo(ctx context.Context, listener net.Listener) error {
++
++func serveRooms(ctx context.Context, listener net.Listener) error {
 +	mux := http.NewServeMux()
 +	var running sync.WaitGroup
-+	`+strings.ReplaceAll(start, "\n", "\n+")+`
++	`+strings.ReplaceAll(rooms, "\n", "\n+")+`
 +	server := &http.Server{Handler: mux}
 +	context.AfterFunc(ctx, func() { server.Close() })
 +	server.Serve(listener)
 +	hub := hubs["/kitchen/ws"]
-+`+broadcast+`
++	`+broadcast+`
 +	for _, hub := range hubs {
 +		hub.stop()
 +	}
@@ -80,41 +176,364 @@ func TestCopyWithTheTwoRoomsOfTheREADME(t *testing.T) {
 	s.wantExit(t, time.Now(), patience)
 }
 
-// Each line of code in README.md's table of what people change stands in these tests,
-// or in those beside the code, and so is known to work.
-func TestCopiesDoWhatTheTableOfTheREADMESays(t *testing.T) {
+// From a handler; and from a goroutine that outlives the hub, and ends as do returns
+// false.
+func TestCopyThatBroadcasts(t *testing.T) {
 	t.Parallel()
-	var tests []string // their words
-	for _, name := range []string{"copy_test.go", "../hub_test.go", "../client_test.go"} {
-		text, err := os.ReadFile(name)
+	_, broadcast := recipe(t, "### Broadcast from a handler or a service")
+	s := startCopy(t, handle("/dinner", broadcast), `
+--- main.go
+ 	go func() { hub.run(); close(disconnected) }()
++	var clock sync.WaitGroup
++	clock.Go(func() {
++		for now := range time.Tick(10 * time.Millisecond) {
++			if !hub.do(func() { hub.deliver([]byte(now.Format("15:04:05.00"))) }) {
++				return
++			}
++		}
++	})
+@@
+ 		logSoon("exiting: some clients are still connected after %v", shutdownWait)
+ 	}
++	clock.Wait()
+`)
+	conn := s.dial(t)
+	s.get(t, "/dinner")
+	var lines []string
+	for len(lines) < 5 || !slices.Contains(lines, "Dinner is ready.") {
+		_, message, err := conn.ReadMessage()
 		if err != nil {
-			t.Fatal(err)
+			t.Fatalf("got %q, then %v, want the time and dinner", lines, err)
 		}
-		tests = append(tests, strings.Fields(string(text))...)
+		lines = append(lines, strings.Split(string(message), "\n")...)
 	}
-	readme, err := os.ReadFile(filepath.Join(root, "README.md"))
-	if err != nil {
-		t.Fatal(err)
+	s.signal(t, syscall.SIGTERM)
+	wantEnd(t, conn, websocket.CloseGoingAway)
+	s.wantExit(t, time.Now(), patience)
+}
+
+func TestCopyThatRepliesToOneClient(t *testing.T) {
+	t.Parallel()
+	reply, _ := recipe(t, "### Send to one client")
+	s := startCopy(t, reply)
+	asker, other := s.dial(t), s.dial(t)
+	say(t, asker, "/time")
+	_, message, err := asker.ReadMessage()
+	if _, parseErr := time.Parse(time.TimeOnly, string(message)); err != nil || parseErr != nil {
+		t.Errorf("got %q, %v, want the time", message, err)
 	}
-	_, table, found := strings.Cut(string(readme), "\n| To | Write |\n")
-	table, _, _ = strings.Cut(table, "\n\n")
-	lines := 0
-	for _, code := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(table, -1) {
-		if !strings.Contains(code[1], " ") {
-			continue // a name
+	say(t, asker, "thanks")
+	wantLines(t, other, "thanks")
+}
+
+// logIn is the part of the recipe for authentication that is the application's, with
+// each of the three ways.
+const logIn = `
+--- users.go
++package main
++
++func userOf(r *http.Request) string {
++	if cookie, err := r.Cookie("user"); err == nil {
++		return cookie.Value
++	}
++	return cmp.Or(r.Header.Get("X-User"), r.FormValue("user"))
++}
+`
+
+func TestCopyWithLogIn(t *testing.T) {
+	t.Parallel()
+	auth, _ := recipe(t, "### Authentication: log in before the upgrade")
+	s := startCopy(t, auth, logIn, `
+--- client.go
+-		c.hub.broadcast <- line
++		c.hub.broadcast <- append([]byte(c.user+": "), line...)
+`)
+	if _, response, err := websocket.DefaultDialer.Dial("ws://"+s.addr+"/ws", nil); err == nil || response.StatusCode != http.StatusUnauthorized {
+		t.Errorf("without a login the handshake gives %v, %v, want status 401", response, err)
+	}
+	for name, tt := range map[string]struct {
+		path   string
+		header http.Header
+	}{
+		"cookie": {"/ws", http.Header{"Cookie": {"user=grete"}}},
+		"header": {"/ws", http.Header{"X-User": {"grete"}}},
+		"query":  {"/ws?user=grete", nil},
+	} {
+		conn, _, err := websocket.DefaultDialer.Dial("ws://"+s.addr+tt.path, tt.header)
+		if err != nil {
+			t.Fatalf("by %s: %v", name, err)
 		}
-		lines++
-		if !strings.Contains(strings.Join(tests, " "), code[1]) {
-			t.Errorf("no test has this line: %s", code[1])
-		}
-	}
-	if !found || lines < 9 {
-		t.Errorf("the table shows %d lines of code", lines)
+		say(t, conn, "hello")
+		wantLines(t, conn, "grete: hello")
+		leave(t, conn)
 	}
 }
 
-// whoIsHere has a handler ask run how many clients there are.
-const whoIsHere = `
+// Each of the three filters that the recipe shows; rooms are like users.
+func TestCopyThatSendsToSomeClients(t *testing.T) {
+	t.Parallel()
+	auth, _ := recipe(t, "### Authentication: log in before the upgrade")
+	filter, toUser := recipe(t, "### Send to one user, to a room or topic, to all but the sender")
+	toUser, comment, _ := strings.Cut(toUser, " // or ")
+	toRoom, notToSender, _ := strings.Cut(strings.TrimSpace(comment), ", ")
+	const toGrete = `c.user == "grete"`
+	s := startCopy(t, auth, logIn, filter,
+		handle("/grete", `line := []byte("Your taxi is here.")`+"\n"+toUser),
+		handle("/kitchen", `line, room := []byte("Soup is ready."), "kitchen"`+"\n"+replace(t, toUser, toGrete, toRoom)), `
+--- client.go
+ 	user string
++	room string
+@@
+-	client := &Client{hub: hub, user: user, conn: conn, send: make(chan []byte, sendQueueSize)}
++	client := &Client{hub: hub, user: user, room: r.FormValue("room"), conn: conn, send: make(chan []byte, sendQueueSize)}
+@@
+-		c.hub.broadcast <- line
++		hub, sender := c.hub, c
++		`+replace(t, toUser, toGrete, notToSender)+`
+`)
+	tab1, tab2 := s.dialTo(t, "/ws?user=grete"), s.dialTo(t, "/ws?user=grete&room=kitchen")
+	hans := s.dialTo(t, "/ws?user=hans&room=kitchen")
+	s.get(t, "/grete")
+	s.get(t, "/kitchen")
+	say(t, tab1, "from tab 1")
+	wantLines(t, tab2, "Your taxi is here.", "Soup is ready.", "from tab 1")
+	wantLines(t, hans, "Soup is ready.", "from tab 1")
+	say(t, hans, "from hans")
+	wantLines(t, tab1, "Your taxi is here.", "from hans")
+}
+
+// The announcements are made where run receives from register and done: from then on,
+// and until then, the client has its conn. (In drop they would change the order of
+// messages, as deliver may call it.)
+func TestCopyWithPresenceAndMetrics(t *testing.T) {
+	t.Parallel()
+	auth, _ := recipe(t, "### Authentication: log in before the upgrade")
+	announce, list := recipe(t, "### Presence and metrics: count, list, announce joins and leaves")
+	declare := regexp.MustCompile(`drops := .*`).FindString(announce)
+	s := startCopy(t, auth, logIn, announce, `
+--- drops.go
++package main
++
++var `+replace(t, declare, ":=", "=")+`
+`, add(`mux.Handle("/debug/vars", expvar.Handler())`), handle("/users", `
+	connected, clients := 0, []*Client(nil)
+	`+list+`
+	fmt.Fprintln(w, connected)
+	for _, client := range clients {
+		fmt.Fprintln(w, client.user)
+	}`))
+	grete := s.dialTo(t, "/ws?user=grete")
+	wantLines(t, grete, "grete joined")
+	s.get(t, "/ws?user=uwe") // 400: no WebSocket, so no client joins
+	hans := s.dialTo(t, "/ws?user=hans")
+	wantLines(t, hans, "hans joined")
+	users := strings.Fields(s.get(t, "/users"))
+	slices.Sort(users)
+	if got := strings.Join(users, " "); got != "2 grete hans" {
+		t.Errorf("got the users %q, want 2 grete hans", got)
+	}
+	send(t, hans, []byte("binary"))
+	wantEnd(t, hans, websocket.CloseUnsupportedData)
+	wantLines(t, grete, "hans joined", "hans left")
+	var vars struct{ Drops map[string]int }
+	if text := s.get(t, "/debug/vars"); json.Unmarshal([]byte(text), &vars) != nil || len(vars.Drops) != 1 || vars.Drops["1003"] != 1 {
+		t.Errorf("got the metrics %s, want one drop with code 1003", text)
+	}
+}
+
+func TestCopyThatDisconnectsAClient(t *testing.T) {
+	t.Parallel()
+	_, drop := recipe(t, "### Disconnect a client with a close code of your own")
+	s := startCopy(t, handle("/drop", `
+	var client *Client
+	hub.do(func() {
+		for client = range hub.clients {
+		}
+	})
+	`+drop))
+	s.get(t, "/drop") // There is no client yet: drop ignores nil.
+	conn := s.dial(t)
+	s.get(t, "/drop")
+	wantEnd(t, conn, 4000)
+	s.dial(t)
+}
+
+func TestCopyWithAllowedOrigins(t *testing.T) {
+	t.Parallel()
+	_, check := recipe(t, "### Allowed origins: pages on other hosts")
+	s := startCopy(t, add(check))
+	for origin, want := range map[string]int{
+		"":                         101,
+		"https://chat.example":     101,
+		"https://www.chat.example": 101,
+		"http://chat.example":      403,
+		"https://evil.example":     403,
+		"null":                     403,
+	} {
+		header := http.Header{}
+		if origin != "" {
+			header.Set("Origin", origin)
+		}
+		conn, response, err := websocket.DefaultDialer.Dial("ws://"+s.addr+"/ws", header)
+		if response == nil || response.StatusCode != want {
+			t.Errorf("with the origin %q the handshake gives %v, %v, want status %d", origin, response, err, want)
+		}
+		if err == nil {
+			conn.Close()
+		}
+	}
+}
+
+func TestCopyWithTypedJSON(t *testing.T) {
+	t.Parallel()
+	typed, _ := recipe(t, "### JSON with types")
+	s := startCopy(t, typed)
+	conn := s.dial(t)
+	say(t, conn, "{\n\t\"type\": \"chat\",\n\t\"text\": \"a\\nb\"\n}")
+	wantLines(t, conn, `{  "type": "chat",  "text": "a\nb" }`)
+	for _, message := range []string{`{"type": "shout"}`, `hello`} {
+		conn := s.dial(t)
+		say(t, conn, message)
+		wantEnd(t, conn, 4400)
+	}
+}
+
+// A client that reads nothing for a while misses messages, and stays connected.
+func TestCopyWithOtherLimits(t *testing.T) {
+	t.Parallel()
+	limits, _ := recipe(t, "### Larger messages, higher rates, slow clients that are not dropped")
+	s := startCopy(t, limits)
+	slow, sender := s.dial(t), s.dial(t)
+	message := strings.Repeat("x", 64<<10)
+	const n = 500 // more than the slow client's queue and TCP take
+	for range n {
+		say(t, sender, message)
+		wantLines(t, sender, message)
+	}
+	say(t, sender, message+"x")
+	wantEnd(t, sender, websocket.CloseMessageTooBig)
+
+	received := 0
+	go func() {
+		sender := s.dial(t)
+		for sender.WriteMessage(websocket.TextMessage, []byte("end")) == nil { // until the test ends
+			time.Sleep(time.Millisecond)
+		}
+	}()
+	for slow.SetReadDeadline(time.Now().Add(patience)); ; received++ {
+		_, got, err := slow.ReadMessage()
+		if err != nil {
+			t.Fatalf("the slow client reads %v after %d messages", err, received)
+		}
+		if bytes.HasPrefix(got, []byte("end")) {
+			break
+		}
+	}
+	if received == n {
+		t.Errorf("the slow client has missed no message: the test sends too few")
+	}
+}
+
+// run waits for the goroutine that saves lines, so that none is lost, and they are saved in
+// the order in which clients receive them.
+func TestCopyThatSavesMessages(t *testing.T) {
+	t.Parallel()
+	save, _ := recipe(t, "### Save messages in a database")
+	file := filepath.Join(t.TempDir(), "lines")
+	s := startCopy(t, save, `
+--- saves.go
++package main
++
++var saves = make(chan []byte, 10)
+--- main.go
+ 	go func() { hub.run(); close(disconnected) }()
++	database, err := os.Create("`+file+`")
++	if err != nil {
++		return err
++	}
++	saved := make(chan struct{})
++	go func() {
++		for line := range saves {
++			time.Sleep(time.Millisecond) // a slow disk
++			fmt.Fprintf(database, "%s\n", line)
++		}
++		close(saved)
++	}()
+@@
+-	err := server.Serve(listener)
++	err = server.Serve(listener)
+@@
+ 		logSoon("exiting: some clients are still connected after %v", shutdownWait)
+ 	}
++	close(saves)
++	<-saved
+`)
+	const senders, lines = 3, 50
+	reader := s.dial(t)
+	for i := range senders {
+		sender := s.dial(t)
+		go discard(sender)
+		go func() {
+			for n := range lines {
+				sender.WriteMessage(websocket.TextMessage, fmt.Appendf(nil, "%d from %d", n, i))
+			}
+		}()
+	}
+	var received []string
+	for len(received) < senders*lines {
+		reader.SetReadDeadline(time.Now().Add(patience))
+		_, message, err := reader.ReadMessage()
+		if err != nil {
+			t.Fatalf("after %d lines: %v", len(received), err)
+		}
+		received = append(received, strings.Split(string(message), "\n")...)
+	}
+	s.stop(t)
+	saved, err := os.ReadFile(file)
+	if err != nil || string(saved) != strings.Join(received, "\n")+"\n" {
+		t.Errorf("the lines in the file are not those received, in their order: %v\n%s\n%q", err, saved, received)
+	}
+}
+
+func TestCopyWithGin(t *testing.T) {
+	t.Parallel()
+	_, route := recipe(t, "### gin, echo, chi")
+	dir := copyOf(t, root, `
+--- main.go
+-	mux := http.NewServeMux()
++	router := gin.New()
+@@
+-	mux.HandleFunc("/", serveHome)
+-	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
++	`+route+`
+@@
+-		Handler:        mux,
++		Handler:        router,
+@@
+ 	"time"
++
++	"github.com/gin-gonic/gin"
+ )
+`)
+	for _, name := range []string{"go.mod", "go.sum"} {
+		content, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(dir, name), string(content))
+	}
+	s := startCommand(t, exec.Command(buildIn(t, dir), "-addr", ownHost("localhost:0")))
+	conn := s.dial(t)
+	say(t, conn, "hello")
+	wantLines(t, conn, "hello")
+	if got := s.get(t, "/ws"); !strings.Contains(got, "Bad Request") {
+		t.Errorf("without an upgrade the answer is %q", got)
+	}
+	s.stop(t)
+}
+
+// countClients adds a handler that returns how many clients there are.
+const countClients = `
 --- main.go
  	mux.HandleFunc("/", serveHome)
 +	mux.HandleFunc("/clients", func(w http.ResponseWriter, r *http.Request) {
@@ -122,13 +541,10 @@ const whoIsHere = `
 +		hub.do(func() { connected = len(hub.clients) })
 +		fmt.Fprint(w, connected)
 +	})
-@@
- 	"flag"
-+	"fmt"
 `
 
-// Many rooms in one hub: the map is run's, which fills it where it receives from
-// register, and cleans it in drop.
+// Rooms as a map in the hub, which the recipe with the filter names for many clients: run
+// adds a client where it receives from register, and drop deletes it.
 func TestCopyWithRoomsInOneHub(t *testing.T) {
 	t.Parallel()
 	s := startCopy(t, `
@@ -168,7 +584,7 @@ func TestCopyWithRoomsInOneHub(t *testing.T) {
 @@
 -		c.hub.broadcast <- line
 +		c.hub.do(func() { c.hub.deliver(c.hub.rooms[c.room], line) })
-`, strings.ReplaceAll(whoIsHere, "clients", "rooms"))
+`, strings.ReplaceAll(countClients, "clients", "rooms"))
 	cook, eater, gardener := s.dialTo(t, "/ws?room=kitchen"), s.dialTo(t, "/ws?room=kitchen"), s.dialTo(t, "/ws?room=garden")
 	say(t, cook, "soup")
 	wantLines(t, cook, "soup")
@@ -183,8 +599,7 @@ func TestCopyWithRoomsInOneHub(t *testing.T) {
 	wantLines(t, eater, "soup", "more soup")
 }
 
-// users has run know its clients by the ID of their user. Here the peer says who it
-// is; a server that has to be sure takes that from a login, as rooms/ does.
+// users is a map from users to their clients, owned by run.
 const users = `
 --- hub.go
  	clients map[*Client]bool
@@ -208,10 +623,9 @@ const users = `
 +	client := &Client{hub: hub, user: r.FormValue("user"), conn: conn, send: make(chan []byte, sendQueueSize)}
 `
 
-// Handlers tell one user something, say who is here, and send one away. If there is
-// no such user, the client is nil, and queue and drop do nothing. Handlers may outlive
-// the hub, and do not wait for it then.
-func TestCopyWithHandlersThatReachOneUser(t *testing.T) {
+// Handlers send to one user, list the users, and disconnect one. For an unknown user the
+// client is nil, which queue and drop ignore. Handlers may outlive the hub: do returns.
+func TestCopyWithAMapOfUsers(t *testing.T) {
 	t.Parallel()
 	s := startCopy(t, users, `
 --- main.go
@@ -233,18 +647,6 @@ func TestCopyWithHandlersThatReachOneUser(t *testing.T) {
 +		hub.stop()
 +		<-disconnected
 +	})
-@@
- 	"flag"
-+	"fmt"
- 	"log"
-+	"maps"
-@@
- 	"os/signal"
-+	"slices"
-@@
- 	"time"
-+
-+	"github.com/gorilla/websocket"
 `)
 	hans, older, newer := s.dialTo(t, "/ws?user=hans"), s.dialTo(t, "/ws?user=grete"), s.dialTo(t, "/ws?user=grete")
 	s.get(t, "/notify?user=nobody&line=dinner")
@@ -271,8 +673,7 @@ func TestCopyWithHandlersThatReachOneUser(t *testing.T) {
 	}
 }
 
-// A user has one connection, the last one. Only a peer that is let in registers, so
-// nobody else can send the user's earlier connection away.
+// A new connection of a user replaces the previous one. A refused handshake does not.
 func TestCopyInWhichTheLastConnectionOfAUserWins(t *testing.T) {
 	t.Parallel()
 	s := startCopy(t, users, `
@@ -301,9 +702,9 @@ func TestCopyInWhichTheLastConnectionOfAUserWins(t *testing.T) {
 	wantLines(t, third, "here")
 }
 
-// run has a second source in its select: what the operator types. Who sends to it
-// may outlive the hub.
-func TestCopyWithASecondSource(t *testing.T) {
+// run receives from one more channel: what the operator types. The sender may outlive
+// the hub.
+func TestCopyWithASecondChannel(t *testing.T) {
 	t.Parallel()
 	cmd := exec.Command(buildIn(t, copyOf(t, root, `
 --- hub.go
@@ -327,9 +728,6 @@ func TestCopyWithASecondSource(t *testing.T) {
 +			}
 +		}
 +	}()
-@@
- import (
-+	"bufio"
 `)), "-addr", ownHost("localhost:0"))
 	console, err := cmd.StdinPipe()
 	if err != nil {
@@ -353,44 +751,9 @@ func TestCopyWithASecondSource(t *testing.T) {
 	s.wantExit(t, time.Now(), patience)
 }
 
-// A goroutine of a copy's own that outlives the hub ends all the same, as it looks at
-// stopped.
-func TestCopyWithAClockEnds(t *testing.T) {
-	t.Parallel()
-	s := startCopy(t, `
---- main.go
- 	go func() { hub.run(); close(disconnected) }()
-+	var clock sync.WaitGroup
-+	clock.Go(func() {
-+		for now := range time.Tick(10 * time.Millisecond) {
-+			if !hub.do(func() { hub.deliver([]byte(now.Format("15:04:05.00"))) }) {
-+				return
-+			}
-+		}
-+	})
-@@
- 		logSoon("exiting: some clients are still connected after %v", shutdownWait)
- 	}
-+	clock.Wait()
-@@
- 	"strings"
-+	"sync"
-`)
-	conn := s.dial(t)
-	for range 3 {
-		if _, line, err := conn.ReadMessage(); err != nil || !bytes.Contains(line, []byte(":")) {
-			t.Fatalf("the clock says %q, %v", line, err)
-		}
-	}
-	s.signal(t, syscall.SIGTERM)
-	wantEnd(t, conn, websocket.CloseGoingAway)
-	s.wantExit(t, time.Now(), patience)
-}
-
-// readPump has run queue its answer, and needs no select, as run receives until
-// readPump has ended. Who asks and does not read falls behind, and nobody else
-// notices.
-func TestCopyThatAnswersDropsWhoDoesNotRead(t *testing.T) {
+// A client that asks and reads no reply is dropped as a slow client, and no other client
+// notices: readPump calls tell.
+func TestCopyThatRepliesDropsASlowClient(t *testing.T) {
 	t.Parallel()
 	s := startCopy(t, `
 --- client.go
@@ -401,24 +764,24 @@ func TestCopyThatAnswersDropsWhoDoesNotRead(t *testing.T) {
 @@
 -	rateInterval = 10 * time.Millisecond
 +	rateInterval = 10 * time.Microsecond
-`, whoIsHere)
-	deaf, talker := s.dial(t), s.dial(t)
-	go ask(deaf)
+`, countClients)
+	slow, talker := s.dial(t), s.dial(t)
+	go ask(slow)
 	for start := time.Now(); s.get(t, "/clients") != "1"; {
 		say(t, talker, "Well?")
 		wantLines(t, talker, "Well?")
 		if time.Since(start) > patience {
-			t.Fatal("nobody is dropped")
+			t.Fatal("the slow client is not dropped")
 		}
 	}
 	say(t, talker, "?")
 	wantLines(t, talker, strings.Repeat("Yes. ", 100))
-	wantEnd(t, deaf, websocket.CloseTryAgainLater)
+	wantEnd(t, slow, websocket.CloseTryAgainLater)
 }
 
-// Upstream has no door to run, and a copy of it sends its answers to send. The hub
-// closes that when it is full, and the process ends for everybody.
-func TestCopyOfUpstreamThatAnswersIsEndedByWhoDoesNotRead(t *testing.T) {
+// Upstream has no tell, so a copy of it sends replies to the channel send. The hub closes
+// that for a slow client, and the process ends.
+func TestCopyOfUpstreamThatRepliesIsEndedByASlowClient(t *testing.T) {
 	t.Parallel()
 	s := startUpstream(t, `
 --- client.go
@@ -428,8 +791,8 @@ func TestCopyOfUpstreamThatAnswersIsEndedByWhoDoesNotRead(t *testing.T) {
 +		}
  		c.hub.broadcast <- message
 `)
-	deaf, talker := s.dial(t), s.dial(t)
-	go ask(deaf)
+	slow, talker := s.dial(t), s.dial(t)
+	go ask(slow)
 	for err := error(nil); err == nil; {
 		if err = talker.WriteMessage(websocket.TextMessage, []byte("Well?")); err == nil {
 			_, _, err = talker.ReadMessage()
@@ -446,8 +809,8 @@ func ask(conn *websocket.Conn) {
 	}
 }
 
-// Each message is one JSON document, as writePump joins none, and a subprotocol says so.
-// What came in many lines goes out in one.
+// Each message is one JSON document, as writeBatch has no loop, and a subprotocol says so.
+// A document of several lines comes back as one line.
 func TestCopyWithOneJSONDocumentAMessage(t *testing.T) {
 	t.Parallel()
 	s := startCopy(t, `
@@ -570,28 +933,6 @@ func send(t *testing.T, conn *websocket.Conn, message []byte) {
 	if err := conn.WriteMessage(websocket.BinaryMessage, message); err != nil {
 		t.Fatal(err)
 	}
-}
-
-// run says who comes and who leaves. When it receives from register, the client has
-// its conn, and when it receives from left, it still has. (To say that in drop would
-// change the order of messages, as drop can be called in the middle of one.)
-func TestCopyThatSaysWhoComesAndLeaves(t *testing.T) {
-	t.Parallel()
-	s := startCopy(t, `
---- hub.go
- 				open[client] = true
-+				h.deliver([]byte(client.conn.RemoteAddr().String() + " has come"))
-@@
- 			delete(open, client)
-+			h.deliver([]byte(client.conn.RemoteAddr().String() + " has left"))
-`)
-	grete := s.dial(t)
-	wantLines(t, grete, grete.LocalAddr().String()+" has come")
-	s.get(t, "/ws") // answered with 400, and nobody comes
-	hans := s.dial(t)
-	wantLines(t, hans, hans.LocalAddr().String()+" has come")
-	leave(t, hans)
-	wantLines(t, grete, hans.LocalAddr().String()+" has come", hans.LocalAddr().String()+" has left")
 }
 
 // hub.go and client.go are a package of their own. One more file says what others may
@@ -770,8 +1111,9 @@ func buildIn(t *testing.T, dir string) string {
 }
 
 // copyOf copies a server's code from dir, changes the copy, and returns its folder. In
-// changes, a line behind --- names the file, @@ parts two changes, and the lines that
-// start with a space or - have to stand in the file once. A file may be new.
+// changes, a line that starts with --- names the file, which may be new; @@ separates two
+// changes; lines that start with a space or - must be in the file exactly once. It adds
+// the imports that the changes need.
 func copyOf(t *testing.T, dir string, changes ...string) string {
 	t.Helper()
 	made := t.TempDir()
@@ -808,6 +1150,13 @@ func copyOf(t *testing.T, dir string, changes ...string) string {
 					t.Fatalf("%s: cannot make the change, as this is there %d times:%s", name, n, before)
 				}
 				text = strings.Replace(text, before, after, 1)
+			}
+			if strings.HasSuffix(name, ".go") {
+				formatted, err := imports.Process(path, []byte(text[1:]), nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				text = "\n" + string(formatted)
 			}
 			write(t, path, text[1:])
 		}

@@ -39,6 +39,17 @@ http {
 }
 `
 
+// caddyConfig is what README.md's directive stands in.
+const caddyConfig = `
+{
+	admin off
+	auto_https off
+}
+http://%s {
+	%s
+}
+`
+
 // pingPeriod is client.go's: for so long nothing may pass between an idle client
 // and the server.
 const pingPeriod = 54 * time.Second
@@ -60,6 +71,16 @@ func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
 			config = replace(t, config, "127.0.0.1:8080", one)
 			wantPatience(t, config, `proxy_read_timeout (\w+);`)
 			startProxy(t, "nginx-light", fmt.Sprintf(nginxConfig, addr, config), "/usr/sbin/nginx", "-e", "stderr", "-p", ".", "-c")
+		}},
+		{"Caddy", "/", false, func(t *testing.T) (one, two *server) {
+			return startServer(t, "127.0.0.1:0"), startServer(t, "127.0.0.1:0")
+		}, func(t *testing.T, addr, one, _ string) {
+			directive := regexp.MustCompile("`(reverse_proxy .*?)`").FindStringSubmatch(readme(t))
+			if directive == nil {
+				t.Fatal("README.md has no reverse_proxy for Caddy")
+			}
+			startProxy(t, "caddy", fmt.Sprintf(caddyConfig, addr, replace(t, directive[1], "127.0.0.1:8080", one)),
+				"/usr/bin/env", "XDG_CONFIG_HOME=.", "XDG_DATA_HOME=.", "/usr/bin/caddy", "run", "--adapter", "caddyfile", "--config")
 		}},
 		{"HAProxy", "/", true, func(t *testing.T) (one, two *server) {
 			nats := startNATS(t)
@@ -309,7 +330,7 @@ func codeFrom(t *testing.T, file, first string) string {
 		t.Fatal(err)
 	}
 	const indent = "\n    "
-	_, code, found := strings.Cut(string(text), "\n"+indent+first+"\n")
+	_, code, found := strings.Cut(string(text), indent+first+"\n")
 	if !found {
 		t.Fatalf("%s has no code that starts with %q", file, first)
 	}
