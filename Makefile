@@ -1,6 +1,6 @@
 .PHONY: help run build test race cover mutants fuzz bench check e2e cluster rooms clean
 
-help: ## Say what there is
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
 
 run: ## Serve on http://localhost:8080/
@@ -12,25 +12,25 @@ build: ## Build the server, ./chat: the same bytes from every clone
 test: ## Run the tests
 	go test ./...
 
-race: ## Run them twenty times under the race detector
+race: ## Run the tests twenty times under the race detector
 	go test -race -shuffle=on -count=20 ./...
 
-cover: ## Say which statements they do not reach
+cover: ## Show the tests' coverage
 	go test -coverprofile=cover.out ./...
 	go tool cover -func=cover.out
 
-mutants: ## Break the code in many places, and say what the tests do not notice
+mutants: ## Run mutation tests
 	go run github.com/go-gremlins/gremlins/cmd/gremlins@v0.6.0 unleash --workers=1 --timeout-coefficient=10 --exclude-files=/
 
-fuzz: ## Throw messages and bytes at the server, half a minute each
+fuzz: ## Fuzz messages and byte streams, half a minute each
 	go test -run='^$$' -fuzz=FuzzMessage -fuzztime=30s -fuzzminimizetime=1x .
 	go test -run='^$$' -fuzz=FuzzBytes -fuzztime=30s -fuzzminimizetime=1x .
 
-bench: ## Measure the hub and the pumps, and the server beside upstream's
+bench: ## Benchmark the hub and the pumps, and the server beside upstream's
 	go test -run='^$$' -bench=. ./...
 	cd e2e && go test -run='^$$' -bench=. -benchtime=1x .
 
-check: ## Check the form: gofmt; go vet, go fix and staticcheck in all modules; actionlint
+check: ## Check gofmt; go vet, go fix and staticcheck in all modules; actionlint
 	test -z "$$(gofmt -l . | tee /dev/stderr)"
 	for module in $(dir $(wildcard go.mod */go.mod */*/go.mod)); do (cd $$module && go vet ./... && go fix -diff ./... && \
 		go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...) || exit 1; done
@@ -45,5 +45,5 @@ cluster: ## Copy hub, client and page to cluster, and test it
 rooms: ## Copy main, hub, client and page to rooms, and test it
 	cd rooms && go generate && go test ./...
 
-clean: ## Remove what the other targets have made
+clean: ## Remove the files that other targets create
 	rm -f chat cover.out

@@ -585,7 +585,7 @@ func TestCopyWithRoomsInOneHub(t *testing.T) {
 -		c.hub.broadcast <- line
 +		c.hub.do(func() { c.hub.deliver(c.hub.rooms[c.room], line) })
 `, strings.ReplaceAll(countClients, "clients", "rooms"))
-	cook, eater, gardener := s.dialTo(t, "/ws?room=kitchen"), s.dialTo(t, "/ws?room=kitchen"), s.dialTo(t, "/ws?room=garden")
+	cook, guest, gardener := s.dialTo(t, "/ws?room=kitchen"), s.dialTo(t, "/ws?room=kitchen"), s.dialTo(t, "/ws?room=garden")
 	say(t, cook, "soup")
 	wantLines(t, cook, "soup")
 	say(t, gardener, "roses")
@@ -595,8 +595,8 @@ func TestCopyWithRoomsInOneHub(t *testing.T) {
 		t.Errorf("there are %s rooms, want only the kitchen", got)
 	}
 	leave(t, cook)
-	say(t, eater, "more soup")
-	wantLines(t, eater, "soup", "more soup")
+	say(t, guest, "more soup")
+	wantLines(t, guest, "soup", "more soup")
 }
 
 // users is a map from users to their clients, owned by run.
@@ -634,12 +634,12 @@ func TestCopyWithAMapOfUsers(t *testing.T) {
 +		user, line := r.FormValue("user"), clean([]byte(r.FormValue("line")))
 +		hub.do(func() { hub.queue(hub.users[user], line) })
 +	})
-+	mux.HandleFunc("/here", func(w http.ResponseWriter, r *http.Request) {
++	mux.HandleFunc("/users", func(w http.ResponseWriter, r *http.Request) {
 +		var users []string
 +		hub.do(func() { users = slices.Sorted(maps.Keys(hub.users)) })
 +		fmt.Fprint(w, users)
 +	})
-+	mux.HandleFunc("/away", func(w http.ResponseWriter, r *http.Request) {
++	mux.HandleFunc("/drop", func(w http.ResponseWriter, r *http.Request) {
 +		user, reason := r.FormValue("user"), &websocket.CloseError{Code: 4000, Text: "come back with a ticket"}
 +		hub.do(func() { hub.drop(hub.users[user], reason) })
 +	})
@@ -650,25 +650,25 @@ func TestCopyWithAMapOfUsers(t *testing.T) {
 `)
 	hans, older, newer := s.dialTo(t, "/ws?user=hans"), s.dialTo(t, "/ws?user=grete"), s.dialTo(t, "/ws?user=grete")
 	s.get(t, "/notify?user=nobody&line=dinner")
-	s.get(t, "/away?user=nobody")
+	s.get(t, "/drop?user=nobody")
 	s.get(t, "/notify?user=grete&line=dinner")
 	wantLines(t, newer, "dinner")
 	leave(t, older)
 	s.get(t, "/notify?user=grete&line=at%0Asix")
 	wantLines(t, newer, "at six")
-	if got := s.get(t, "/here"); got != "[grete hans]" {
-		t.Errorf("%s are here, want Grete and Hans", got)
+	if got := s.get(t, "/users"); got != "[grete hans]" {
+		t.Errorf("got the users %s, want Grete and Hans", got)
 	}
-	s.get(t, "/away?user=grete")
+	s.get(t, "/drop?user=grete")
 	wantEnd(t, newer, 4000)
-	if got := s.get(t, "/here"); got != "[hans]" {
-		t.Errorf("%s are here, want Hans", got)
+	if got := s.get(t, "/users"); got != "[hans]" {
+		t.Errorf("got the users %s, want Hans", got)
 	}
 	say(t, hans, "alone")
 	wantLines(t, hans, "alone")
 
 	go discard(hans)
-	for _, path := range []string{"/close", "/notify?user=hans&line=late", "/here", "/away?user=hans"} {
+	for _, path := range []string{"/close", "/notify?user=hans&line=late", "/users", "/drop?user=hans"} {
 		s.get(t, path)
 	}
 }
@@ -689,7 +689,7 @@ func TestCopyInWhichTheLastConnectionOfAUserWins(t *testing.T) {
 	foreign := http.Header{"Origin": {"http://elsewhere.example"}}
 	if conn, _, err := websocket.DefaultDialer.Dial("ws://"+s.addr+"/ws?user=grete", foreign); err == nil {
 		conn.Close()
-		t.Fatal("a page of another site is let in")
+		t.Fatal("a foreign origin is accepted")
 	}
 	say(t, first, "still here")
 	wantLines(t, first, "still here")
@@ -803,7 +803,7 @@ func TestCopyOfUpstreamThatRepliesIsEndedByASlowClient(t *testing.T) {
 	}
 }
 
-// ask asks without end, and reads no answer.
+// ask sends questions without end, and reads no reply.
 func ask(conn *websocket.Conn) {
 	for conn.WriteMessage(websocket.TextMessage, []byte("?")) == nil {
 	}
@@ -847,9 +847,9 @@ func TestCopyWithOneJSONDocumentAMessage(t *testing.T) {
 	}
 }
 
-// Binary messages of 8 MiB, compressed if the peer can do that. Only 16 wait for a
-// client, as 256 would be 2 GiB. writeBatch joins none, since maxBatchSize has no room
-// for another one. Text comes out as binary, too.
+// Binary messages of 8 MiB, compressed if the peer supports it. At most 16 are queued for
+// a client, as 256 would take 2 GiB. writeBatch batches none, as maxBatchSize has no space
+// for a second one. Text is sent as binary, too.
 func TestCopyWithCompressedBinaryMessagesOf8MiB(t *testing.T) {
 	t.Parallel()
 	s := startCopy(t, `
@@ -882,7 +882,7 @@ func TestCopyWithCompressedBinaryMessagesOf8MiB(t *testing.T) {
 			t.Fatalf("a message of kind %d and of %d bytes arrives, not the same: %v", kind, len(got), err)
 		}
 	}
-	// It is its size that counts, not how small it can be made.
+	// The limit applies to the uncompressed size.
 	send(t, talker, make([]byte, len(image)+1))
 	wantEnd(t, talker, websocket.CloseMessageTooBig)
 
@@ -897,7 +897,7 @@ func TestCopyWithCompressedBinaryMessagesOf8MiB(t *testing.T) {
 	}
 }
 
-// Upstream's limit is for what a message takes when it is compressed.
+// Upstream's limit applies to the compressed size.
 func TestCopyOfUpstreamWithCompressionLetsAnySizePass(t *testing.T) {
 	t.Parallel()
 	s := startUpstream(t, `
@@ -909,11 +909,11 @@ func TestCopyOfUpstreamWithCompressionLetsAnySizePass(t *testing.T) {
 	const limit = 512
 	send(t, talker, bytes.Repeat([]byte("x"), 100*limit))
 	if _, got, err := reader.ReadMessage(); len(got) <= limit {
-		t.Errorf("upstream passes on %d bytes, %v", len(got), err)
+		t.Errorf("upstream broadcasts %d bytes, %v", len(got), err)
 	}
 }
 
-// dialCompressing connects a client that compresses what it sends.
+// dialCompressing connects a client that compresses its messages.
 func (s *server) dialCompressing(t *testing.T) *websocket.Conn {
 	t.Helper()
 	conn, answer, err := (&websocket.Dialer{EnableCompression: true}).Dial("ws://"+s.addr+"/ws", nil)
@@ -922,7 +922,7 @@ func (s *server) dialCompressing(t *testing.T) *websocket.Conn {
 	}
 	t.Cleanup(func() { conn.Close() })
 	if got := answer.Header.Get("Sec-WebSocket-Extensions"); !strings.HasPrefix(got, "permessage-deflate") {
-		t.Fatalf("the server agrees to %q, want compression", got)
+		t.Fatalf("the server accepts the extensions %q, want compression", got)
 	}
 	return conn
 }
@@ -935,8 +935,8 @@ func send(t *testing.T, conn *websocket.Conn, message []byte) {
 	}
 }
 
-// hub.go and client.go are a package of their own. One more file says what others may
-// call; nothing else changes in the two but the package's name.
+// hub.go and client.go in a package of their own: only the package's name changes. One
+// more file exports what other packages may call.
 func TestCopyInAPackageOfItsOwn(t *testing.T) {
 	t.Parallel()
 	dir := copyOf(t, root, `
@@ -991,8 +991,8 @@ func TestCopyInAPackageOfItsOwn(t *testing.T) {
 	s.wantExit(t, time.Now(), patience)
 }
 
-// inCopy is a test that a copy gets beside its code. It counts what connections that
-// do nothing take, and what those leave behind that have ended.
+// inCopy is a test inside a copy. It measures the heap of idle connections, and what they
+// leave behind.
 const inCopy = `package main
 
 import (
@@ -1174,13 +1174,13 @@ func write(t *testing.T, path, content string) {
 	}
 }
 
-// dialTo connects a client to the server's path; the test's end closes it.
+// dialTo connects a client to a path of the server; the test's end closes it.
 func (s *server) dialTo(t *testing.T, path string) *websocket.Conn {
 	t.Helper()
 	return dial(t, websocket.DefaultDialer, "ws://"+s.addr+path)
 }
 
-// get requests path, and returns what it is answered with, whatever the status.
+// get requests path, and returns the body of the response, whatever the status.
 func (s *server) get(t *testing.T, path string) string {
 	t.Helper()
 	response, err := (&http.Client{Timeout: patience}).Get("http://" + s.addr + path)
@@ -1195,7 +1195,7 @@ func (s *server) get(t *testing.T, path string) string {
 	return string(body)
 }
 
-// wantLines checks that these are the next lines that conn reads.
+// wantLines checks the next lines that conn reads.
 func wantLines(t *testing.T, conn *websocket.Conn, want ...string) {
 	t.Helper()
 	conn.SetReadDeadline(time.Now().Add(patience))
@@ -1213,18 +1213,18 @@ func wantLines(t *testing.T, conn *websocket.Conn, want ...string) {
 	}
 }
 
-// wantEnd checks that conn ends with code and a reason, whatever comes before that.
+// wantEnd checks that conn ends with code and a reason, whatever lines come first.
 func wantEnd(t *testing.T, conn *websocket.Conn, code int) {
 	t.Helper()
 	conn.SetReadDeadline(time.Now().Add(patience))
 	wantGoodbye(t, discard(conn), code)
 }
 
-// leave says goodbye, and waits for the answer.
+// leave does the closing handshake.
 func leave(t *testing.T, conn *websocket.Conn) {
 	t.Helper()
-	goodbye := websocket.FormatCloseMessage(websocket.CloseNormalClosure, "")
-	if err := conn.WriteMessage(websocket.CloseMessage, goodbye); err != nil {
+	closeFrame := websocket.FormatCloseMessage(websocket.CloseNormalClosure, "")
+	if err := conn.WriteMessage(websocket.CloseMessage, closeFrame); err != nil {
 		t.Fatal(err)
 	}
 	conn.SetReadDeadline(time.Now().Add(patience))

@@ -16,45 +16,45 @@ import (
 	"time"
 )
 
-// A load is what BenchmarkLoad puts on a server, where everybody hears
-// everything.
+// A load is what BenchmarkLoad puts on a server, which broadcasts each message to all
+// clients.
 type load struct {
 	name    string
 	clients int           // connections that read
-	floods  int           // how many of them send all that TCP takes
+	floods  int           // how many of them send as fast as TCP allows
 	talkers int           // how many more of them send at a rate, or a burst
 	rate    int           // messages a second from each talker
 	burst   int           // messages at once from each talker
 	size    int           // bytes of a message
-	stuck   int           // further connections, which never read
+	stuck   int           // further connections, which read nothing
 	during  time.Duration // how long they send
 }
 
 var loads = []load{
-	{name: "4 of 100 flood, a fifth says 20/s", clients: 100, floods: 4, talkers: 1, rate: 20, size: 64, during: 4 * time.Second},
-	{name: "1 of 100 says 300 at once", clients: 100, talkers: 1, burst: 300, size: 64},
-	{name: "12 of 100 say 100 each at once", clients: 100, talkers: 12, burst: 100, size: 64},
-	{name: "100 say 10,000/s together", clients: 100, talkers: 100, rate: 100, size: 64, during: 5 * time.Second},
-	{name: "10 of 100 say 500/s together, 20 more are stuck", clients: 100, talkers: 10, rate: 50, size: 500, stuck: 20, during: 5 * time.Second},
-	{name: "50 of 1,000 say 50/s together", clients: 1000, talkers: 50, rate: 1, size: 64, during: 8 * time.Second},
+	{name: "4 of 100 flood, a fifth sends 20/s", clients: 100, floods: 4, talkers: 1, rate: 20, size: 64, during: 4 * time.Second},
+	{name: "1 of 100 sends 300 at once", clients: 100, talkers: 1, burst: 300, size: 64},
+	{name: "12 of 100 send 100 each at once", clients: 100, talkers: 12, burst: 100, size: 64},
+	{name: "100 send 10,000/s together", clients: 100, talkers: 100, rate: 100, size: 64, during: 5 * time.Second},
+	{name: "10 of 100 send 500/s together, 20 more read nothing", clients: 100, talkers: 10, rate: 50, size: 500, stuck: 20, during: 5 * time.Second},
+	{name: "50 of 1,000 send 50/s together", clients: 1000, talkers: 50, rate: 1, size: 64, during: 8 * time.Second},
 	{name: "200 flood", clients: 200, floods: 200, size: 64, during: 4 * time.Second},
 }
 
 // idleClients is how many connections BenchmarkIdle opens.
 const idleClients = 8000
 
-// A peer is one connection of the load driver. It is a bare socket, which
-// neither a goroutine nor the runtime's poller waits for: the driver looks at
-// all of them once a tick, and so costs little beside the server.
+// A peer is one connection of the load driver: a bare socket, without a goroutine and
+// without the runtime's poller. The driver polls all of them once a millisecond, so it
+// takes little CPU beside the server.
 type peer struct {
 	fd       int
 	in       []byte // what has arrived of the next frame
 	out      []byte // what is left of the last one to send
 	received int    // messages
-	gone     bool
+	closed   bool
 }
 
-// connect shakes hands with the server at addr.
+// connect does the handshake with the server at addr.
 func connect(t testing.TB, addr string) *peer {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)
@@ -64,7 +64,7 @@ func connect(t testing.TB, addr string) *peer {
 	defer conn.Close()
 	fmt.Fprintf(conn, "GET /ws HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", addr)
-	answer := make([]byte, 1024) // nobody talks yet: there is nothing but the header
+	answer := make([]byte, 1024) // No client sends yet, so nothing follows the header.
 	n, err := conn.Read(answer)
 	if err != nil || !bytes.HasPrefix(answer, []byte("HTTP/1.1 101 ")) || !bytes.HasSuffix(answer[:n], []byte("\r\n\r\n")) {
 		t.Fatalf("handshake answered with %q, %v", answer[:n], err)
@@ -92,15 +92,15 @@ func message(size int, now int64) []byte {
 	return append(frame, bytes.Repeat([]byte("x"), size-20)...)
 }
 
-// send sends frame, and reports whether it could: a socket that is full still
-// takes one.
+// send sends frame, and reports whether it did: false if the last frame is still to be
+// written.
 func (p *peer) send(frame []byte) bool {
-	if p.flush(); p.gone || len(p.out) > 0 {
+	if p.flush(); p.closed || len(p.out) > 0 {
 		return false
 	}
 	p.out = frame
 	p.flush()
-	return !p.gone
+	return !p.closed
 }
 
 // flush writes what the socket takes of p.out.
@@ -110,30 +110,30 @@ func (p *peer) flush() {
 	}
 	n, err := syscall.Write(p.fd, p.out)
 	p.out = p.out[max(0, n):]
-	p.gone = p.gone || err != nil && err != syscall.EAGAIN
+	p.closed = p.closed || err != nil && err != syscall.EAGAIN
 }
 
-// receive takes what has arrived and calls hear for each message.
-func (p *peer) receive(buf []byte, hear func(message []byte)) {
-	for !p.gone {
+// receive reads what has arrived and calls handle for each message.
+func (p *peer) receive(buf []byte, handle func(message []byte)) {
+	for !p.closed {
 		n, err := syscall.Read(p.fd, buf)
 		if err == syscall.EAGAIN {
 			return
 		}
 		if n <= 0 {
-			p.gone = true
+			p.closed = true
 			return
 		}
 		p.in = append(p.in, buf[:n]...)
-		p.frames(hear)
+		p.frames(handle)
 		if n < len(buf) {
 			return
 		}
 	}
 }
 
-// frames takes the whole frames from p.in.
-func (p *peer) frames(hear func(message []byte)) {
+// frames handles the complete frames in p.in.
+func (p *peer) frames(handle func(message []byte)) {
 	rest := p.in
 	for len(rest) >= 2 {
 		header, size := 2, int(rest[1])
@@ -150,10 +150,10 @@ func (p *peer) frames(hear func(message []byte)) {
 		case 1:
 			for line := range bytes.SplitSeq(payload, []byte("\n")) {
 				p.received++
-				hear(line)
+				handle(line)
 			}
 		case 8:
-			p.gone = true
+			p.closed = true
 		}
 		rest = rest[header+size:]
 	}
@@ -164,8 +164,8 @@ func (p *peer) frames(hear func(message []byte)) {
 type result struct {
 	load, server string
 	deliveries   int           // messages that arrived, over all clients
-	dropped      int           // clients that were cut off although they read
-	lost         int           // messages that did not arrive at them
+	dropped      int           // clients that were disconnected although they read
+	lost         int           // messages that did not reach a client
 	elapsed      time.Duration // until the last one arrived
 	p50, p99     time.Duration // from a message's write to its arrival; a tick is a millisecond
 	cpu          time.Duration // of the server's process
@@ -211,14 +211,14 @@ func (l *load) run(t testing.TB, server *contender) *result {
 		latencies []time.Duration
 		sent      = make([]int, l.talkers)
 		flood     = message(l.size, 0)
-		heard     = func() int { // the most that anybody has
+		maximum   = func() int { // that a client has received
 			return slices.MaxFunc(peers, func(a, b *peer) int { return a.received - b.received }).received
 		}
 		buf   = make([]byte, 1<<20)
 		cpu   = server.cpu(t)
 		start = time.Now()
 		last  = start
-		total int // messages that everybody should hear
+		total int // messages that every client should receive
 	)
 	for now := start; ; now = time.Now() {
 		sending := now.Sub(start) < l.during || now == start
@@ -256,10 +256,10 @@ func (l *load) run(t testing.TB, server *contender) *result {
 			if p.received > before {
 				last = time.Now()
 			}
-			complete = complete && (p.gone || p.received >= total)
+			complete = complete && (p.closed || p.received >= total)
 		}
 		if l.floods > 0 && sending {
-			total = heard() // of a flood, the server decides how much it takes
+			total = maximum() // The server decides how much of a flood it reads.
 		}
 		if !sending && (complete || now.Sub(last) > time.Second || now.Sub(start) > l.during+3*time.Second) {
 			break
@@ -270,7 +270,7 @@ func (l *load) run(t testing.TB, server *contender) *result {
 	for _, p := range peers {
 		r.deliveries += p.received
 		r.lost += max(0, total-p.received)
-		if p.gone {
+		if p.closed {
 			r.dropped++
 		}
 	}
@@ -284,7 +284,7 @@ func BenchmarkIdle(b *testing.B) {
 	for _, which := range contenders(b) {
 		b.Run(which.name, func(b *testing.B) {
 			for b.Loop() {
-				r := &result{load: fmt.Sprint(idleClients, " wait"), server: which.name}
+				r := &result{load: fmt.Sprint(idleClients, " idle"), server: which.name}
 				server := which.start(b)
 				cpu, kib := server.cpu(b), server.resident(b)
 				for range idleClients {
@@ -293,8 +293,8 @@ func BenchmarkIdle(b *testing.B) {
 				r.cpu = server.cpu(b) - cpu
 				r.kib = (server.resident(b) - kib) / idleClients
 
-				// A process keeps garbage because it may, and how much varies from
-				// run to run. With GOGC=5 it keeps little.
+				// How much garbage a process keeps varies from run to run. With GOGC=5 it
+				// keeps little.
 				server = which.start(b, "GOGC=5")
 				kib = server.resident(b)
 				for range idleClients {

@@ -18,7 +18,7 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// readAll reads until the connection ends; it returns the lines and why it ended.
+// readAll reads until the connection ends, and returns the lines and the error.
 func readAll(conn *websocket.Conn) (lines []string, err error) {
 	for {
 		_, message, err := conn.ReadMessage()
@@ -53,16 +53,16 @@ func (s *server) wantExit(t *testing.T, start time.Time, limit time.Duration) {
 	}
 }
 
-// The codes are figures here, as clients rely on these.
-func TestWhoIsSentAwayReadsWhy(t *testing.T) {
+// The codes are figures here, as clients rely on them.
+func TestDroppedClientReadsTheCloseCode(t *testing.T) {
 	t.Parallel()
 	write := func(kind int, text string) func(*testing.T, *server, *websocket.Conn) {
 		return func(t *testing.T, _ *server, conn *websocket.Conn) { conn.WriteMessage(kind, []byte(text)) }
 	}
 	for _, tt := range []struct {
-		name   string
-		code   int
-		offend func(t *testing.T, s *server, conn *websocket.Conn)
+		name      string
+		code      int
+		misbehave func(t *testing.T, s *server, conn *websocket.Conn)
 	}{
 		{"a frame without a mask", 1002, func(t *testing.T, _ *server, conn *websocket.Conn) {
 			conn.NetConn().Write([]byte{0x81, 1, 'x'})
@@ -74,8 +74,8 @@ func TestWhoIsSentAwayReadsWhy(t *testing.T) {
 		}},
 		{"a message of 513 bytes", 1009, write(websocket.TextMessage, strings.Repeat("x", 513))},
 		{"does not read", 1013, func(t *testing.T, s *server, _ *websocket.Conn) {
-			// At their pace, 2,000 messages a second, the talkers fill what the kernel keeps
-			// for conn, at most some 4 MiB, and then the queue.
+			// At 2,000 messages a second, their rate limit, the senders fill the socket
+			// buffers of conn, some 4 MiB, and then its queue.
 			talkers := make([]*websocket.Conn, 20)
 			for i := range talkers {
 				talkers[i] = s.dial(t)
@@ -89,12 +89,12 @@ func TestWhoIsSentAwayReadsWhy(t *testing.T) {
 					}
 				}()
 			}
-			for heard := 0; heard < 6<<20; {
+			for received := 0; received < 6<<20; {
 				_, message, err := talkers[0].ReadMessage()
 				if err != nil {
 					t.Fatal(err)
 				}
-				heard += len(message)
+				received += len(message)
 			}
 		}},
 	} {
@@ -102,12 +102,12 @@ func TestWhoIsSentAwayReadsWhy(t *testing.T) {
 			t.Parallel()
 			var s *server
 			if tt.code == 1008 {
-				s = startQuick(t, "localhost:0") // and its minute takes six seconds
+				s = startQuick(t, "localhost:0") // Its pongWait is six seconds.
 			} else {
 				s = startServer(t, "localhost:0")
 			}
 			conn := s.dial(t)
-			tt.offend(t, s, conn)
+			tt.misbehave(t, s, conn)
 			conn.SetReadDeadline(time.Now().Add(patience))
 			wantGoodbye(t, discard(conn), tt.code)
 			s.waitForLog(t, fmt.Sprintf(`dropped: "websocket: close %d\b`, tt.code))
@@ -115,7 +115,7 @@ func TestWhoIsSentAwayReadsWhy(t *testing.T) {
 	}
 }
 
-func TestSignalsSendEverybodyWhatIsQueuedAnd1001(t *testing.T) {
+func TestGracefulShutdownSendsWhatIsQueuedAnd1001(t *testing.T) {
 	t.Parallel()
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
 		t.Run(sig.String(), func(t *testing.T) {
@@ -124,7 +124,7 @@ func TestSignalsSendEverybodyWhatIsQueuedAnd1001(t *testing.T) {
 			for i := range 100 {
 				say(t, talker, fmt.Sprint(i))
 			}
-			for n := 0; n < 100; { // then all are queued for reader, too
+			for n := 0; n < 100; { // Then all are queued for reader, too.
 				_, message, err := talker.ReadMessage()
 				if err != nil {
 					t.Fatal(err)
@@ -138,30 +138,30 @@ func TestSignalsSendEverybodyWhatIsQueuedAnd1001(t *testing.T) {
 			lines, err := readAll(reader)
 			wantGoodbye(t, err, 1001)
 			if len(lines) != 100 {
-				t.Errorf("the client reads %d lines before the goodbye, want 100", len(lines))
+				t.Errorf("the client reads %d lines before the close frame, want 100", len(lines))
 			}
 			s.wantExit(t, start, time.Second)
 		})
 	}
 }
 
-func TestShutdownSaysGoodbyeToEverybody(t *testing.T) {
+func TestCloseFrameOfAShutdownReachesAllClients(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name             string
-		idle, loud, deaf int
+		idle, loud, slow int
 		limit            time.Duration
 	}{
-		{"all behave", 150, 0, 0, time.Second},
-		{"some do not", 150, 30, 5, 12 * time.Second},
+		{"all idle", 150, 0, 0, time.Second},
+		{"some send, some read nothing", 150, 30, 5, 12 * time.Second},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := startServer(t, "localhost:0")
-			for range tt.deaf {
+			for range tt.slow {
 				dialer := websocket.Dialer{NetDial: func(network, addr string) (net.Conn, error) {
 					conn, err := net.Dial(network, addr)
 					if err == nil {
-						conn.(*net.TCPConn).SetReadBuffer(4096) // and soon full
+						conn.(*net.TCPConn).SetReadBuffer(4096) // soon full
 					}
 					return conn, err
 				}}
@@ -202,10 +202,10 @@ func TestShutdownSaysGoodbyeToEverybody(t *testing.T) {
 	}
 }
 
-func TestASecondSignalEndsItAtOnce(t *testing.T) {
+func TestSecondSignalForcesAnExit(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
-	s.dial(t) // never reads the close frame: the server waits for closeWait
+	s.dial(t) // It never answers the close frame: the server waits for closeWait.
 	s.signal(t, os.Interrupt)
 	s.waitForLog(t, "shutting down")
 	s.signal(t, os.Interrupt)
@@ -214,7 +214,7 @@ func TestASecondSignalEndsItAtOnce(t *testing.T) {
 	}
 }
 
-func TestAnAddressItCannotHaveIsOneClearLine(t *testing.T) {
+func TestFailureToListenIsOneLineAndStatus1(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	for name, addr := range map[string]string{
@@ -232,18 +232,18 @@ func TestAnAddressItCannotHaveIsOneClearLine(t *testing.T) {
 				t.Errorf("the server ended with %v, want exit status 1", err)
 			}
 			if text := string(out); strings.Count(text, "\n") != 1 || !strings.Contains(text, addr[strings.Index(addr, ":")+1:]) {
-				t.Errorf("the server says %q, want one line with the address", text)
+				t.Errorf("the server logs %q, want one line with the address", text)
 			}
 		})
 	}
 }
 
-func TestOutOfDescriptorsThoseInsideKeepTalking(t *testing.T) {
+func TestClientsStayConnectedWhenFileDescriptorsRunOut(t *testing.T) {
 	t.Parallel()
 	const limit = 40
 	s := startCommand(t, exec.Command("sh", "-c", fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, limit), binary, "-addr", "localhost:0"))
 	talker := s.dial(t)
-	// The kernel takes connections that the server cannot: these wait.
+	// The kernel queues connections that the server cannot accept.
 	crowd := make([]net.Conn, limit)
 	for i := range crowd {
 		conn, err := net.Dial("tcp", s.addr)
@@ -258,7 +258,7 @@ func TestOutOfDescriptorsThoseInsideKeepTalking(t *testing.T) {
 	say(t, talker, "still here")
 	talker.SetReadDeadline(time.Now().Add(patience))
 	if _, message, err := talker.ReadMessage(); err != nil || string(message) != "still here" {
-		t.Fatalf("one who is inside reads %q and %v", message, err)
+		t.Fatalf("a connected client reads %q and %v", message, err)
 	}
 	for _, conn := range crowd {
 		conn.Close()
@@ -266,11 +266,11 @@ func TestOutOfDescriptorsThoseInsideKeepTalking(t *testing.T) {
 	newcomer := s.dial(t)
 	say(t, newcomer, "finally")
 	if _, message, err := talker.ReadMessage(); err != nil || string(message) != "finally" {
-		t.Errorf("one who is inside reads %q and %v from a newcomer", message, err)
+		t.Errorf("a connected client reads %q and %v from a new one", message, err)
 	}
 }
 
-func TestAnEndlessHeaderIsCutOff(t *testing.T) {
+func TestEndlessHeaderTimesOut(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	conn, err := net.Dial("tcp", s.addr)
@@ -289,7 +289,7 @@ func TestAnEndlessHeaderIsCutOff(t *testing.T) {
 	}
 }
 
-func TestThePageAnswers(t *testing.T) {
+func TestHTTPResponses(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	for _, tt := range []struct {

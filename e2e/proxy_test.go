@@ -18,10 +18,10 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// nginxConfig is what README.md's part of a configuration stands in.
+// nginxConfig is the configuration around the location in README.md.
 const nginxConfig = `
 daemon off;
-user root; # who may write to the folder; for anybody else it is ignored
+user root; # so that it can write to the folder; ignored for other users
 pid nginx.pid;
 error_log stderr;
 events {}
@@ -39,7 +39,7 @@ http {
 }
 `
 
-// caddyConfig is what README.md's directive stands in.
+// caddyConfig is the configuration around the directive in README.md.
 const caddyConfig = `
 {
 	admin off
@@ -50,17 +50,16 @@ http://%s {
 }
 `
 
-// pingPeriod is client.go's: for so long nothing may pass between an idle client
-// and the server.
+// pingPeriod is client.go's: the longest time without a frame on an idle connection.
 const pingPeriod = 54 * time.Second
 
-// The configurations of proxies in the READMEs work as they stand there, but for
-// the addresses.
-func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
+// The proxy configurations of the READMEs work as they stand there, except for the
+// addresses.
+func TestProxyConfigurationsOfTheREADMEsWork(t *testing.T) {
 	t.Parallel()
 	for _, proxy := range []struct {
 		name, prefix string
-		oneIsEnough  bool // when the other server ends, clients get to this one
+		balances     bool // when one server ends, new clients get the other
 		servers      func(t *testing.T) (one, two *server)
 		start        func(t *testing.T, addr, one, two string)
 	}{
@@ -69,7 +68,7 @@ func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
 		}, func(t *testing.T, addr, one, _ string) {
 			config := codeFrom(t, "../README.md", "location /chat/ {")
 			config = replace(t, config, "127.0.0.1:8080", one)
-			wantPatience(t, config, `proxy_read_timeout (\w+);`)
+			wantTimeout(t, config, `proxy_read_timeout (\w+);`)
 			startProxy(t, "nginx-light", fmt.Sprintf(nginxConfig, addr, config), "/usr/sbin/nginx", "-e", "stderr", "-p", ".", "-c")
 		}},
 		{"Caddy", "/", false, func(t *testing.T) (one, two *server) {
@@ -105,7 +104,7 @@ func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
 			p.send("through a proxy")
 			p.until(lastLine + ` == "through a proxy"`)
 
-			for _, offence := range []struct {
+			for _, violation := range []struct {
 				kind int
 				text string
 				want int
@@ -115,8 +114,8 @@ func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
 				{websocket.TextMessage, strings.Repeat("x", 2<<20), websocket.CloseMessageTooBig},
 			} {
 				conn := join()
-				conn.WriteMessage(offence.kind, []byte(offence.text))
-				wantGoodbye(t, discard(conn), offence.want)
+				conn.WriteMessage(violation.kind, []byte(violation.text))
+				wantGoodbye(t, discard(conn), violation.want)
 			}
 
 			for origin, want := range map[string]int{"http://" + addr: 101, "http://example.com": 403} {
@@ -135,8 +134,8 @@ func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
 				}
 			}()
 			one.stop(t)
-			if proxy.oneIsEnough {
-				// The proxy has not noticed yet, and prefers the server without clients.
+			if proxy.balances {
+				// The proxy has not noticed yet, and prefers the server with fewer clients.
 				join()
 			}
 			two.stop(t)
@@ -146,14 +145,14 @@ func TestItWorksBehindTheProxiesOfTheREADMEs(t *testing.T) {
 	}
 }
 
-// HAProxy, as cluster/README.md sets it up, sends nobody to a node that hangs or
-// that has lost NATS, and sends people there again when it is well.
-func TestHAProxySendsPeopleOnlyToNodesThatHearTheOthers(t *testing.T) {
+// HAProxy, as cluster/README.md configures it, takes a node out of rotation while it
+// hangs or is disconnected from NATS.
+func TestHAProxyBalancesOnlyToReadyNodes(t *testing.T) {
 	t.Parallel()
-	const people = 20
+	const clients = 20
 	for _, trouble := range []struct {
-		name         string
-		makes, mends func(t *testing.T, two *server, wire *forwarder)
+		name          string
+		breaks, mends func(t *testing.T, two *server, wire *forwarder)
 	}{
 		{"hangs",
 			func(t *testing.T, two *server, _ *forwarder) { two.signal(t, syscall.SIGSTOP) },
@@ -172,24 +171,24 @@ func TestHAProxySendsPeopleOnlyToNodesThatHearTheOthers(t *testing.T) {
 			awaitListener(t, addr)
 			listener := one.dial(t)
 			listener.SetReadDeadline(time.Now().Add(3 * patience))
-			everybodyTalks := func() {
+			exchangeMessages := func() {
 				t.Helper()
-				for n := range people {
+				for n := range clients {
 					line := fmt.Sprint("from ", n)
 					say(t, dial(t, websocket.DefaultDialer, "ws://"+addr+"/ws"), line)
 					if _, got, err := listener.ReadMessage(); err != nil || string(got) != line {
-						t.Fatalf("a node hears %q and %v from those who come through the proxy, want %q", got, err, line)
+						t.Fatalf("a client of the ready node reads %q and %v, want %q from a client behind the proxy", got, err, line)
 					}
 				}
 			}
-			trouble.makes(t, two, wire)
+			trouble.breaks(t, two, wire)
 			since := time.Now()
 			haproxy.wait(t, "Server nodes/two is DOWN")
 			t.Logf("HAProxy has noticed after %v", time.Since(since))
-			everybodyTalks()
+			exchangeMessages()
 			trouble.mends(t, two, wire)
 			haproxy.wait(t, "Server nodes/two is UP")
-			everybodyTalks()
+			exchangeMessages()
 			if got := two.log.String(); strings.Contains(got, "/ready") {
 				t.Errorf("the node logs that it is asked whether it is ready:\n%s", got)
 			}
@@ -197,7 +196,7 @@ func TestHAProxySendsPeopleOnlyToNodesThatHearTheOthers(t *testing.T) {
 	}
 }
 
-// buildCluster builds the server for several machines, and returns its path.
+// buildCluster builds the program in cluster/, and returns its path.
 var buildCluster = sync.OnceValues(func() (string, error) {
 	path := binary + "-cluster"
 	build := exec.Command("go", "build", "-o", path, ".")
@@ -208,8 +207,8 @@ var buildCluster = sync.OnceValues(func() (string, error) {
 	return path, nil
 })
 
-// startCluster starts the server for several machines with these arguments, until
-// the test ends.
+// startCluster starts the program in cluster/ with these arguments; the test's end kills
+// it.
 func startCluster(t *testing.T, args ...string) *server {
 	t.Helper()
 	path, err := buildCluster()
@@ -219,20 +218,20 @@ func startCluster(t *testing.T, args ...string) *server {
 	return startCommand(t, exec.Command(path, append(args, "-addr", "127.0.0.1:0")...))
 }
 
-// startNATS starts a NATS server, that of a node of its own, and returns where it
-// listens.
+// startNATS starts a node with a NATS server of its own, and returns that server's
+// address.
 func startNATS(t *testing.T) (addr string) {
 	t.Helper()
 	return startCluster(t).waitForLog(t, `-nats nats://(\S+)`)
 }
 
-// startNode starts a node of the room at the NATS server that listens on addr.
+// startNode starts a node that connects to the NATS server at addr.
 func startNode(t *testing.T, addr string) *server {
 	t.Helper()
 	return startCluster(t, "-nats", "nats://"+addr)
 }
 
-// startHAProxy starts HAProxy as cluster/README.md sets it up, on addr, before two
+// startHAProxy starts HAProxy as cluster/README.md configures it, on addr, for two
 // nodes.
 func startHAProxy(t *testing.T, addr, one, two string) *output {
 	t.Helper()
@@ -240,11 +239,11 @@ func startHAProxy(t *testing.T, addr, one, two string) *output {
 	config = replace(t, config, "bind :80", "bind "+addr)
 	config = replace(t, config, "10.0.0.1:8080", one)
 	config = replace(t, config, "10.0.0.2:8080", two)
-	wantPatience(t, config, `timeout tunnel +(\w+)`)
+	wantTimeout(t, config, `timeout tunnel +(\w+)`)
 	return startProxy(t, "haproxy", config, "/usr/sbin/haproxy", "-db", "-f")
 }
 
-// A forwarder passes what it gets on to an address, until it is cut.
+// A forwarder is a TCP proxy that a test can cut.
 type forwarder struct {
 	net.Listener
 	mu    sync.Mutex
@@ -252,7 +251,7 @@ type forwarder struct {
 	conns []net.Conn
 }
 
-// forward starts a forwarder to addr, which ends with the test.
+// forward starts a forwarder to addr; the test's end stops it.
 func forward(t *testing.T, addr string) *forwarder {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -286,7 +285,7 @@ func forward(t *testing.T, addr string) *forwarder {
 	return f
 }
 
-// cut breaks what is connected, and what connects until it is mended.
+// cut closes all connections, and new ones until mend.
 func (f *forwarder) cut() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -297,16 +296,16 @@ func (f *forwarder) cut() {
 	f.conns = nil
 }
 
-// mend has new connections work.
+// mend lets new connections through again.
 func (f *forwarder) mend() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.isCut = false
 }
 
-// wantPatience checks that config has a time limit, the group of pattern, that a
-// client who is pinged does not reach.
-func wantPatience(t *testing.T, config, pattern string) {
+// wantTimeout checks that the timeout in config, the group of pattern, is longer than
+// pingPeriod.
+func wantTimeout(t *testing.T, config, pattern string) {
 	t.Helper()
 	match := regexp.MustCompile(pattern).FindStringSubmatch(config)
 	if match == nil {
@@ -321,8 +320,7 @@ func wantPatience(t *testing.T, config, pattern string) {
 	}
 }
 
-// codeFrom returns the block of code in a file of Markdown that starts with the
-// line first.
+// codeFrom returns the code block in a Markdown file that starts with the line first.
 func codeFrom(t *testing.T, file, first string) string {
 	t.Helper()
 	text, err := os.ReadFile(file)
@@ -346,16 +344,16 @@ func codeFrom(t *testing.T, file, first string) string {
 	return block.String()
 }
 
-// replace replaces old, which must be there once.
+// replace replaces old, which text must contain once.
 func replace(t *testing.T, text, old, new string) string {
 	t.Helper()
 	if got := strings.Count(text, old); got != 1 {
-		t.Fatalf("the configuration has %q %d times, want once:\n%s", old, got, text)
+		t.Fatalf("got %q %d times, want once:\n%s", old, got, text)
 	}
 	return strings.Replace(text, old, new, 1)
 }
 
-// freeAddr returns an address on which nobody listens.
+// freeAddr returns an address on which no program listens.
 func freeAddr(t testing.TB) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -366,9 +364,8 @@ func freeAddr(t testing.TB) string {
 	return listener.Addr().String()
 }
 
-// startProxy runs a program of a Debian package in a folder of its own, until the
-// test ends, and returns what it says. The name of the file with its configuration
-// is its last argument.
+// startProxy runs a program of a Debian package in a folder of its own, until the test
+// ends, and returns its output. The configuration file is its last argument.
 func startProxy(t *testing.T, pkg, config, name string, args ...string) *output {
 	t.Helper()
 	dir := t.TempDir()
@@ -384,10 +381,10 @@ func startProxy(t *testing.T, pkg, config, name string, args ...string) *output 
 		t.Fatalf("%v\nOn Debian: apt-get install %s", err, pkg)
 	}
 	t.Cleanup(func() {
-		cmd.Process.Signal(os.Interrupt) // so that it ends its workers, too
+		cmd.Process.Signal(os.Interrupt) // It then ends its workers, too.
 		cmd.Wait()
 		if t.Failed() {
-			t.Logf("%s says:\n%s", name, out)
+			t.Logf("%s logs:\n%s", name, out)
 		}
 	})
 	return out
@@ -401,12 +398,12 @@ func (o *output) wait(t *testing.T, text string) {
 		select {
 		case <-o.grown:
 		case <-timeout:
-			t.Fatalf("it has not said %q in %v:\n%s", text, patience, o)
+			t.Fatalf("no output %q within %v:\n%s", text, patience, o)
 		}
 	}
 }
 
-// awaitListener waits until somebody listens on addr.
+// awaitListener waits until a program listens on addr.
 func awaitListener(t testing.TB, addr string) {
 	t.Helper()
 	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {

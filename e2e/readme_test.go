@@ -23,13 +23,12 @@ func clone(t *testing.T, dir string, options ...string) {
 	}
 }
 
-// example matches a command that a README tells the reader to type, and what it
-// says that the command then shows.
+// example matches a command in a README, and the output shown below it.
 var example = regexp.MustCompile(`(?m)^    \$ (.*)\n((?:    [^$\n].*\n)*)`)
 
-// On a fresh clone, the commands of a README do in their order what it shows, but
-// for the ports. Those that take long are run by CI.
-func TestTheCommandsOfTheREADMEsDoWhatTheyShow(t *testing.T) {
+// On a fresh clone, the commands of each README, in order, have the output that it shows,
+// except for the ports. CI runs those that take long.
+func TestCommandsOfTheREADMEsHaveTheOutputShown(t *testing.T) {
 	t.Parallel()
 	root := filepath.Join(t.TempDir(), "chat")
 	clone(t, root)
@@ -45,7 +44,7 @@ func TestTheCommandsOfTheREADMEsDoWhatTheyShow(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			ports := make(map[string]string) // which stand for which
+			ports := make(map[string]string) // by those in the README
 			for _, match := range example.FindAllStringSubmatch(string(text), -1) {
 				command, shown := match[1], match[2]
 				t.Log("$ " + command)
@@ -65,8 +64,8 @@ func TestTheCommandsOfTheREADMEsDoWhatTheyShow(t *testing.T) {
 	}
 }
 
-// runServer runs a command that starts a server, at an address of its own, waits
-// until it has shown what it is to show, and notes the ports in that.
+// runServer runs a command that starts a server, at an address of its own. It waits for
+// the output shown, and adds the ports in it to ports.
 func runServer(t *testing.T, dir, command, shown string, ports map[string]string) {
 	t.Helper()
 	cmd := exec.Command("sh", "-c", withPorts(command, ports)+" -addr localhost:0")
@@ -83,7 +82,7 @@ func runServer(t *testing.T, dir, command, shown string, ports map[string]string
 		pattern = strings.ReplaceAll(pattern, "localhost", `127\.0\.0\.1`)
 		got := regexp.MustCompile(pattern).FindStringSubmatch(s.log.String())
 		if got == nil {
-			t.Fatalf("%s shows\n%s\nwant in it\n%s", command, s.log, line)
+			t.Fatalf("%s prints\n%s\nwant in it\n%s", command, s.log, line)
 		}
 		for i, documented := range port.FindAllString(line, -1) {
 			ports[documented] = ":" + got[i+1]
@@ -96,17 +95,17 @@ var (
 	port = regexp.MustCompile(`:\d{4,5}`)
 )
 
-// withPorts puts the ports that there are for those that a README names.
+// withPorts replaces the ports of the README by the actual ones.
 func withPorts(command string, ports map[string]string) string {
 	return port.ReplaceAllStringFunc(command, func(documented string) string {
 		return cmp.Or(ports[documented], documented)
 	})
 }
 
-// runWscat runs a command that starts wscat, and types what shown has behind "> ".
+// runWscat runs a command that starts wscat, and types the lines of shown after "> ".
 func runWscat(t *testing.T, command, shown string, ports map[string]string) {
 	t.Helper()
-	// It shows this to a terminal only, which script makes.
+	// wscat shows it on a terminal only, which script provides.
 	wscat := exec.Command("script", "--quiet", "--return", "--command", withPorts(command, ports), "/dev/null")
 	screen := &output{grown: make(chan struct{}, 1)}
 	wscat.Stdout, wscat.Stderr = screen, screen
@@ -120,8 +119,8 @@ func runWscat(t *testing.T, command, shown string, ports map[string]string) {
 	t.Cleanup(func() { wscat.Process.Kill(); wscat.Wait() })
 	for line := range strings.Lines(shown) {
 		line = strings.TrimSpace(line)
-		if said, mine := strings.CutPrefix(line, "> "); mine {
-			io.WriteString(keyboard, said+"\n")
+		if typed, found := strings.CutPrefix(line, "> "); found {
+			io.WriteString(keyboard, typed+"\n")
 			continue
 		}
 		timeout := time.After(patience)
@@ -135,9 +134,8 @@ func runWscat(t *testing.T, command, shown string, ports map[string]string) {
 	}
 }
 
-// wantInCI checks that CI runs a command of the README in folder, by .ci/run or by
-// what that has make do. It may add packages, options that answer questions, and one
-// that keeps go test from repeating an old result.
+// wantInCI checks that .ci/run, or a make target that it calls, runs a command of the
+// README in folder. It may add packages, options that answer questions, and -count=1.
 func wantInCI(t *testing.T, root, folder, command string) {
 	t.Helper()
 	script, err := os.ReadFile(filepath.Join(root, ".ci", "run"))
@@ -179,9 +177,9 @@ func wantBenchmark(t *testing.T, command string) {
 	}
 }
 
-// make build makes the same binary of the same commit in every folder, with the
-// commit in it, also where git would write the line ends of Windows.
-func TestEveryCloneBuildsTheSameBinary(t *testing.T) {
+// make build is reproducible: it makes the same binary from each clone, with the commit
+// in it, also if git converts line endings for Windows.
+func TestBuildIsReproducible(t *testing.T) {
 	t.Parallel()
 	var binaries [][]byte
 	for _, options := range [][]string{nil, {"--config", "core.autocrlf=true"}} {

@@ -38,7 +38,7 @@ const pollInterval = 30 * time.Millisecond
 var binary string
 
 func TestMain(m *testing.M) {
-	// Tests wait most of their time. The command line has the last word.
+	// Tests mostly wait. The command line overrides this.
 	flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0)))
 	flag.Parse()
 	os.Exit(testMain(m))
@@ -61,7 +61,7 @@ func testMain(m *testing.M) int {
 		fmt.Fprintf(os.Stderr, "go build: %v\n%s", err, out)
 		return 1
 	}
-	defer func() { closeBrowser() }() // whichever it is by then
+	defer func() { closeBrowser() }() // its value then
 	defer closeEngines()
 	defer reportLoads()
 	return m.Run()
@@ -84,8 +84,8 @@ func startServer(t testing.TB, addr string) *server {
 
 var hosts atomic.Int32
 
-// ownHost puts one of the machine's own addresses that no other server has in
-// place of localhost: while a server restarts, nobody else can be given its port.
+// ownHost replaces localhost by a loopback address that no other server has: while a
+// server restarts, no other can get its port.
 func ownHost(addr string) string {
 	n := hosts.Add(1)
 	return strings.Replace(addr, "localhost:", fmt.Sprintf("127.0.%d.%d:", 1+n/250, 1+n%250), 1)
@@ -151,7 +151,7 @@ func (s *server) wait(t testing.TB) *os.ProcessState {
 	return s.cmd.ProcessState
 }
 
-// stop asks the server to end and waits until it has.
+// stop sends SIGTERM to the server and waits until it has exited.
 func (s *server) stop(t testing.TB) {
 	t.Helper()
 	s.signal(t, syscall.SIGTERM)
@@ -193,7 +193,7 @@ func discard(conn *websocket.Conn) error {
 	}
 }
 
-// An output keeps what a process writes, and tells when there is more.
+// An output keeps what a process writes, and signals when there is more.
 type output struct {
 	mu    sync.Mutex
 	buf   bytes.Buffer
