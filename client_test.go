@@ -31,9 +31,9 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// The tests stand in the order of what they show: what happens on the wire, the
-// promises, serving, and the page. Then comes the rig, and after it fuzzing. What
-// needs only a Hub, what applications do, the process, and the benchmarks are in hub_test.go.
+// The order of the tests: what happens on the wire, the promises, serving, the page, the
+// helpers, fuzzing. Tests of the hub alone, of what applications do, and of the process,
+// and the benchmarks are in hub_test.go.
 
 // The promises, and the tests of each in both files. This index is code so that the
 // compiler knows its names.
@@ -80,7 +80,7 @@ var _ = map[string][]func(*testing.T){
 		TestSignalEndsTheProcessAlthoughItsLogBlocks, TestRateLimitedClientDoesNotWaitForTheLog},
 }
 
-// The figures and words that people rely on; all other tests ask the constants.
+// The figures and texts that users rely on; all other tests use the constants.
 
 func TestConstantsAndCloseReasonsAreAsPromised(t *testing.T) {
 	for name, test := range map[string]struct{ got, want any }{
@@ -117,9 +117,9 @@ func TestConstantsAndCloseReasonsAreAsPromised(t *testing.T) {
 	}
 }
 
-// On the wire, in: one WebSocket text message is one chat message, at most 512
-// bytes. Control characters become spaces; surrounding white space goes; what is
-// then empty is not broadcast.
+// On the wire, in: one WebSocket text message is one chat message, of at most 512 bytes.
+// Control characters become spaces, surrounding white space is trimmed, and an empty
+// message is not broadcast.
 
 func TestMessageBecomesOneCleanLineOrNone(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
@@ -139,11 +139,11 @@ func TestMessageBecomesOneCleanLineOrNone(t *testing.T) {
 			if want[0] == "" {
 				want = want[1:]
 			}
-			p.say(sent)
-			p.say("end")
+			p.send(sent)
+			p.send("end")
 			p.wantLines(want...)
 		}
-		if got, want := string(clean([]byte("\xff of a copy's own\xc3"))), "\ufffd of a copy's own\ufffd"; got != want {
+		if got, want := string(clean([]byte("\xff of an application\xc3"))), "\ufffd of an application\ufffd"; got != want {
 			t.Errorf("what is not UTF-8 becomes %q, want %q", got, want)
 		}
 	})
@@ -158,7 +158,7 @@ func TestQueuedMessagesAreJoinedInFramesBelow32KiB(t *testing.T) {
 		var want, got []string
 		for n := range 1 + sendQueueSize { // One is with writePump.
 			want = append(want, fmt.Sprintf("%0*d", maxMessageSize, n))
-			r.say(want[n])
+			r.broadcast(want[n])
 		}
 		r.hub.stop()
 		frames := 0
@@ -189,11 +189,11 @@ func TestBatchIsFilledToTheLastByte(t *testing.T) {
 	for gap, want := range map[int]int{448: most + 2, 449: most + 1} {
 		runInRoom(t, fmt.Sprint(gap), func(t *testing.T, r *room) {
 			p := r.join(t).unbuffered()
-			r.say("writePump is busy with this")
+			r.broadcast("writePump is busy with this")
 			for range most {
-				r.say(strings.Repeat("x", maxMessageSize))
+				r.broadcast(strings.Repeat("x", maxMessageSize))
 			}
-			r.say(strings.Repeat("x", gap), strings.Repeat("x", maxMessageSize))
+			r.broadcast(strings.Repeat("x", gap), strings.Repeat("x", maxMessageSize))
 			p.wantLines("writePump is busy with this")
 			lines, err := p.read(patience)
 			if len(lines) != want {
@@ -207,16 +207,16 @@ func TestBatchIsFilledToTheLastByte(t *testing.T) {
 // with every ping; other clients get none.
 
 func TestHeartbeatClientGetsAnEmptyMessageWithEachPing(t *testing.T) {
-	quiet := []string{`10s text "hello"`, `54s ping ""`, `1m48s ping ""`}
-	lively := []string{`10s text "hello"`, `54s ping ""`, `54s text ""`, `1m48s ping ""`, `1m48s text ""`}
-	for subprotocol, want := range map[string][]string{"": quiet, "other": quiet, "heartbeat": lively} {
+	without := []string{`10s text "hello"`, `54s ping ""`, `1m48s ping ""`}
+	with := []string{`10s text "hello"`, `54s ping ""`, `54s text ""`, `1m48s ping ""`, `1m48s text ""`}
+	for subprotocol, want := range map[string][]string{"": without, "other": without, "heartbeat": with} {
 		runInRoom(t, subprotocol, func(t *testing.T, r *room) {
 			p := r.join(t, strings.Fields(subprotocol)...)
 			if got, want := p.Subprotocol() == "heartbeat", subprotocol == "heartbeat"; got != want {
 				t.Errorf("the server chose %q", p.Subprotocol())
 			}
 			start := time.Now()
-			time.AfterFunc(10*time.Second, func() { r.say("hello") })
+			time.AfterFunc(10*time.Second, func() { r.broadcast("hello") })
 			var got []string
 			for {
 				f, err := p.readFrame(time.Until(start.Add(3*pingPeriod - 1)))
@@ -237,7 +237,7 @@ func TestHeartbeatClientGetsAnEmptyMessageWithEachPing(t *testing.T) {
 // frames, and has tests for that; these are what the pumps do with them.
 
 func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
-	const bye, byeBack = "\x03\xe8", `close 1000 ""`
+	const closeCode, closeBack = "\x03\xe8", `close 1000 ""`
 	hello, helloBack := encode(0x81, "hello"), `text "hello"`
 	type test struct {
 		name string
@@ -245,28 +245,28 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 		want []string // the end of TCP is expected after that
 	}
 	tests := []test{
-		{"5.2 text", list(hello), list(helloBack, byeBack)},
+		{"5.2 text", list(hello), list(helloBack, closeBack)},
 		{"5.2 against the protocol", list(encode(0x8f, "")), list(`close 1002 "bad opcode 15"`)},
 		{"5.2 negative length", list([]byte{0x81, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}), list(`close 1002 "websocket: read limit exceeded"`)},
-		{"5.4 two fragments", list(encode(0x01, "hel"), encode(0x80, "lo")), list(helloBack, byeBack)},
-		{"5.4 empty fragments", list(encode(0x01, ""), encode(0x00, "hello"), encode(0x00, ""), encode(0x80, "")), list(helloBack, byeBack)},
-		{"5.4 a ping in between", list(encode(0x01, "hel"), encode(0x89, "?"), encode(0x80, "lo")), list(`pong "?"`, helloBack, byeBack)},
-		{"5.4 a close in between", list(encode(0x01, "hel"), encodeClose(1000, "")), list(byeBack)},
-		{"5.4 a close in a binary message", list(encode(0x02, "hel"), encodeClose(1000, "")), list(byeBack)},
+		{"5.4 two fragments", list(encode(0x01, "hel"), encode(0x80, "lo")), list(helloBack, closeBack)},
+		{"5.4 empty fragments", list(encode(0x01, ""), encode(0x00, "hello"), encode(0x00, ""), encode(0x80, "")), list(helloBack, closeBack)},
+		{"5.4 a ping in between", list(encode(0x01, "hel"), encode(0x89, "?"), encode(0x80, "lo")), list(`pong "?"`, helloBack, closeBack)},
+		{"5.4 a close in between", list(encode(0x01, "hel"), encodeClose(1000, "")), list(closeBack)},
+		{"5.4 a close in a binary message", list(encode(0x02, "hel"), encodeClose(1000, "")), list(closeBack)},
 		{"5.4 text within a text", list(encode(0x01, "x"), hello), list(`close 1002 "data before FIN"`)},
 		{"5.4 too long together", list(encode(0x01, strings.Repeat("x", 300)), encode(0x80, strings.Repeat("x", 300))), list(`close 1009 "message exceeds 512 bytes"`)},
 		{"5.5.1 close without a code", list(encode(0x88, "")), list(`close`)},
 		{"5.5.1 close with a reason", list(encodeClose(1000, "good night")), list(`close 1000 "good night"`)},
 		{"5.5.1 close with a code of one's own", list(encodeClose(4999, "why")), list(`close 4999 "why"`)},
-		{"5.5.1 text after the close", list(encodeClose(1000, ""), hello), list(byeBack)},
-		{"5.5.1 ping after the close", list(encodeClose(1000, ""), encode(0x89, "?")), list(byeBack)},
-		{"5.5.1 text before the close", list(hello, encodeClose(1000, "")), list(helloBack, byeBack)},
-		{"5.5.2 ping", list(encode(0x89, "")), list(`pong ""`, byeBack)},
-		{"5.5.2 ping of 125 bytes", list(encode(0x89, strings.Repeat("x", 125))), list(`pong "`+strings.Repeat("x", 125)+`"`, byeBack)},
-		{"5.5.3 pong that nobody asked for", list(encode(0x8a, "x")), list(byeBack)},
+		{"5.5.1 text after the close", list(encodeClose(1000, ""), hello), list(closeBack)},
+		{"5.5.1 ping after the close", list(encodeClose(1000, ""), encode(0x89, "?")), list(closeBack)},
+		{"5.5.1 text before the close", list(hello, encodeClose(1000, "")), list(helloBack, closeBack)},
+		{"5.5.2 ping", list(encode(0x89, "")), list(`pong ""`, closeBack)},
+		{"5.5.2 ping of 125 bytes", list(encode(0x89, strings.Repeat("x", 125))), list(`pong "`+strings.Repeat("x", 125)+`"`, closeBack)},
+		{"5.5.3 unsolicited pong", list(encode(0x8a, "x")), list(closeBack)},
 		{"5.6 fragmented binary", list(encode(0x02, "x"), encode(0x80, "x")), list(`close 1003 "binary messages are not supported"`)},
-		{"8.1 character over two fragments", list(encode(0x01, "\xc3"), encode(0x80, "\xa9")), list(`text "é"`, byeBack)},
-		{"8.1 first and last of each length", list(encode(0x81, "\u00a1\u07ff\u0800\uffff\U00010000\U0010ffff.")), list(fmt.Sprintf("text %q", "\u00a1\u07ff\u0800\uffff\U00010000\U0010ffff."), byeBack)},
+		{"8.1 character over two fragments", list(encode(0x01, "\xc3"), encode(0x80, "\xa9")), list(`text "é"`, closeBack)},
+		{"8.1 first and last of each length", list(encode(0x81, "\u00a1\u07ff\u0800\uffff\U00010000\U0010ffff.")), list(fmt.Sprintf("text %q", "\u00a1\u07ff\u0800\uffff\U00010000\U0010ffff."), closeBack)},
 	}
 	for _, bad := range []string{"\xff", "\xc3", "\xc0\xaf", "\xed\xa0\x80", "\xf4\x90\x80\x80", "\x80", "\xe2\x82"} {
 		tests = append(tests, test{fmt.Sprintf("8.1 %q is not UTF-8", bad), list(encode(0x81, "x"+bad)), list(`close 1007 "message is not valid UTF-8"`)})
@@ -275,7 +275,7 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 		runInRoom(t, test.name, func(t *testing.T, r *room) {
 			p := r.join(t)
 			start := time.Now()
-			p.write(append(slices.Concat(test.sent...), encode(0x88, bye)...))
+			p.write(append(slices.Concat(test.sent...), encode(0x88, closeCode)...))
 			var got []string
 			for {
 				f, err := p.readFrame(patience)
@@ -301,8 +301,8 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 // reason, also while it is sending; after both close frames TCP is closed at once; and
 // the other clients notice nothing.
 
-// offences are what a client can do to have its connection closed.
-var offences = []struct {
+// violations are what a client can do to have its connection closed.
+var violations = []struct {
 	name string
 	sent []byte
 	want *websocket.CloseError
@@ -326,26 +326,26 @@ var (
 	endless = bytes.Repeat(encode(0x00, strings.Repeat("x", 122)), 2000)
 )
 
-func TestOffenderAloneIsClosedAndReadsTheReason(t *testing.T) {
-	for _, offence := range offences {
+func TestViolatorAloneIsClosedAndReadsTheReason(t *testing.T) {
+	for _, violation := range violations {
 		for _, busy := range []bool{false, true} {
 			for _, sends := range []bool{false, true} {
-				runInRoom(t, fmt.Sprintf("%s,busy=%v,sends=%v", offence.name, busy, sends), func(t *testing.T, r *room) {
-					offender, other := r.join(t), r.join(t)
-					logged, start := *offence.want, time.Now()
-					var said, heard []string
+				runInRoom(t, fmt.Sprintf("%s,busy=%v,sends=%v", violation.name, busy, sends), func(t *testing.T, r *room) {
+					violator, other := r.join(t), r.join(t)
+					logged, start := *violation.want, time.Now()
+					var broadcast, received []string
 					if busy {
-						offender.unbuffered()
-						said = list("one", "two", "three")
-						r.say(said...) // The peer has not read it when the offence comes.
-						heard = said
+						violator.unbuffered()
+						broadcast = list("one", "two", "three")
+						r.broadcast(broadcast...) // The peer has not read it when it violates the protocol.
+						received = broadcast
 					}
 					if logged.Code == 1002 {
 						// gorilla/websocket writes this one itself, ahead of the queue.
 						logged.Text = "websocket: " + logged.Text
-						heard = said[:min(1, len(said))]
+						received = broadcast[:min(1, len(broadcast))]
 					}
-					sent := offence.sent
+					sent := violation.sent
 					if sends {
 						more := much
 						if sent[0] == 0x01 {
@@ -354,26 +354,26 @@ func TestOffenderAloneIsClosedAndReadsTheReason(t *testing.T) {
 						sent = slices.Concat(sent, more)
 					}
 					var writing sync.WaitGroup
-					writing.Go(func() { offender.write(sent) })
+					writing.Go(func() { violator.write(sent) })
 					if synctest.Wait(); !busy {
 						writing.Wait() // It reads only when it has written all.
 					}
-					if got := offender.wantClose(offence.want); !slices.Equal(got, heard) {
-						t.Errorf("before the close frame came %s, want %q", brief(got), heard)
+					if got := violator.wantClose(violation.want); !slices.Equal(got, received) {
+						t.Errorf("before the close frame came %s, want %q", brief(got), received)
 					}
 					if logged.Code == 1002 {
-						offender.wantHalfEnd()
-						offender.pipe().CloseWrite()
+						violator.wantHalfEnd()
+						violator.pipe().CloseWrite()
 						synctest.Wait()
 					}
-					offender.wantEnd()
+					violator.wantEnd()
 					writing.Wait()
 					if got := time.Since(start); got != 0 {
 						t.Errorf("all this took %v, want no time", got)
 					}
 					r.wantLogged(t, fmt.Sprintf("pipe: dropped: %q", logged.Error()))
-					r.say("still here")
-					other.wantLines(append(said, "still here")...)
+					r.broadcast("still here")
+					other.wantLines(append(broadcast, "still here")...)
 				})
 			}
 		}
@@ -408,28 +408,27 @@ func TestTLSConnectionCutWithinARecordIsAbnormalClosure(t *testing.T) {
 	})
 }
 
-// That the pipes behave as TCP does: here it is TCP, and little to send, so that
-// it takes no time.
+// The same over TCP, as the pipes only imitate it.
 
-func TestOffenderReadsTheReasonOverTCPWhileItSends(t *testing.T) {
+func TestViolatorReadsTheReasonOverTCPWhileItSends(t *testing.T) {
 	watch(t, patience)
 	r := tcpRoom(t)
-	for _, offence := range offences {
-		if len(offence.sent) < 1000 && offence.sent[0] != 0x01 {
+	for _, violation := range violations {
+		if len(violation.sent) < 1000 && violation.sent[0] != 0x01 {
 			p := r.join(t)
-			p.write(slices.Concat(offence.sent, much[:8<<10]))
-			p.wantClose(offence.want)
+			p.write(slices.Concat(violation.sent, much[:8<<10]))
+			p.wantClose(violation.want)
 		}
 	}
 }
 
-func TestOffenderThatNeverAnswersIsClosedAfterCloseWait(t *testing.T) {
-	for _, offence := range offences {
-		runInRoom(t, offence.name, func(t *testing.T, r *room) {
+func TestViolatorThatNeverAnswersIsClosedAfterCloseWait(t *testing.T) {
+	for _, violation := range violations {
+		runInRoom(t, violation.name, func(t *testing.T, r *room) {
 			p := r.join(t)
 			p.SetCloseHandler(func(int, string) error { return nil })
-			p.write(offence.sent)
-			p.wantClose(offence.want)
+			p.write(violation.sent)
+			p.wantClose(violation.want)
 			time.Sleep(closeWait - 1)
 			synctest.Wait()
 			if p.pipe().far.isClosed() {
@@ -451,7 +450,7 @@ func (l wholeListener) Accept() (net.Conn, error) {
 	return struct{ net.Conn }{conn}, err
 }
 
-func TestOffenderReadsTheReasonWithoutCloseWrite(t *testing.T) {
+func TestViolatorReadsTheReasonWithoutCloseWrite(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		listener := newPipeListener()
 		r := newRoom(t, wholeListener{listener})
@@ -465,9 +464,9 @@ func TestOffenderReadsTheReasonWithoutCloseWrite(t *testing.T) {
 	})
 }
 
-// How a connection ends, and what the log says of it: which side closed it, and
-// nothing if all went well. What a peer chooses is quoted, so that it can neither
-// end a line of the log nor drive a terminal.
+// How a connection ends, and its line in the log: which side closed it, or no line after
+// a normal closure. A peer's text is quoted, so that it can neither end a line of the log
+// nor drive a terminal.
 
 func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 	const evil = "x\n2026/11/23 10:00:00 10.0.0.1: forged\x1b[2J\u009b31m"
@@ -480,7 +479,7 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 	stall := func(r *room, p *peer, lines int) { // The peer has not read them.
 		p.unbuffered()
 		for n := range lines {
-			r.say(fmt.Sprint("line ", n))
+			r.broadcast(fmt.Sprint("line ", n))
 		}
 	}
 	const all = 1 + sendQueueSize // One is with writePump.
@@ -490,30 +489,30 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 		end   func(*room, *peer)
 		after time.Duration
 		lines int                   // that come before the close frame
-		want  *websocket.CloseError // what the peer reads, unless it has gone
+		want  *websocket.CloseError // what the peer reads, unless it has reset the connection
 		log   string
 	}{
-		{"the peer goes", sends(encodeClose(1000, "")), 0, 0, &websocket.CloseError{Code: 1000}, ""},
+		{"the peer closes", sends(encodeClose(1000, "")), 0, 0, &websocket.CloseError{Code: 1000}, ""},
 		{"the peer's tab is closed", sends(encodeClose(1001, "")), 0, 0, &websocket.CloseError{Code: 1001}, ""},
-		{"the peer goes without a word", sends(encode(0x88, "")), 0, 0, &websocket.CloseError{Code: 1005}, ""},
-		{"the peer has a reason", sends(encodeClose(4000, evil)), 0, 0, &websocket.CloseError{Code: 4000, Text: evil},
+		{"the peer closes without a code", sends(encode(0x88, "")), 0, 0, &websocket.CloseError{Code: 1005}, ""},
+		{"the peer closes with a reason", sends(encodeClose(4000, evil)), 0, 0, &websocket.CloseError{Code: 4000, Text: evil},
 			`disconnected: "websocket: close 4000: x\n2026/11/23 10:00:00 10.0.0.1: forged\x1b[2J\u009b31m"`},
-		{"the peer has our words", sends(encodeClose(errTooBig.Code, errTooBig.Text)), 0, 0, errTooBig,
+		{"the peer closes with a reason of the server", sends(encodeClose(errTooBig.Code, errTooBig.Text)), 0, 0, errTooBig,
 			`disconnected: "websocket: close 1009 (message too big): message exceeds 512 bytes"`},
-		{"the peer closes its side", func(_ *room, p *peer) { p.pipe().CloseWrite() }, 0, 0, &websocket.CloseError{Code: 1006, Text: "unexpected EOF"}, vanished},
+		{"the peer half-closes", func(_ *room, p *peer) { p.pipe().CloseWrite() }, 0, 0, &websocket.CloseError{Code: 1006, Text: "unexpected EOF"}, vanished},
 		{"the peer vanishes", func(_ *room, p *peer) { p.Close() }, 0, 0, nil, vanished},
 		{"the peer vanishes in a message", func(_ *room, p *peer) { p.write(encode(0x01, "x")); p.Close() }, 0, 0, nil, vanished},
-		{"the network resets it", func(r *room, p *peer) { r.say("not read"); p.Close() }, 0, 0, nil,
+		{"the network resets it", func(r *room, p *peer) { r.broadcast("not read"); p.Close() }, 0, 0, nil,
 			`disconnected: "websocket: close 1006 (abnormal closure): read pipe: connection reset by peer"`},
-		{"the peer offends and closes its side", func(r *room, p *peer) {
+		{"the peer violates the protocol and half-closes", func(r *room, p *peer) {
 			stall(r, p, 1)
 			p.write(encode(0x82, ""))
 			p.pipe().CloseWrite()
 			synctest.Wait()
 		}, 0, 1, errBinary, `dropped: "websocket: close 1003 (unsupported data): binary messages are not supported"`},
-		{"the peer is silent", func(_ *room, p *peer) { p.SetPingHandler(func(string) error { return nil }) }, pongWait, 0, errTimeout,
+		{"the peer answers no ping", func(_ *room, p *peer) { p.SetPingHandler(func(string) error { return nil }) }, pongWait, 0, errTimeout,
 			`dropped: "websocket: close 1008 (policy violation): no pong, or no complete message, for 1m0s"`},
-		{"the peer stalls and breaks the protocol", func(r *room, p *peer) {
+		{"the peer reads nothing and violates the protocol", func(r *room, p *peer) {
 			stall(r, p, 1)
 			p.write(encode(0x8f, ""))
 			time.Sleep(writeWait - time.Second)
@@ -521,12 +520,12 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 			`dropped: "websocket: close 1002 (protocol error): websocket: bad opcode 15"`},
 		{"the peer does not read", func(r *room, p *peer) { stall(r, p, all+2) }, sendQueueSize / 2 * backpressureDelay, all, errSlowClient,
 			`dropped: "websocket: close 1013: slow client: 256 messages queued"`},
-		{"somebody unregisters it", func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] }, 0, 0, errUnregistered, ""},
-		{"somebody unregisters it for a long reason", func(r *room, _ *peer) {
+		{"the application unregisters it", func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] }, 0, 0, errUnregistered, ""},
+		{"the application drops it with a long reason", func(r *room, _ *peer) {
 			r.clients()[0].end(&websocket.CloseError{Code: 4000, Text: "x" + strings.Repeat("é", 70)})
 		}, 0, 0, &websocket.CloseError{Code: 4000, Text: "x" + strings.Repeat("é", 61)},
 			`dropped: "websocket: close 4000: x` + strings.Repeat("é", 70) + `"`},
-		{"somebody has a reason, then another", func(r *room, _ *peer) {
+		{"the application drops it with one reason, then another", func(r *room, _ *peer) {
 			client := r.clients()[0]
 			client.end(errBinary)
 			client.end(errTooBig)
@@ -574,13 +573,13 @@ func TestClientThatNeverReadsIsClosed(t *testing.T) {
 		after time.Duration
 		want  *websocket.CloseError // in the log
 	}{
-		"a message":           {func(r *room, p *peer) { r.say("this") }, writeWait, timeout},
-		"why it has to go":    {func(r *room, p *peer) { r.say("this"); r.clients()[0].end(errBinary) }, writeWait, errBinary},
-		"a close frame":       {func(r *room, _ *peer) { r.clients()[0].end(errBinary) }, writeWait, errBinary},
-		"a ping":              {func(*room, *peer) {}, pingPeriod + writeWait, timeout},
-		"heartbeat":           {func(_ *room, p *peer) { go io.ReadFull(p.NetConn(), make([]byte, 2)) }, pingPeriod + writeWait, timeout},
-		"a pong":              {func(_ *room, p *peer) { ping(p) }, pingPeriod, timeout}, // when writing fails
-		"a pong, nor another": {func(r *room, p *peer) { ping(p); time.Sleep(2 * writeWait); r.say("this") }, 2 * writeWait, timeout},
+		"a message":            {func(r *room, p *peer) { r.broadcast("this") }, writeWait, timeout},
+		"message, close frame": {func(r *room, p *peer) { r.broadcast("this"); r.clients()[0].end(errBinary) }, writeWait, errBinary},
+		"a close frame":        {func(r *room, _ *peer) { r.clients()[0].end(errBinary) }, writeWait, errBinary},
+		"a ping":               {func(*room, *peer) {}, pingPeriod + writeWait, timeout},
+		"heartbeat":            {func(_ *room, p *peer) { go io.ReadFull(p.NetConn(), make([]byte, 2)) }, pingPeriod + writeWait, timeout},
+		"a pong":               {func(_ *room, p *peer) { ping(p) }, pingPeriod, timeout}, // when writing fails
+		"two pongs":            {func(r *room, p *peer) { ping(p); time.Sleep(2 * writeWait); r.broadcast("this") }, 2 * writeWait, timeout},
 	} {
 		runInRoom(t, name, func(t *testing.T, r *room) {
 			var subprotocols []string
@@ -597,7 +596,7 @@ func TestClientThatNeverReadsIsClosed(t *testing.T) {
 				synctest.Wait()
 			}
 			if got := time.Since(start); got < want || got > want+200*time.Millisecond {
-				t.Errorf("it was cut off after %v, want %v", got, want)
+				t.Errorf("TCP was closed after %v, want %v", got, want)
 			}
 			r.wantLogged(t, fmt.Sprintf("pipe: dropped: %q", test.want.Error()))
 		})
@@ -610,13 +609,13 @@ func TestNothingWaitsForAClientAfterAFailedWrite(t *testing.T) {
 		client := r.clients()[0]
 		p.pipe().far.onWrite = func() error { return errReset }
 		start := time.Now()
-		r.say("this ends writePump")
+		r.broadcast("this ends writePump")
 		for range 2 * sendQueueSize {
 			client.send <- []byte("sent past the hub")
 		}
 		synctest.Wait()
 		for range 2 * sendQueueSize {
-			r.say("lost")
+			r.broadcast("lost")
 		}
 		if got := time.Since(start); got != 0 {
 			t.Errorf("it cost the others %v, want no time", got)
@@ -635,7 +634,7 @@ func TestPeerThatDoesNotTakeTheHandshakeIsDroppedAfterWriteWait(t *testing.T) {
 			start := time.Now()
 			fmt.Fprintf(conn, "%s\r\n", handshake)
 			client := r.clients()[0]
-			r.hub.broadcast <- []byte("nobody takes this")
+			r.hub.broadcast <- []byte("run no longer receives this")
 			if stopping {
 				r.hub.stop()
 			}
@@ -662,7 +661,7 @@ func TestPeerThatDoesNotTakeTheHandshakeIsDroppedAfterWriteWait(t *testing.T) {
 func TestPongWaitsForAStalledPeer(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		p := r.join(t).unbuffered()
-		r.say("this is not read yet")
+		r.broadcast("this is not read yet")
 		p.write(encode(0x89, "are you there?"))
 		time.Sleep(writeWait - time.Second)
 		for _, want := range []string{`text "this is not read yet"`, `pong "are you there?"`} {
@@ -670,14 +669,13 @@ func TestPongWaitsForAStalledPeer(t *testing.T) {
 				t.Errorf("got %v, %v, want %s", f, err, want)
 			}
 		}
-		p.say("still here")
+		p.send("still here")
 		p.wantLines("still here")
 	})
 }
 
-// Promise 1. Joined when Dial returns: a message sent by anyone after a client's
-// handshake succeeded reaches that client. Only a peer whose handshake is right
-// registers.
+// Promise 1. Joined when Dial returns: a message sent by any client after another's
+// handshake succeeded reaches that client. Only a valid handshake registers.
 
 func TestInvalidHandshakeIsRefusedAndRegistersNothing(t *testing.T) {
 	without := func(header string) string {
@@ -725,7 +723,7 @@ func TestInvalidHandshakeIsRefusedAndRegistersNothing(t *testing.T) {
 
 func TestPanicInCheckOriginLeavesNothingInTheHub(t *testing.T) {
 	defer func(old websocket.Upgrader) { upgrader = old }(upgrader)
-	upgrader.CheckOrigin = func(*http.Request) bool { panic("a copy's mistake") }
+	upgrader.CheckOrigin = func(*http.Request) bool { panic("an application's mistake") }
 	inRoom(t, func(t *testing.T, r *room) {
 		if _, _, err := r.dialer(t).Dial(roomURL, nil); err == nil {
 			t.Error("the handshake succeeded")
@@ -768,8 +766,7 @@ func TestClientIsRegisteredBeforeItsHandshakeSucceeds(t *testing.T) {
 		connect := r.connect
 		r.connect = func(t testing.TB) net.Conn {
 			conn := connect(t)
-			// What is said at the moment at which the handshake is answered has to
-			// reach the client.
+			// A message at the moment of the handshake response must reach the client.
 			welcome := sync.OnceFunc(func() { r.hub.broadcast <- []byte("welcome") })
 			conn.(*pipe).far.onWrite = func() error { welcome(); return nil }
 			return conn
@@ -793,7 +790,7 @@ func TestMiddlewareNeedsNoMoreThanUnwrap(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(r.hub, wrapped{w}, req) }
 		p := r.join(t)
-		p.say("hello")
+		p.send("hello")
 		p.wantLines("hello")
 	})
 }
@@ -833,7 +830,7 @@ func TestAllClientsReceiveTheSameMessagesInTheSameOrder(t *testing.T) {
 		for i, p := range peers {
 			wg.Go(func() {
 				for n := range each {
-					p.say(fmt.Sprintf("%d says %02d", i, n))
+					p.send(fmt.Sprintf("%d: %02d", i, n))
 				}
 			})
 			wg.Go(func() { seen[i] = p.lines(senders * each) })
@@ -854,7 +851,7 @@ func TestAllClientsReceiveTheSameMessagesInTheSameOrder(t *testing.T) {
 }
 
 // Promise 3. A healthy client is never dropped because another one sends fast.
-// That the hub pauses is shown in hub_test.go.
+// The hub's backpressure is tested in hub_test.go.
 
 func TestFloodDropsNoHealthyClient(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
@@ -868,7 +865,7 @@ func TestFloodDropsNoHealthyClient(t *testing.T) {
 			if i < floods {
 				wg.Go(func() {
 					for range each {
-						p.say("and another thing")
+						p.send("and another thing")
 					}
 				})
 			}
@@ -880,7 +877,7 @@ func TestFloodDropsNoHealthyClient(t *testing.T) {
 						return
 					}
 					n += len(lines)
-					time.Sleep(backpressureDelay / 2) // as long as a batch is on its way
+					time.Sleep(backpressureDelay / 2) // as long as a batch takes
 				}
 			})
 		}
@@ -936,18 +933,18 @@ func TestTokenBucketRefillsWhileIdle(t *testing.T) {
 		burst()
 		time.Sleep(rateBurst*rateInterval/2 + rateInterval/3)
 		if got, want := burst(), rateBurst*rateInterval/2-rateInterval-rateInterval/3; got != want {
-			t.Errorf("a burst after half the silence took %v, want %v", got, want)
+			t.Errorf("a burst after half the refill time took %v, want %v", got, want)
 		}
 	})
 }
 
-// Promise 4. A stuck client costs the room only that bounded pause until its
-// queue is full, and nothing after: in hub_test.go.
+// Promise 4. A slow client costs the room only that bounded wait until its queue is
+// full, and nothing after: in hub_test.go.
 
 // Promise 5. Any message or control frame from a peer, not only a pong, shows that
 // it is alive.
 
-// A message has pongWait, too: to be whole.
+// A message, too, must be complete after pongWait.
 
 func TestPeerTimesOutPongWaitAfterItsLastMessageOrControlFrame(t *testing.T) {
 	type step struct {
@@ -972,10 +969,10 @@ func TestPeerTimesOutPongWaitAfterItsLastMessageOrControlFrame(t *testing.T) {
 		"pongs after text":  {list(step{almost, text}, step{almost, pong}), 5, 6*almost + pongWait},
 		"pongs after blank": {list(step{almost, blank}, step{almost, pong}), 5, 6*almost + pongWait},
 		"slow message":      {list(step{almost, begin}, step{time.Second, ping}, step{almost - time.Second, end}), 1, 2*almost + pongWait},
-		"drip":              {list(step{quarter, begin}, step{time.Second, more}), 100, quarter + pongWait},
-		"drip of nothing":   {list(step{quarter, begin}, step{time.Second, encode(0x00, "")}), 100, quarter + pongWait},
-		"drip and pings":    {list(step{quarter, begin}, step{time.Second, slices.Concat(ping, more)}), 100, quarter + pongWait},
-		"drip and pongs":    {list(step{quarter, begin}, step{time.Second, slices.Concat(pong, more)}), 100, quarter + pongWait},
+		"slowloris":         {list(step{quarter, begin}, step{time.Second, more}), 100, quarter + pongWait},
+		"slowloris, empty":  {list(step{quarter, begin}, step{time.Second, encode(0x00, "")}), 100, quarter + pongWait},
+		"slowloris, pings":  {list(step{quarter, begin}, step{time.Second, slices.Concat(ping, more)}), 100, quarter + pongWait},
+		"slowloris, pongs":  {list(step{quarter, begin}, step{time.Second, slices.Concat(pong, more)}), 100, quarter + pongWait},
 	} {
 		runInRoom(t, name, func(t *testing.T, r *room) {
 			p := r.join(t)
@@ -1007,7 +1004,7 @@ func TestClientDelayedByTheHubDoesNotTimeOut(t *testing.T) {
 		p := r.join(t)
 		go io.Copy(io.Discard, p.NetConn())
 		for range 3 {
-			p.say("hello")
+			p.send("hello")
 			time.Sleep(2 * pongWait)
 			<-front.broadcast
 			time.Sleep(pongWait / 2)
@@ -1030,12 +1027,12 @@ func TestShutdownIsReadByAClientThatSendsBeforeItReads(t *testing.T) {
 		synctest.Wait()
 		start := time.Now()
 		for range 10 * rateBurst {
-			p.write(encode(0x81, "what is sent now is no longer heard"))
+			p.write(encode(0x81, "sent after the reason, and ignored"))
 			p.write(encode(0x89, ""))
 			p.write(encode(0x8a, ""))
 		}
 		if got := time.Since(start); got != 0 {
-			t.Errorf("the client is held up for %v, want it let go", got)
+			t.Errorf("the client is delayed by %v, want no rate limit", got)
 		}
 		p.wantClose(errShuttingDown)
 	})
@@ -1058,7 +1055,7 @@ func TestRejectedPeerThatDoesNotReadIsClosedAfterWriteWait(t *testing.T) {
 				time.Sleep(time.Second)
 			}
 			if got := time.Since(start); got != want {
-				t.Errorf("it was cut off after %v, want %v", got, want)
+				t.Errorf("TCP was closed after %v, want %v", got, want)
 			}
 			r.hub.done <- last
 		})
@@ -1076,29 +1073,29 @@ func TestHandshakeDuringShutdownIsRejected(t *testing.T) {
 				t.Fatalf("dial returned %v, %v; want status 503", response, err)
 			}
 			if body, _ := io.ReadAll(response.Body); string(body) != "server shutting down\n" {
-				t.Errorf("the answer is %q, want it to say why", body)
+				t.Errorf("the response is %q, want the reason in it", body)
 			}
 		}
 		r.hub.done <- last
 	})
 }
 
-// Promise 7. No goroutine outlives its client, and none the hub: run returns, and
-// the pumps end, after shutdown. That all other goroutines have ended, synctest
-// checks at the end of each of its tests.
+// Promise 7. No goroutine outlives its client, and none the hub: run returns, and the
+// pumps end, after shutdown. At the end of each bubble, synctest checks that all other
+// goroutines have ended.
 
 func TestHubEndsSoonHoweverItsClientEnds(t *testing.T) {
 	for name, end := range map[string]func(*room, *peer){
-		"the peer sends a close frame":     func(_ *room, p *peer) { p.write(encodeClose(1000, "")) },
-		"the peer vanishes":                func(_ *room, p *peer) { p.Close() },
-		"the peer is silent":               func(_ *room, p *peer) { time.Sleep(pongWait) },
-		"the peer breaks a rule":           func(_ *room, p *peer) { p.write(encode(0x82, "")) },
-		"the peer breaks a rule, goes on":  func(_ *room, p *peer) { p.write(encode(0x82, "")); p.write(much) },
-		"the peer breaks the protocol":     func(_ *room, p *peer) { p.write(encode(0x8f, "")) },
-		"the peer does nothing":            func(*room, *peer) {},
-		"the peer takes nothing":           func(r *room, p *peer) { p.unbuffered(); r.say("this"); time.Sleep(writeWait) },
-		"somebody unregisters it":          func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] },
-		"somebody unregisters it for long": func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0]; time.Sleep(pongWait) },
+		"the peer sends a close frame":                 func(_ *room, p *peer) { p.write(encodeClose(1000, "")) },
+		"the peer vanishes":                            func(_ *room, p *peer) { p.Close() },
+		"the peer answers no ping":                     func(_ *room, p *peer) { time.Sleep(pongWait) },
+		"the peer breaks a rule":                       func(_ *room, p *peer) { p.write(encode(0x82, "")) },
+		"the peer breaks a rule, goes on":              func(_ *room, p *peer) { p.write(encode(0x82, "")); p.write(much) },
+		"the peer breaks the protocol":                 func(_ *room, p *peer) { p.write(encode(0x8f, "")) },
+		"the peer does nothing":                        func(*room, *peer) {},
+		"the peer takes nothing":                       func(r *room, p *peer) { p.unbuffered(); r.broadcast("this"); time.Sleep(writeWait) },
+		"the application unregisters it":               func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] },
+		"the application unregisters it, a minute ago": func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0]; time.Sleep(pongWait) },
 	} {
 		runInRoom(t, name, func(t *testing.T, r *room) {
 			p := r.join(t)
@@ -1145,7 +1142,7 @@ func TestServerLogsAURLThatCanBeOpened(t *testing.T) {
 			t.Fatal(err)
 		}
 		if got := book.lines(); len(got) > 2 {
-			t.Fatalf("the log is %q, although there was nobody to leave behind", got)
+			t.Fatalf("the log is %q, although no client was connected", got)
 		}
 		if got := book.lines()[0]; !regexp.MustCompile(`^listening on http://` + want + `:[1-9]\d*/$`).MatchString(got) {
 			t.Errorf("on %s the log is %q, want %s there", addr, got, want)
@@ -1193,8 +1190,8 @@ func TestServeReturnsAtOnceIfAllClientsDisconnect(t *testing.T) {
 func TestServeReturnsAfterShutdownWaitDespiteASlowClient(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		r, _, cancel, result := startServe(t)
-		stuck, p := r.join(t).unbuffered(), r.join(t)
-		p.say("the stuck one does not take this")
+		slow, p := r.join(t).unbuffered(), r.join(t)
+		p.send("the slow client does not read this")
 		synctest.Wait()
 		start := time.Now()
 		cancel()
@@ -1206,7 +1203,7 @@ func TestServeReturnsAfterShutdownWaitDespiteASlowClient(t *testing.T) {
 			t.Errorf("serve returned after %v, want %v", got, shutdownWait)
 		}
 		r.wantLogged(t, "shutting down", "exiting: some clients are still connected after 8s")
-		stuck.Close()
+		slow.Close()
 	})
 }
 
@@ -1220,7 +1217,7 @@ func TestServeClosesASlowHTTPConnection(t *testing.T) {
 		{"nothing sent", "", "", true},
 		{"header that never ends", "GET / HTTP/1.1\r\nX: ", "x", true},
 		{"body that never ends", "POST /ws HTTP/1.1\r\nHost: pipe\r\nContent-Length: 1000\r\n\r\n", "x", true},
-		{"page that nobody takes", page, "", false},
+		{"page that the peer does not read", page, "", false},
 		{"no second request", page, "", true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -1274,16 +1271,16 @@ func TestServeLimitsTheRequestHeader(t *testing.T) {
 
 // Promise 10. Nothing in the shutdown waits for the log.
 
-// A stuckLog blocks each write until it is closed.
-type stuckLog chan struct{}
+// A blockedLog blocks each write until it is closed.
+type blockedLog chan struct{}
 
-func (l stuckLog) Write(p []byte) (int, error) { <-l; return len(p), nil }
+func (l blockedLog) Write(p []byte) (int, error) { <-l; return len(p), nil }
 
 func TestHubEndsAlthoughTheLogBlocks(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
-		stuck := make(stuckLog)
-		defer close(stuck)
-		log.SetOutput(stuck)
+		blocked := make(blockedLog)
+		defer close(blocked)
+		log.SetOutput(blocked)
 		p, other := r.join(t), r.join(t)
 		p.Close() // which is logged
 		synctest.Wait()
@@ -1299,12 +1296,12 @@ func TestHubEndsAlthoughTheLogBlocks(t *testing.T) {
 
 func TestRateLimitedClientDoesNotWaitForTheLog(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
-		stuck := make(stuckLog)
-		defer close(stuck)
-		log.SetOutput(stuck)
+		blocked := make(blockedLog)
+		defer close(blocked)
+		log.SetOutput(blocked)
 		p := r.join(t)
 		for n := range 2 * rateBurst {
-			p.say(fmt.Sprint("line ", n))
+			p.send(fmt.Sprint("line ", n))
 		}
 		p.lines(2 * rateBurst)
 	})
@@ -1313,9 +1310,9 @@ func TestRateLimitedClientDoesNotWaitForTheLog(t *testing.T) {
 func TestServeReturnsAlthoughTheLogBlocks(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		r, _, cancel, result := startServe(t)
-		stuck := make(stuckLog)
-		defer close(stuck)
-		log.SetOutput(stuck)
+		blocked := make(blockedLog)
+		defer close(blocked)
+		log.SetOutput(blocked)
 		p := r.join(t)
 		start := time.Now()
 		cancel()
@@ -1335,7 +1332,7 @@ func TestServeReturnsAlthoughTheLogBlocks(t *testing.T) {
 func TestHomePage(t *testing.T) {
 	const html, plain = "text/html; charset=utf-8", "text/plain; charset=utf-8"
 	defer func(old string) { home = old }(home)
-	home = "a page that nothing but its header tells to be HTML"
+	home = "a page whose content does not look like HTML"
 	for _, test := range []struct {
 		method, path string
 		status       int
@@ -1384,7 +1381,7 @@ func TestContentSecurityPolicyAllowsThePageItsOwnScriptAndStyleAlone(t *testing.
 		if len(found) != 1 {
 			t.Fatalf("the page has %d elements %s, want 1", len(found), element)
 		}
-		// As browsers do: all line ends are \n when they hash.
+		// Browsers normalize line endings before hashing.
 		sum := sha256.Sum256([]byte(strings.ReplaceAll(found[0][1], "\r\n", "\n")))
 		return base64.StdEncoding.EncodeToString(sum[:])
 	}
@@ -1414,7 +1411,7 @@ func TestThePageKnowsTheServersFigures(t *testing.T) {
 		fmt.Sprintf("const maxMessageSize = %d;", maxMessageSize),
 	} {
 		if !strings.Contains(home, want) {
-			t.Errorf("home.html does not say %q", want)
+			t.Errorf("home.html does not contain %q", want)
 		}
 	}
 	if got := len(regexp.MustCompile(fmt.Sprintf(`\b%d\b`, maxMessageSize)).FindAllString(home, -1)); got != 1 {
@@ -1422,15 +1419,15 @@ func TestThePageKnowsTheServersFigures(t *testing.T) {
 	}
 }
 
-// The rig.
+// Helpers.
 
-// patience is how long a test waits for what must come, and how long it may take in
-// real time. It only bounds how long a failing one takes.
+// patience is how long a test waits for an expected event, and how long it may take in
+// real time. It only bounds failing tests.
 const patience = 20 * time.Second
 
-// watch ends the whole run of the tests when t takes longer than limit, as what
-// makes one test hang may make many hang. It says where each goroutine of this
-// package waits. Time is the bubble's if it is called in one.
+// watch ends the whole test run if t takes longer than limit, as what makes one test hang
+// may make many hang. It prints where each goroutine of this package waits. In a bubble,
+// limit is in the bubble's time.
 func watch(t testing.TB, limit time.Duration) {
 	tooLong := time.AfterFunc(limit, func() {
 		lines := regexp.MustCompile(`\[.+\]:|\b(main|hub|client)(_test)?\.go:\d+`)
@@ -1441,7 +1438,7 @@ func watch(t testing.TB, limit time.Duration) {
 			}
 		}
 		slices.Sort(waits)
-		panic(fmt.Sprintf("%s has not come to its end within %v. Its goroutines:\n%s",
+		panic(fmt.Sprintf("%s has not ended within %v. Its goroutines:\n%s",
 			t.Name(), limit, strings.Join(slices.Compact(waits), "\n")))
 	})
 	t.Cleanup(func() { tooLong.Stop() })
@@ -1453,8 +1450,8 @@ func goroutines() []string {
 	return strings.Split(string(stacks[:runtime.Stack(stacks, true)]), "\n\n")
 }
 
-// inBubble runs test in a synctest bubble, where time passes only while all
-// goroutines wait. No test takes an hour of that, but one in which only tickers go on.
+// inBubble runs test in a synctest bubble, where time passes only while all goroutines
+// wait. A test that takes an hour of bubble time hangs: only its tickers go on.
 func inBubble(t *testing.T, test func(*testing.T)) {
 	watch(t, patience)
 	synctest.Test(t, func(t *testing.T) {
@@ -1468,12 +1465,12 @@ func inRoom(t *testing.T, test func(*testing.T, *room)) {
 	inBubble(t, func(t *testing.T) { test(t, pipeRoom(t)) })
 }
 
-// runInRoom does so as a subtest.
+// runInRoom runs test in a room as a subtest.
 func runInRoom(t *testing.T, name string, test func(*testing.T, *room)) {
 	t.Run(name, func(t *testing.T) { inRoom(t, test) })
 }
 
-// A room is a running server, and how to reach it.
+// A room is a running server and the way to connect to it.
 type room struct {
 	hub     *Hub
 	ended   chan struct{}    // closed when hub.run has returned
@@ -1485,7 +1482,7 @@ type room struct {
 // roomURL is where a room's WebSocket endpoint is, for its clients.
 const roomURL = "ws://pipe/ws"
 
-// handshake is the header of a request for it; an empty line has to follow.
+// handshake is the header of a handshake request, without the final empty line.
 const handshake = "GET /ws HTTP/1.1\r\nHost: pipe\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" +
 	"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 
@@ -1497,7 +1494,7 @@ func tcpRoom(t testing.TB) *room {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		// A pump may log when the hub has ended, and would do so in the next test's log.
+		// A pump may log after run has returned: wait, or it would write to the next test's log.
 		for slices.ContainsFunc(goroutines(), func(stack string) bool { return strings.Contains(stack, ".(*Client).") }) {
 			runtime.Gosched()
 		}
@@ -1523,8 +1520,8 @@ func pipeRoom(t testing.TB) *room {
 	return r
 }
 
-// newRoom starts a hub and, on listener, its server. The test's end stops both,
-// and fails if the hub does not end.
+// newRoom starts a hub and, on listener, its server. The test's end stops both, and fails
+// if run does not return.
 func newRoom(t testing.TB, listener net.Listener) *room {
 	t.Helper()
 	r := &room{hub: newHub(), ended: make(chan struct{}), log: captureLog(t)}
@@ -1539,7 +1536,7 @@ func newRoom(t testing.TB, listener net.Listener) *room {
 		select {
 		case <-r.hub.stopped:
 		default:
-			t.Error("hub.run has returned, although nobody has stopped the hub")
+			t.Error("hub.run has returned, although the hub has not been stopped")
 			r.hub.stop() // or every client would wait for it
 		}
 		close(r.ended)
@@ -1552,8 +1549,8 @@ func newRoom(t testing.TB, listener net.Listener) *room {
 	return r
 }
 
-// startServe calls serve, until the test ends. It returns a room without a hub,
-// its listener, how to end serve, and what that returns.
+// startServe calls serve, until the test ends. It returns a room without a hub, its
+// listener, a function that ends serve, and serve's result.
 func startServe(t *testing.T) (r *room, listener net.Listener, cancel func(), result chan error) {
 	t.Helper()
 	pipes := newPipeListener()
@@ -1566,27 +1563,26 @@ func startServe(t *testing.T) (r *room, listener net.Listener, cancel func(), re
 	return r, pipes, cancel, result
 }
 
-// wait returns what comes from c, which is what tells that something has ended.
+// wait receives from c, which signals that what has ended.
 func wait[T any](t testing.TB, c chan T, what string) (result T) {
 	t.Helper()
 	select {
 	case result = <-c:
 	case <-time.After(patience):
-		t.Errorf("%s has not come to its end within %v", what, patience)
+		t.Errorf("%s has not ended within %v", what, patience)
 	}
 	return result
 }
 
 // wantEnd waits until the hub, which has been stopped, has ended. Then the pumps
-// of all clients have ended, too: readPump's last word is what the hub waits for,
-// and readPump waits for writePump.
+// of all clients have ended, too: the hub waits until each readPump is done, and
+// readPump waits for writePump.
 func (r *room) wantEnd(t testing.TB) {
 	t.Helper()
 	wait(t, r.ended, "hub.run")
 }
 
-// wantLogged checks, at a moment at which nothing more is to be done, that want
-// has been logged, line by line, and nothing else. Call it in a synctest bubble.
+// wantLogged waits until the bubble is idle, and checks that the log is want.
 func (r *room) wantLogged(t testing.TB, want ...string) {
 	t.Helper()
 	synctest.Wait()
@@ -1595,25 +1591,23 @@ func (r *room) wantLogged(t testing.TB, want ...string) {
 	}
 }
 
-// say broadcasts lines in the room, one after the other. It returns when everything
-// that follows from it is done; call it in a synctest bubble.
-func (r *room) say(lines ...string) {
+// broadcast broadcasts lines, one after the other, and waits until the bubble is idle.
+func (r *room) broadcast(lines ...string) {
 	for _, line := range lines {
 		r.hub.broadcast <- []byte(line)
 		synctest.Wait()
 	}
 }
 
-// clients returns the hub's clients, at a moment at which nothing more is to be
-// done; call it in a synctest bubble, and not after the hub's end.
+// clients waits until the bubble is idle, and returns the hub's clients.
 func (r *room) clients() (clients []*Client) {
 	synctest.Wait()
 	r.hub.do(func() { clients = slices.Collect(maps.Keys(r.hub.clients)) })
 	return clients
 }
 
-// dialer returns a dialer that connects to the room. It offers compression, which
-// the server must not take up: each connection would keep a window for it.
+// dialer returns a dialer that connects to the room. It offers compression, which the
+// server must not accept: each connection would keep a window for it.
 func (r *room) dialer(t testing.TB) *websocket.Dialer {
 	return &websocket.Dialer{
 		EnableCompression: true,
@@ -1635,8 +1629,8 @@ func (r *room) join(t testing.TB, subprotocols ...string) *peer {
 	return &peer{conn, t}
 }
 
-// A peer is a client's side of a connection. All but its join may be called from
-// any goroutine: they report what is wrong, and go on.
+// A peer is the client's side of a connection. Any goroutine may call its methods: they
+// report errors, and go on.
 type peer struct {
 	*websocket.Conn
 	t testing.TB
@@ -1652,8 +1646,8 @@ func (p *peer) unbuffered() *peer {
 	return p
 }
 
-// say sends a message.
-func (p *peer) say(text string) {
+// send sends a text message.
+func (p *peer) send(text string) {
 	p.t.Helper()
 	p.SetWriteDeadline(time.Now().Add(patience))
 	if err := p.WriteMessage(websocket.TextMessage, []byte(text)); err != nil {

@@ -32,10 +32,10 @@ func TestMain(m *testing.M) {
 		log.SetFlags(0)
 		log.SetOutput(io.Discard)
 		os.Exit(m.Run())
-	case "stuck log": // after the first line
-		log.SetOutput(&stuckAfterOne{})
-	case "stuck client": // whose writePump gets no buffer for the close frame
-		upgrader.WriteBufferPool = stuckPool{}
+	case "blocked log": // after the first line
+		log.SetOutput(&blockedAfterOne{})
+	case "slow client": // whose writePump gets no buffer for the close frame
+		upgrader.WriteBufferPool = blockedPool{}
 	}
 	go func() {
 		io.Copy(io.Discard, os.Stdin)
@@ -45,9 +45,9 @@ func TestMain(m *testing.M) {
 	os.Exit(0)
 }
 
-type stuckAfterOne struct{ full bool }
+type blockedAfterOne struct{ full bool }
 
-func (s *stuckAfterOne) Write(line []byte) (int, error) {
+func (s *blockedAfterOne) Write(line []byte) (int, error) {
 	if s.full {
 		select {}
 	}
@@ -55,10 +55,10 @@ func (s *stuckAfterOne) Write(line []byte) (int, error) {
 	return os.Stderr.Write(line)
 }
 
-type stuckPool struct{}
+type blockedPool struct{}
 
-func (stuckPool) Get() any { select {} }
-func (stuckPool) Put(any)  {}
+func (blockedPool) Get() any { select {} }
+func (blockedPool) Put(any)  {}
 
 // A logBook is what the program has logged.
 type logBook struct {
@@ -255,7 +255,7 @@ func TestSlowClientCostsTheOthersNothingOnceItIsDropped(t *testing.T) {
 		}
 		hub.do(func() {})
 		if got, most := time.Since(start), sendQueueSize/2*backpressureDelay; got > most {
-			t.Errorf("the stuck client cost the room %v, want at most %v", got, most)
+			t.Errorf("the slow client cost the room %v, want at most %v", got, most)
 		}
 		dropped := time.Now()
 		for range 1000 {
@@ -287,18 +287,18 @@ func TestStoppedHubDropsAllClientsAndWaitsForThem(t *testing.T) {
 			t.Errorf("reason is %v, want the first one, %v", got, errSlowClient)
 		}
 
-		// Until they have left, clients can talk to the hub.
+		// Until they are done, clients can send to the hub.
 		hub.done <- inside
 		hub.broadcast <- []byte("too late")
 		hub.unregister <- dropped
 		synctest.Wait()
 		if ended {
-			t.Error("the hub ended before its last client left")
+			t.Error("run returned before its last client was done")
 		}
 		hub.done <- dropped
 		synctest.Wait()
 		if !ended {
-			t.Error("the hub still runs after its last client left")
+			t.Error("run has not returned although its last client is done")
 		}
 	})
 }
@@ -309,16 +309,16 @@ func TestRegisteringAgainIsHarmless(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 2, 2)
 		hub.register <- clients[0]
-		hub.broadcast <- []byte("heard once")
+		hub.broadcast <- []byte("to both")
 		hub.unregister <- clients[0]
 		hub.register <- clients[0] // Its queue is closed: it stays out.
-		hub.broadcast <- []byte("heard by the other")
+		hub.broadcast <- []byte("to the other")
 		synctest.Wait()
-		wantQueue(t, clients[0], true, "heard once")
-		wantQueue(t, clients[1], false, "heard once", "heard by the other")
+		wantQueue(t, clients[0], true, "to both")
+		wantQueue(t, clients[1], false, "to both", "to the other")
 
 		hub.done <- clients[0]
-		hub.register <- clients[0] // as above, also when it has left
+		hub.register <- clients[0] // as above, also when it is done
 		hub.broadcast <- []byte("still here")
 		synctest.Wait()
 		wantQueue(t, clients[1], false, "still here")
@@ -373,7 +373,7 @@ func TestMessageForOneClientReachesItAlone(t *testing.T) {
 	hub.clients[small], hub.clients[large] = true, true
 	hub.queue(small, []byte("fits"))
 	hub.queue(small, []byte("does not fit"))
-	hub.queue(small, []byte("comes too late"))
+	hub.queue(small, []byte("too late"))
 	hub.queue(stranger, []byte("goes nowhere"))
 	wantQueue(t, small, true, "fits")
 	wantQueue(t, large, false)
@@ -387,8 +387,8 @@ func TestMessageForOneClientReachesItAlone(t *testing.T) {
 
 // copied returns a hub whose run is like the one in copies of upstream's example: it
 // closes queues itself, without a reason. It calls joined for each client that registers
-// and said for each message, to do what the application does.
-func copied(t *testing.T, joined func(*Client), said func(*Hub, []byte)) *Hub {
+// and received for each message, to do what the application does.
+func copied(t *testing.T, joined func(*Client), received func(*Hub, []byte)) *Hub {
 	h := newHub()
 	t.Cleanup(h.stop)
 	go func() {
@@ -407,7 +407,7 @@ func copied(t *testing.T, joined func(*Client), said func(*Hub, []byte)) *Hub {
 			case <-h.done:
 				present--
 			case message := <-h.broadcast:
-				said(h, message)
+				received(h, message)
 			case <-stopped:
 				stopped = nil
 			}
@@ -435,12 +435,12 @@ func TestQueueClosedByTheApplicationIsANormalClosure(t *testing.T) {
 		})
 		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
 		sentAway, other := r.join(t), r.join(t)
-		other.say("hello")
+		other.send("hello")
 		sentAway.wantLines("hello")
 		other.wantLines("hello")
-		other.say("go")
+		other.send("go")
 		sentAway.wantClose(&websocket.CloseError{Code: 1000, Text: "closed by the server"})
-		other.say("still here")
+		other.send("still here")
 		other.wantLines("still here")
 	})
 }
@@ -505,7 +505,7 @@ func TestRepliesToASlowClientCostItAlone(t *testing.T) {
 		if got, most := time.Since(start), writeWait+closeWait+time.Second; got > most {
 			t.Errorf("its connection ended after %v, want at most %v", got, most)
 		}
-		r.say("still here")
+		r.broadcast("still here")
 		other.wantLines("still here")
 	})
 }
@@ -552,8 +552,8 @@ func TestPeerMayBeAskedForAPasswordBeforeItRegisters(t *testing.T) {
 			go client.readPump()
 		}
 		p := r.join(t)
-		p.say("sesame")
-		p.say("hello")
+		p.send("sesame")
+		p.send("hello")
 		p.wantLines("hello")
 	})
 }
@@ -571,12 +571,12 @@ func TestUpstreamsServeWsWorksWithThesePumps(t *testing.T) {
 			go client.writePump()
 			go client.readPump()
 		}
-		offender, other := r.join(t), r.join(t)
-		offender.write(encode(0x8f, "")) // so that readPump has to close conn by halves
-		offender.wantClose(&websocket.CloseError{Code: 1002, Text: "bad opcode 15"})
-		offender.Close()
+		violator, other := r.join(t), r.join(t)
+		violator.write(encode(0x8f, "")) // so that readPump has to close conn by halves
+		violator.wantClose(&websocket.CloseError{Code: 1002, Text: "bad opcode 15"})
+		violator.Close()
 		synctest.Wait()
-		other.say("hello")
+		other.send("hello")
 		other.wantLines("hello")
 	})
 }
@@ -763,11 +763,11 @@ func TestNewConnectionOfAUserReplacesTheOldOnlyAfterAValidHandshake(t *testing.T
 			synctest.Wait()
 			conn.Close()
 		}
-		first.say("still here")
+		first.send("still here")
 		first.wantLines("still here")
 		second := r.join(t)
 		first.wantClose(&websocket.CloseError{Code: 4000, Text: "here elsewhere"})
-		second.say("me, too")
+		second.send("me, too")
 		second.wantLines("me, too")
 	})
 }
@@ -777,7 +777,7 @@ func TestNewConnectionOfAUserReplacesTheOldOnlyAfterAValidHandshake(t *testing.T
 func TestProcessServesWhereItSays(t *testing.T) {
 	url := startProcess(t, "sound", "-addr", ":0").url(t)
 	if !regexp.MustCompile(`^http://localhost:\d+/$`).MatchString(url) {
-		t.Errorf("the server says that it listens on %s", url)
+		t.Errorf("the server logs that it listens on %s", url)
 	}
 	response, err := http.Get(url)
 	if err != nil {
@@ -788,7 +788,7 @@ func TestProcessServesWhereItSays(t *testing.T) {
 		t.Errorf("got %s, want the page", brief(body))
 	}
 	p := joinProcess(t, url)
-	p.say("hello")
+	p.send("hello")
 	p.wantLines("hello")
 }
 
@@ -807,7 +807,7 @@ func TestSecondSignalForcesAnExit(t *testing.T) {
 	for i, first := range signals {
 		second := signals[1-i]
 		for _, during := range []bool{true, false} { // the shutdown, or right behind the first signal
-			process := startProcess(t, "stuck client", "-addr", "127.0.0.1:0")
+			process := startProcess(t, "slow client", "-addr", "127.0.0.1:0")
 			joinProcess(t, process.url(t))
 			process.Process.Signal(first)
 			if during {
@@ -821,10 +821,10 @@ func TestSecondSignalForcesAnExit(t *testing.T) {
 
 func TestSignalEndsTheProcessAlthoughItsLogBlocks(t *testing.T) {
 	for _, sig := range signals(t) {
-		process := startProcess(t, "stuck log", "-addr", "127.0.0.1:0")
+		process := startProcess(t, "blocked log", "-addr", "127.0.0.1:0")
 		p := joinProcess(t, process.url(t))
-		gone := joinProcess(t, "http://"+p.RemoteAddr().String()+"/")
-		gone.NetConn().Close() // which is logged, or would be
+		reset := joinProcess(t, "http://"+p.RemoteAddr().String()+"/")
+		reset.NetConn().Close() // This is logged, but the log blocks.
 		process.Process.Signal(sig)
 		p.wantClose(errShuttingDown)
 		process.wantEnd(t, "exit status 0")
@@ -869,10 +869,10 @@ func TestProcessThatCannotListenExitsWithOneLine(t *testing.T) {
 		t.Run(args, func(t *testing.T) {
 			lines := startProcess(t, "sound", strings.Fields(args)...).wantEnd(t, want.status)
 			if text := strings.Join(lines, "\n"); !strings.Contains(text, want.log) || strings.Contains(text, "listening") {
-				t.Errorf("it says %s, want %q in it", brief(lines), want.log)
+				t.Errorf("it logs %s, want %q in it", brief(lines), want.log)
 			}
 			if want.status == "exit status 1" && len(lines) != 1 {
-				t.Errorf("it says %s, want one line", brief(lines))
+				t.Errorf("it logs %s, want one line", brief(lines))
 			}
 		})
 	}
@@ -919,12 +919,12 @@ func (p *process) next(t *testing.T, want string) string {
 	line := <-p.log
 	_, after, found := strings.Cut(line, want)
 	if !found {
-		t.Fatalf("the process says %q, want %q", line, want)
+		t.Fatalf("the process logs %q, want %q", line, want)
 	}
 	return after
 }
 
-// url returns where it says that it listens.
+// url returns the URL in its log.
 func (p *process) url(t *testing.T) string { t.Helper(); return p.next(t, "listening on ") }
 
 // wantEnd waits until the process has ended as want says. It returns the rest of
