@@ -26,13 +26,13 @@ func (p *tab) enterRoom(name, room string) {
 // In rooms/: two people in one room, a third in another, a kick, and a restart.
 func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	t.Parallel()
-	program := filepath.Join(t.TempDir(), "rooms")
+	program, file := filepath.Join(t.TempDir(), "rooms"), filepath.Join(t.TempDir(), "rooms.db")
 	build := exec.Command("go", "build", "-o", program, ".")
 	build.Dir = "../rooms"
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
-	s := startCommand(t, exec.Command(program, "-addr", "127.0.0.1:0"))
+	s := startCommand(t, exec.Command(program, "-addr", "127.0.0.1:0", "-db", file))
 	var tabs []*tab
 	for _, who := range [][2]string{{"Grete", "kitchen"}, {"Hans", "kitchen"}, {"Uwe", "garden"}} {
 		p := newTab(t)
@@ -47,9 +47,9 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	grete.until(`batch.childElementCount == 0 && $("log").textContent.includes("dinner")`)
 	grete.send("/to hans bring wine")
 	grete.send("/tp Hans hush")
-	grete.wantLog("notice: Here: \u2068Grete\u2069.", "notice: \u2068Grete\u2069 has come.", "notice: \u2068Hans\u2069 has come.",
+	grete.wantLog("notice: In this room: \u2068Grete\u2069.", "notice: \u2068Grete\u2069 joined", "notice: \u2068Hans\u2069 joined",
 		"message: Hans: <b>dinner</b>: in the kitchen", "message mine: \u2068Grete\u2069 to \u2068Hans\u2069: bring wine",
-		"notice: \u2068/tp Hans hush\u2069: There are two commands, /to NAME text and /kick NAME.")
+		"notice: \u2068/tp Hans hush\u2069: Unknown command. There are /to NAME text and /kick NAME.")
 	hans.until(`$("log").textContent.includes("wine")`)
 	if got := eval[string](hans, `[...document.querySelectorAll("#log b")].map((b) => b.textContent).join()`); got != "Hans,\u2068Grete\u2069 to \u2068Hans\u2069" {
 		t.Errorf("the names %q are set off, want Hans and Grete", got)
@@ -58,11 +58,11 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	if got := eval[string](hans, `[...document.querySelectorAll("#log .notice, #log b")].map((e) => e.dir).join()`); got != "ltr,ltr,ltr,auto,ltr" {
 		t.Errorf("notices and names have the directions %q", got)
 	}
-	uwe.wantLog("notice: Here: \u2068Uwe\u2069.", "notice: \u2068Uwe\u2069 has come.")
+	uwe.wantLog("notice: In this room: \u2068Uwe\u2069.", "notice: \u2068Uwe\u2069 joined")
 
 	// After each break a line stands there once, with the server's time, and only what
 	// people say counts as unread.
-	lines := []string{"notice: Here: \u2068Grete\u2069, \u2068Hans\u2069.", "notice: \u2068Grete\u2069 has come.", "notice: \u2068Hans\u2069 has come.",
+	lines := []string{"notice: In this room: \u2068Grete\u2069, \u2068Hans\u2069.", "notice: \u2068Grete\u2069 joined", "notice: \u2068Hans\u2069 joined",
 		"message mine: Hans: <b>dinner</b>: in the kitchen", "message: \u2068Grete\u2069 to \u2068Hans\u2069: bring wine"}
 	hans.wantLog(lines...)
 	eval[bool](hans, `Object.defineProperty(document, "hidden", {get: () => true, configurable: true}); mark = document.createElement("div"); true`)
@@ -77,12 +77,12 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	ursel := newTab(t)
 	do(ursel, chromedp.Navigate("http://"+s.addr+"/"))
 	ursel.enterRoom("Ursel", "kitchen")
-	grete.until(`$("log").textContent.includes("Ursel\u2069 has come.")`)
-	hans.until(`$("log").textContent.includes("Ursel\u2069 has come.") || batch.textContent.includes("Ursel\u2069 has come.")`)
+	grete.until(`$("log").textContent.includes("Ursel\u2069 joined")`)
+	hans.until(`$("log").textContent.includes("Ursel\u2069 joined") || batch.textContent.includes("Ursel\u2069 joined")`)
 	if got := eval[string](hans, `document.title`); got != "(3) Chat" {
 		t.Errorf("the title is %q, want 3 unread", got)
 	}
-	for _, text := range []string{"dinner", "wine", "missed 0", "missed 1", "missed 2", "Hans\u2069 has come"} {
+	for _, text := range []string{"dinner", "wine", "missed 0", "missed 1", "missed 2", "Hans\u2069 joined"} {
 		if n := eval[int](hans, fmt.Sprintf(`$("log").textContent.split(%q).length - 1`, text)); n != 1 {
 			t.Errorf("%q stands in the log %d times", text, n)
 		}
@@ -121,26 +121,45 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	}
 
 	// Whoever is sent away stays away, and reads why.
-	const away = `$("status").textContent == "Disconnected: you have been sent away from this room." && state == "ended"`
+	const away = `$("status").textContent == "Disconnected: you were removed from this room." && state == "ended"`
 	grete.send("/kick Hans")
 	hans.until(away)
 	eval[bool](hans, `connectNow(); document.dispatchEvent(new Event("visibilitychange")); dispatchEvent(new Event("online")); true`)
 	hans.until(away + ` && !$("log").textContent.includes("Connected again")`)
 	do(hans, chromedp.Reload())
-	hans.until(`$("status")?.textContent.startsWith("Disconnected: you have been sent away from this room.")`)
+	hans.until(`$("status")?.textContent.startsWith("Disconnected: you were removed from this room.")`)
 
-	// After a restart nobody is known any more: the page leads to the form, which fits a
-	// phone, and nothing typed is lost.
-	do(grete, chromedp.EmulateViewport(360, 640))
+	// A restart is a brief disconnect: the page comes back by itself, each line stands there
+	// once, and what may not have been delivered is named.
 	eval[bool](grete, `showUnderWay("last words"); msg.value = "a draft"; changed(msg); true`)
 	addr := s.addr
 	s.stop(t)
-	startCommand(t, exec.Command(program, "-addr", addr))
+	s = startCommand(t, exec.Command(program, "-addr", addr, "-db", file))
+	grete.until(`$("status").textContent == "Connected" && $("log").textContent.includes("Connected again.") && batch.childElementCount == 0`)
+	eval[bool](grete, `send("and on")`)
+	grete.until(`$("log").textContent.includes("Grete: and on")`)
+	for _, text := range []string{"dinner", "wine", "missed 0", "and on", "last words"} {
+		if n := eval[int](grete, fmt.Sprintf(`$("log").textContent.split(%q).length - 1`, text)); n != 1 {
+			t.Errorf("after the restart %q stands in the log %d times", text, n)
+		}
+	}
+	if eval[bool](grete, `$("log").textContent.includes("missed in between") || msg.value != "a draft"`) {
+		t.Error("after the restart the page says that messages may have been missed, or has no draft")
+	}
+
+	// Without the database the server knows no cookie: the page leads to the form, which fits
+	// a phone and shows no error, and nothing typed is lost.
+	do(grete, chromedp.EmulateViewport(360, 640))
+	s.stop(t)
+	startCommand(t, exec.Command(program, "-addr", addr, "-db", file+"2"))
 	grete.until(`document.querySelector("[name=name]")`)
 	if !eval[bool](grete, `document.documentElement.scrollWidth <= innerWidth && [...document.querySelectorAll("input, button")].every((e) => e.getBoundingClientRect().height >= 30)`) {
 		t.Error("the form does not fit a phone")
 	}
-	grete.enterRoom("Grete ", "kitchen ")
+	if got := eval[string](grete, `document.querySelector("[role=status]").textContent + getComputedStyle(document.querySelector("[role=status]")).borderLeftWidth + document.querySelector("button").textContent`); got != "Choose a name and a room.0pxJoin" {
+		t.Errorf("the form says %q", got)
+	}
+	grete.enterRoom("Grete ", "Kitchen ")
 	if got := eval[string](grete, `$("name").textContent + " in " + document.querySelector("h1").textContent`); got != "Grete in kitchen" {
 		t.Errorf("the page says %q", got)
 	}

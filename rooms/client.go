@@ -96,10 +96,10 @@ var upgrader = websocket.Upgrader{
 // After a failed write, closeWait comes first, then steps 2 and 3: what the peer has
 // already sent, a close frame for example, can still be read.
 type Client struct {
-	hub    *Hub
-	visit  Visit   // the user and the room, from the cookie and the request
-	person *Person // owned by run: the user whose connection this is, once enter has let it in
-	conn   *websocket.Conn
+	hub     *Hub
+	conn    *websocket.Conn
+	request JoinRequest
+	user    *User // owned by run: set when the client has joined
 
 	// From run to writePump. To send to this client, call tell, or queue on run's
 	// goroutine: sending on the channel directly panics, and ends the process, if the hub
@@ -127,14 +127,14 @@ type Client struct {
 //
 // The handshake response is delayed until the client is registered: a peer that knows
 // it is connected misses no message.
-func serveWs(hub *Hub, visit Visit, w http.ResponseWriter, r *http.Request) {
+func serveWs(hub *Hub, request JoinRequest, w http.ResponseWriter, r *http.Request) {
 	handshake := &delayedHandshake{ResponseWriter: w}
 	conn, err := upgrader.Upgrade(handshake, r, nil)
 	if err != nil {
 		log.Printf("%s: handshake refused: %q (Origin %q, Host %q)", r.RemoteAddr, err, r.Header.Get("Origin"), r.Host)
 		return
 	}
-	client := &Client{hub: hub, visit: visit, conn: conn, send: make(chan []byte, sendQueueSize)}
+	client := &Client{hub: hub, conn: conn, request: request, send: make(chan []byte, sendQueueSize)}
 	select {
 	case hub.register <- client:
 	case <-hub.stopped:
@@ -230,7 +230,7 @@ func (c *Client) receive(messageType int, r io.Reader) error {
 	case !utf8.Valid(message):
 		c.end(errInvalidUTF8)
 	case len(line) > 0:
-		c.hub.do(func() { c.hub.hear(c, string(line)) })
+		c.hub.do(func() { c.hub.receive(c, string(line)) })
 	}
 	return nil
 }

@@ -19,7 +19,7 @@ type Hub struct {
 
 	// From other goroutines to run. After stop, run returns and nothing receives: a sender
 	// that may outlive it, such as an HTTP handler, must also select on stopped, or use do.
-	// A send from run's own goroutine deadlocks: call tell, answer or drop there.
+	// A send from run's own goroutine deadlocks: call publish, queue or drop there.
 	broadcast  chan []byte  // a message for every client, already passed through clean
 	register   chan *Client // a client to add
 	unregister chan *Client // a client to drop
@@ -59,16 +59,16 @@ func (h *Hub) run() {
 			if !client.dropped { // or an application's mistake would send on a closed queue
 				h.clients[client] = true
 				open[client] = true
-				h.enter(client)
+				h.join(client)
 			}
 		case client := <-h.unregister:
 			h.drop(client, errUnregistered)
 		case message := <-h.broadcast:
-			h.tell(Line{Kind: "said", Text: string(message)})
+			h.publish(Line{Kind: "message", Text: string(message)})
 		case call := <-h.calls:
 			call()
 		case <-h.seconds:
-			h.sweep()
+			h.expire()
 		case client := <-h.done:
 			h.drop(client, errUnregistered) // in case the application has not unregistered it
 			delete(open, client)
@@ -84,7 +84,7 @@ func (h *Hub) run() {
 // do runs f on run's goroutine, and returns true when f has returned. Once the hub
 // has been stopped, it returns false without running f. The whole hub waits for f.
 //
-// f may use clients, deliver, queue and drop. It must not call do or tell: they
+// f may use clients, publish, queue and drop. It must not call do or tell: they
 // deadlock on run's goroutine.
 func (h *Hub) do(f func()) bool {
 	select {
@@ -108,8 +108,8 @@ func (h *Hub) do(f func()) bool {
 // backpressure delays their peers.
 const backpressureDelay = time.Millisecond
 
-// deliver queues line for the clients that it is for, then waits for backpressureDelay
-// if a queue is crowded. Only tell calls it.
+// deliver queues line for the clients that may read it, then waits for backpressureDelay
+// if a queue is crowded. Only publish calls it.
 func (h *Hub) deliver(line Line) {
 	crowded := false
 	for client := range h.clients {
@@ -126,7 +126,7 @@ func (h *Hub) deliver(line Line) {
 	}
 }
 
-// queue queues message, which encode has returned, for client, or drops client if its queue is full. It never
+// queue queues message for client, or drops client if its queue is full. It never
 // blocks, and ignores a client that is nil or dropped. Only run's goroutine may call
 // it: others use tell.
 func (h *Hub) queue(client *Client, message []byte) {
@@ -151,6 +151,6 @@ func (h *Hub) drop(client *Client, reason *websocket.CloseError) {
 		client.dropped = true
 		client.reason.CompareAndSwap(nil, reason)
 		close(client.send)
-		h.exit(client)
+		h.leave(client)
 	}
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	_ "embed"
 	"flag"
 	"log"
@@ -58,9 +57,14 @@ func main() {
 	}
 }
 
-// run listens on addr and serves until ctx is done. It returns an error if
-// listening fails, at once or later.
-func run(ctx context.Context, addr string) error {
+// run opens the database, listens on addr and serves until ctx is done. It returns an
+// error if one of these fails, or if it cannot save what is queued for the database.
+func run(ctx context.Context, addr string) (err error) {
+	store, err := openStore(*dbFile)
+	if err != nil {
+		return err
+	}
+	defer func() { err = cmp.Or(err, store.close()) }()
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
 		return err
@@ -70,14 +74,13 @@ func run(ctx context.Context, addr string) error {
 		host = "localhost"
 	}
 	logSoon("listening on http://%s/", net.JoinHostPort(host, port))
-	return serve(ctx, listener)
+	return serve(ctx, listener, newRooms(cmp.Or(os.Getenv("CHAT_KEY"), store.key), store))
 }
 
 // serve accepts connections on listener until ctx is done or listener fails. Then it
 // stops the hubs, and waits up to shutdownWait for all clients to disconnect. It returns
 // the listener's error, if any.
-func serve(ctx context.Context, listener net.Listener) error {
-	rooms := newRooms(cmp.Or(os.Getenv("CHAT_KEY"), rand.Text()))
+func serve(ctx context.Context, listener net.Listener, rooms *Rooms) error {
 	server := &http.Server{
 		Handler:        rooms.handler(),
 		ReadTimeout:    httpTimeout,

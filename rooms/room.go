@@ -12,144 +12,158 @@ import (
 	"time"
 
 	"github.com/gorilla/websocket"
-	"github.com/mtibben/confusables"
-	"golang.org/x/text/cases"
-	"golang.org/x/text/secure/precis"
 	"golang.org/x/text/unicode/norm"
 )
 
-// Maximum number of people in a room, and of connections of each: a second tab is
-// one more. The next one takes the place of the oldest.
-const maxPeople, maxTabs = 100, 10
+// Maximum number of users in a room, and of connections of each user. The next
+// connection of a user replaces the oldest, which may be dead.
+const maxUsers, maxTabs = 100, 10
 
-// Somebody has left when all their connections have been gone for awayTime: a reload,
-// or a bad line, is no news. A room closes when nobody has been here for roomLife.
+// A user leaves when all their connections have been closed for awayTime, so a page
+// reload or a brief disconnect is not announced. A room without users closes after
+// roomLife: then only the database has it.
 const awayTime, roomLife = 10 * time.Second, time.Minute
 
-// A room keeps so many lines to everybody, and as many more that were to one person.
-// Whoever comes may get all of these at once: sendQueueSize has to be larger.
+// Number of lines in a room's history, and of private messages beside them. A client
+// that joins may get all of these at once: sendQueueSize must be larger.
 const historySize = 100
 
-// Maximum size in bytes of a name, and of a Line as JSON. There a message can be twice as
-// long, and stand in two fields. A hello with maxPeople names has to fit, too.
+// Maximum size in bytes of a name, and of a Line as JSON, which may contain a message
+// twice, each byte escaped. A welcome with maxUsers names must fit as well.
 const maxNameSize, maxLineSize = 32, 4 << 10
 
-// Why a room closes connections. RFC 6455 section 7.4.2 leaves these codes to applications.
-// After a code from 4400 on, the page does not come back by itself.
-var sentAway = &websocket.CloseError{Code: 4403, Text: "you have been sent away from this room"}
-var nameTaken = &websocket.CloseError{Code: 4409, Text: "somebody in this room has your name, or one that looks like it"}
-var tooManyTabs = &websocket.CloseError{Code: 4429, Text: "you are in this room too many times"}
-var roomFull = &websocket.CloseError{Code: 4503, Text: "this room is full"}
+// The reasons for which a room closes connections. The page does not reconnect after
+// codes from 4400 on.
+var errKicked = &websocket.CloseError{Code: 4403, Text: "you were removed from this room"}
+var errNameTaken = &websocket.CloseError{Code: 4409, Text: "a user in this room has your name, or one that looks like it"}
+var errTooManyTabs = &websocket.CloseError{Code: 4429, Text: "you have too many connections to this room"}
+var errRoomFull = &websocket.CloseError{Code: 4503, Text: "this room is full"}
 
-// A Line is what a client reads: one JSON document. Its kind says what it is:
+// A Line is what the server sends: one JSON document. Its kind is one of these:
 //
-//	said    Text, by Who, or by the server if there is no Who
-//	to      Text, by Who, to To alone
-//	came    Who has come
-//	left    Who has left; or Text says "sent away by" whom
-//	answer  what the server says of a line that this connection has sent
-//	hello   the first line of a connection: Who is the name that it has here
+//	welcome  the first line of a connection: User is the client's own name
+//	message  Text from User, or from the server if there is no User
+//	private  Text from User to To; only they receive it
+//	join     User has joined
+//	leave    User has left; Text is "kicked by NAME" if NAME has kicked it
+//	notice   Text is the server's answer to Line, which this connection has sent
 //
-// N grows by one from line to line in the room. Between two lines that a connection
-// gets, a number may be missing: that line was to somebody else. A hello and an answer
-// have no number, as they are not kept.
+// N increases by one with each line of a room. A client does not receive private
+// messages of others, so it may see gaps. A welcome and a notice have no number, as the
+// history does not include them.
 type Line struct {
-	N    int       `json:"n,omitempty"`
+	N    int64     `json:"n,omitempty"`
 	Time time.Time `json:"time"`
 	Kind string    `json:"kind"`
-	Who  string    `json:"who,omitempty"`
+	User string    `json:"user,omitempty"`
 	To   string    `json:"to,omitempty"`
 	Text string    `json:"text,omitempty"`
 	Line string    `json:"line,omitempty"` // of a command: as it was sent
 
-	// Of a hello:
-	RoomID string   `json:"room,omitempty"`   // tells this room from others that had its name
-	People []string `json:"people,omitempty"` // who is here
-	Missed bool     `json:"missed,omitempty"` // some of what came behind Visit.After may no longer be kept
+	// Of a welcome:
+	RoomID string   `json:"room,omitempty"`   // which room the numbers belong to
+	Users  []string `json:"users,omitempty"`  // the users in the room
+	Missed bool     `json:"missed,omitempty"` // lines after JoinRequest.After, or between those that follow, may be missing
 
-	only    []string // the IDs of those whom it is for, unless it is for everybody
-	message []byte   // the line as it is sent, which tell makes once for all
+	only    []string // the IDs of the recipients, which include the sender; nil for all users
+	message []byte   // the line as JSON
 }
 
-// An Identity is what somebody's cookie says.
+// An Identity is the content of a user's cookie.
 type Identity struct{ ID, Name string }
 
-// A Visit is who comes into a room, and the number of the last line that they say they
-// have read there: 0 if they have read none.
-type Visit struct {
+// A JoinRequest is the user that connects, and the last line that its client has
+// received before: the ID of the room and the number of the line, or 0.
+type JoinRequest struct {
 	Identity
-	After int
+	RoomID string
+	After  int64
 }
 
-// A Person is somebody in a room: all connections with one ID. All have the name that
-// the first of them came with, until the person has left.
-type Person struct {
+// A User is in a room with all connections that have its ID. It keeps the name of the
+// first of them until it leaves.
+type User struct {
 	Identity
-	came    int       // the number of the line that says that they have come
+	joined  int64     // the number of the line that announced it
 	clients []*Client // oldest first
-	away    time.Time // when one of them was last dropped
+	away    time.Time // when the last of them was dropped
 }
 
-// A Room is what this copy adds to a Hub. The methods of Hub in this file are for run
-// alone to call: when somebody comes, leaves or says something, and every second.
+// A Record is what the store keeps of a room. save takes a copy that shares the slices,
+// so their elements must not change: append, or replace the slice.
+type Record struct {
+	id, name, owner string    // the owner is the ID of the user that opened the room
+	kicked          []string  // IDs
+	used            time.Time // when there was last a user in the room
+	last            int64     // the number of the last line
+	history         []Line    // for all users, oldest first
+	private         []Line    // separate, so that they do not displace the history
+	forgotten       int64     // the number of the last line that is in neither
+	lost            int64     // a crash may have lost lines up to this number
+}
+
+// A Room is what this program adds to a Hub. Its methods are for run's goroutine only:
+// run calls them when a client is registered or dropped or sends a line, and every
+// second.
 type Room struct {
-	rooms    *Rooms
-	name, id string
-	coming   atomic.Int32     // how many serveRoom has sent here who have not registered yet
-	seconds  <-chan time.Time // for sweep
+	rooms   *Rooms
+	joining atomic.Int32     // number of clients that serveRoom is about to register
+	seconds <-chan time.Time // when run calls expire
 
 	// Owned by run:
-	used      time.Time          // when sweep last found somebody here; zero if nobody ever was
-	kicked    map[string]bool    // by ID
-	people    map[string]*Person // by ID
-	names     directory[Person]  // the same people
-	founder   string             // the ID of whoever came first
-	last      int                // the number of the last line
-	history   []Line             // those for everybody, oldest first
-	whispers  []Line             // those for one person, apart, so that they displace nothing that all can read
-	forgotten int                // the number of the last line that is no longer in these
+	Record
+	unopened *websocket.CloseError // why the store could not return the Record
+	users    map[string]*User      // by ID
+	names    directory[User]       // the same users
 }
 
-// enter lets client in, tells it what it has not read, and tells the others of a person
-// who is new. Or it drops client, with the reason, and the others hear nothing of it.
-func (h *Hub) enter(client *Client) {
-	id, name := client.visit.ID, client.visit.Name
-	person := h.people[id]
+// join adds client to the room, sends it the lines that it has not received, and
+// announces a user that is new. Or it drops client, and the others see nothing.
+func (h *Hub) join(client *Client) {
+	id, name := client.request.ID, client.request.Name
+	user := h.users[id]
 	switch {
-	case h.kicked[id]:
-		h.drop(client, sentAway)
-	case person != nil:
-		if len(person.clients) >= maxTabs {
-			h.drop(person.clients[0], tooManyTabs) // On a bad line the oldest may be dead.
+	case h.unopened != nil:
+		h.drop(client, h.unopened)
+	case slices.Contains(h.kicked, id):
+		h.drop(client, errKicked)
+	case user != nil:
+		if len(user.clients) >= maxTabs {
+			h.drop(user.clients[0], errTooManyTabs)
 		}
-		h.welcome(client, person)
-	case len(h.people) >= maxPeople:
-		h.drop(client, roomFull)
+		h.welcome(client, user)
+	case len(h.users) >= maxUsers:
+		h.drop(client, errRoomFull)
 	case h.names.find(name) != nil:
-		h.drop(client, nameTaken)
+		h.drop(client, errNameTaken)
 	default:
-		person = &Person{Identity: client.visit.Identity, came: h.last + 1}
-		h.people[id] = person
-		h.names.add(name, person)
-		h.founder = cmp.Or(h.founder, id)
-		h.welcome(client, person)
-		h.tell(Line{Kind: "came", Who: name})
+		user = &User{Identity: client.request.Identity, joined: h.last + 1}
+		h.users[id] = user
+		h.names.add(name, user)
+		h.owner = cmp.Or(h.owner, id)
+		h.used = time.Now()
+		h.welcome(client, user)
+		h.publish(Line{Kind: "join", User: name})
 	}
 }
 
-// welcome makes client one of person's, and tells it what it has not read yet.
-func (h *Hub) welcome(client *Client, person *Person) {
-	client.person = person
-	person.clients = append(person.clients, client)
-	after := client.visit.After
-	hello := Line{Kind: "hello", Who: person.Name, RoomID: h.id, Missed: 0 < after && after < h.forgotten, Time: time.Now()}
-	for _, somebody := range h.people {
-		hello.People = append(hello.People, somebody.Name)
+// welcome adds client to user's connections, and sends it what it has not received.
+func (h *Hub) welcome(client *Client, user *User) {
+	client.user = user
+	user.clients = append(user.clients, client)
+	after := client.request.After
+	if client.request.RoomID != h.id {
+		after = 0 // The number is from another room of that name.
 	}
-	slices.Sort(hello.People)
-	h.queue(client, hello.encode())
-	lines := slices.Concat(h.history, h.whispers)
-	slices.SortFunc(lines, func(a, b Line) int { return a.N - b.N })
+	welcome := Line{Kind: "welcome", User: user.Name, RoomID: h.id, Time: time.Now()}
+	welcome.Missed = 0 < after && after < h.forgotten || after == 0 && len(h.history) > 0 && h.history[0].N < h.lost
+	for _, other := range h.users {
+		welcome.Users = append(welcome.Users, other.Name)
+	}
+	slices.Sort(welcome.Users)
+	h.queue(client, welcome.encode())
+	lines := slices.Concat(h.history, h.private)
+	slices.SortFunc(lines, func(a, b Line) int { return cmp.Compare(a.N, b.N) })
 	for _, line := range lines {
 		if line.N > after && line.isFor(client) {
 			h.queue(client, line.message)
@@ -157,158 +171,123 @@ func (h *Hub) welcome(client *Client, person *Person) {
 	}
 }
 
-// exit takes client, which has just been dropped, from its person. The others hear
-// nothing of that: sweep tells them when the person has left.
-func (h *Hub) exit(client *Client) {
-	if person := client.person; person != nil { // else it was not let in
-		person.clients = slices.DeleteFunc(person.clients, func(other *Client) bool { return other == client })
-		person.away = time.Now()
+// leave removes client, which has just been dropped, from its user's connections.
+func (h *Hub) leave(client *Client) {
+	if user := client.user; user != nil { // else it was not let in
+		user.clients = slices.DeleteFunc(user.clients, func(other *Client) bool { return other == client })
+		user.away = time.Now()
 	}
 }
 
-// remove takes person out of the room, as somebody who has left, or been sent away.
-func (h *Hub) remove(person *Person, why string) {
-	delete(h.people, person.ID)
-	h.names.remove(person.Name)
-	h.tell(Line{Kind: "left", Who: person.Name, Text: why})
+// remove removes user from the room and announces it, with text if it was kicked.
+func (h *Hub) remove(user *User, text string) {
+	delete(h.users, user.ID)
+	h.names.remove(user.Name)
+	h.publish(Line{Kind: "leave", User: user.Name, Text: text})
 }
 
-// sweep removes who has been away for awayTime. It closes the room when nobody has been
-// in it for roomLife, or at once if nobody ever was; but never while somebody is coming,
-// so nobody meets a hub that is about to stop.
-func (h *Hub) sweep() {
-	for _, person := range h.people {
-		if len(person.clients) == 0 && time.Since(person.away) >= awayTime {
-			h.remove(person, "")
+// expire removes users that have been away for awayTime. It closes the room when there has been no user in
+// it for roomLife, but not while a client is joining, which would meet a stopped hub.
+func (h *Hub) expire() {
+	for _, user := range h.users {
+		if len(user.clients) == 0 && time.Since(user.away) >= awayTime {
+			h.remove(user, "")
 		}
 	}
-	if len(h.people) > 0 {
+	if len(h.users) > 0 {
 		h.used = time.Now()
 		return
 	}
 	h.rooms.mu.Lock()
 	defer h.rooms.mu.Unlock()
-	// A room closes once. run goes on until its last client has left, and by then another
-	// room may have the name.
-	if h.rooms.hubs.find(h.name) == h && h.coming.Load() == 0 && time.Since(h.used) >= roomLife {
-		h.rooms.hubs.remove(h.name)
+	// run goes on until its last client is done. By then the room may have another hub.
+	if h.rooms.hubs[fold(h.name)] == h && h.joining.Load() == 0 && time.Since(h.used) >= roomLife {
+		delete(h.rooms.hubs, fold(h.name))
 		h.stop()
 	}
 }
 
-// command matches what starts with a slash, or what an input method writes for one:
-// "/to Hans meet me at six". What cannot be seen before the slash does not count, as
-// else it would tell everybody what is for one.
+// command matches a line that starts with a slash, or with what an input method types
+// for it: "/to Hans meet me at six". It skips invisible characters before the slash:
+// else a private message that has one would go to all users.
 var command = regexp.MustCompile(`^(?:[^\pL\pN\pP\pS]|[\x{115F}\x{1160}\x{2800}\x{3164}\x{FFA0}])*[/／∕⁄、]` +
 	`[\s\pZ]*([^\s\pZ]*)[\s\pZ]*([^\s\pZ]*)[\s\pZ]*(.*)`)
 
-// hear takes what client says, and tells everybody, unless it is a command.
-func (h *Hub) hear(client *Client, line string) {
+// receive publishes a line from client, or runs it if it is a command.
+func (h *Hub) receive(client *Client, line string) {
 	if !h.clients[client] {
-		return // It was dropped while the line was on its way.
+		return // It has been dropped since it sent the line.
 	}
-	speaker, words := client.person, command.FindStringSubmatch(line)
-	if words == nil {
-		h.tell(Line{Kind: "said", Who: speaker.Name, Text: line})
+	sender, parts := client.user, command.FindStringSubmatch(line)
+	if parts == nil {
+		h.publish(Line{Kind: "message", User: sender.Name, Text: line})
 		return
 	}
-	verb, name, text := strings.ToLower(norm.NFKC.String(words[1])), parseName(words[2]), words[3]
-	other := h.names.find(name)
+	verb, name, text := strings.ToLower(norm.NFKC.String(parts[1])), parseName(parts[2]), parts[3]
+	user := h.names.find(name)
 	switch {
 	case verb != "to" && verb != "kick" || verb == "to" && text == "":
-		h.answer(client, line, "There are two commands, /to NAME text and /kick NAME.")
-	case other == nil || !strings.EqualFold(other.Name, name): // else "/to Paul" would go to Pau1
-		h.answer(client, line, "Nobody of that name is here.")
+		h.notify(client, line, "Unknown command. There are /to NAME text and /kick NAME.")
+	case user == nil || !strings.EqualFold(user.Name, name): // else "/to Paul" would go to Pau1
+		h.notify(client, line, "There is no user with that name in this room.")
 	case verb == "to":
-		h.tell(Line{Kind: "to", Who: speaker.Name, To: other.Name, Text: text, Line: line, only: []string{speaker.ID, other.ID}})
-	case speaker != h.host():
-		h.answer(client, line, "Only "+h.host().Name+" can send people away.")
-	case other == speaker: // This protects whoever opened the room: while they are here, they are the host.
-		h.answer(client, line, "You cannot send yourself away.")
+		h.publish(Line{Kind: "private", User: sender.Name, To: user.Name, Text: text, Line: line, only: []string{sender.ID, user.ID}})
+	case sender != h.host():
+		h.notify(client, line, "Only the host, "+h.host().Name+", can remove users.")
+	case user == sender: // This protects the owner, who is the host while present.
+		h.notify(client, line, "You cannot remove yourself.")
 	default:
-		h.kicked[other.ID] = true
-		h.answer(client, line, "Done.")
-		h.remove(other, "sent away by "+speaker.Name)
-		for _, theirs := range slices.Clone(other.clients) { // exit takes each from the list
-			h.drop(theirs, sentAway)
+		h.kicked = append(h.kicked, user.ID)
+		h.notify(client, line, "Done.")
+		h.remove(user, "kicked by "+sender.Name)
+		for _, other := range slices.Clone(user.clients) { // leave removes each from the list
+			h.drop(other, errKicked)
 		}
 	}
 }
 
-// host returns who can send people away: who opened the room, or, while they are not
-// here, who has been here longest.
-func (h *Hub) host() *Person {
-	if founder := h.people[h.founder]; founder != nil {
-		return founder
+// host returns the user that may kick others: the owner, or, while the owner is absent,
+// the user that joined first.
+func (h *Hub) host() *User {
+	if owner := h.users[h.owner]; owner != nil {
+		return owner
 	}
-	return slices.MinFunc(slices.Collect(maps.Values(h.people)), func(a, b *Person) int { return a.came - b.came })
+	return slices.MinFunc(slices.Collect(maps.Values(h.users)), func(a, b *User) int { return cmp.Compare(a.joined, b.joined) })
 }
 
-// tell gives line its number, keeps it, and delivers it to whom it is for.
-func (h *Hub) tell(line Line) {
+// publish numbers line, keeps it, and delivers it to the users that may read it.
+func (h *Hub) publish(line Line) {
 	h.last++
 	line.N, line.Time = h.last, time.Now()
 	line.message = line.encode()
 	kept := &h.history
 	if line.only != nil {
-		kept = &h.whispers
+		kept = &h.private
 	}
 	*kept = append(*kept, line)
 	if len(*kept) > historySize {
 		h.forgotten = max(h.forgotten, (*kept)[0].N)
 		*kept = (*kept)[1:]
 	}
+	if h.unopened == nil { // else what the store has would be overwritten
+		h.rooms.store.save(h.Record)
+	}
 	h.deliver(line)
 }
 
-// answer tells client alone what has become of a line that it has sent.
-func (h *Hub) answer(client *Client, line, text string) {
-	h.queue(client, Line{Kind: "answer", Text: text, Line: line, Time: time.Now()}.encode())
+// notify sends client a notice about a line that it has sent.
+func (h *Hub) notify(client *Client, line, text string) {
+	h.queue(client, Line{Kind: "notice", Text: text, Line: line, Time: time.Now()}.encode())
 }
 
 func (l Line) isFor(client *Client) bool {
-	return l.only == nil || slices.Contains(l.only, client.visit.ID)
+	return l.only == nil || slices.Contains(l.only, client.request.ID)
 }
 
 func (l Line) encode() []byte {
 	var message bytes.Buffer
 	encoder := json.NewEncoder(&message)
-	encoder.SetEscapeHTML(false) // Else a < is six bytes, and the page puts no text into HTML.
-	encoder.Encode(l)            // No field can fail.
+	encoder.SetEscapeHTML(false) // The page never parses text as HTML, and an escaped < takes six bytes.
+	encoder.Encode(l)            // No field can fail to encode.
 	return bytes.TrimSpace(message.Bytes())
-}
-
-var word = regexp.MustCompile(`^[\p{L}\p{Nd}][\p{L}\p{M}\p{Nd}_-]*$`)
-
-// parseName returns a name in its one form, that of RFC 8265 for user names, or "" if
-// it is none. It allows one word, so that a command can have text behind it.
-func parseName(text string) string {
-	if name, err := precis.UsernameCasePreserved.String(text); err == nil && len(name) <= maxNameSize && word.MatchString(name) {
-		return name
-	}
-	return ""
-}
-
-// A directory finds things by name, and does not tell names apart that people take for
-// the same: each thing stands in it twice, by fold and by looks.
-type directory[T any] map[string]*T
-
-func (d directory[T]) find(name string) *T       { return cmp.Or(d[fold(name)], d[looks(name)]) }
-func (d directory[T]) add(name string, thing *T) { d[fold(name)], d[looks(name)] = thing, thing }
-func (d directory[T]) remove(name string)        { delete(d, fold(name)); delete(d, looks(name)) }
-
-// fold returns a key that is the same for two names that differ by capitals alone, as
-// Lisa and LISA, or look alike in small letters. Weiß counts as Weiss.
-// https://www.unicode.org/reports/tr39/#Confusable_Detection
-func fold(name string) string {
-	// A Turkish capital I with a dot folds to two characters.
-	return cases.Fold().String(confusables.Skeleton(strings.ReplaceAll(cases.Fold().String(name), "i\u0307", "i")))
-}
-
-// looks returns a key that is the same for two names that look alike as they are
-// written, as Gretel and GreteI, or do so but for capitals, as Gretel and greteI. A
-// capital L stays itself, as nobody takes it for a capital I: TalkerI and TalkerL are
-// two. The star is in no name, so it keeps these keys apart from fold's.
-func looks(name string) string {
-	return "* " + cases.Fold().String(strings.ReplaceAll(confusables.Skeleton(name), "L", "*"))
 }

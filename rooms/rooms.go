@@ -1,18 +1,18 @@
-// Rooms is the chat server with what most copies of it grow: a room for each path,
-// names that two cannot have at once, history, lines to one person, and somebody who can
-// send others away.
+// Rooms is the chat server with what most applications add to it: rooms, unique names,
+// a history that survives restarts, private messages, and hosts that can remove users.
 //
 // Usage:
 //
-//	rooms [-addr host:port] [-secure]
+//	rooms [-addr host:port] [-db file] [-secure]
 //
-// It serves a form at /, each room's page at /room/NAME/, and its WebSocket endpoint
-// at /room/NAME/ws. Cookies are signed with the environment variable CHAT_KEY; without
-// one, a random key makes them last until the server restarts. SIGINT or SIGTERM sends
-// everybody in all rooms home and ends it with status 0; a second one ends it at once.
+// It serves a login form at /, each room's page at /room/NAME/, and its WebSocket
+// endpoint at /room/NAME/ws. It signs cookies with the environment variable CHAT_KEY, or
+// without it with a random key that the database keeps. SIGINT or SIGTERM starts a
+// graceful shutdown, which ends the process with status 0; a second signal forces it to
+// exit with status 1.
 //
-// main.go, hub.go, client.go and home.html are those of the chat server, but for the
-// lines that README.md, main.diff and home.diff show. The other files are new.
+// main.go, hub.go, client.go and home.html are those of the chat server, except for the
+// changes that README.md, main.diff and home.diff show. The other files are new.
 package main
 
 //go:generate cp ../main.go ../hub.go ../client.go ../home.html .
@@ -34,70 +34,72 @@ import (
 	"github.com/gorilla/securecookie"
 )
 
-// Maximum number of rooms at once.
+// Maximum number of open rooms.
 const maxRooms = 100
 
-var secure = flag.Bool("secure", false, "have browsers send cookies over https alone")
+var dbFile = flag.String("db", "rooms.db", "keep rooms, history and the cookie key in `file`")
+var secure = flag.Bool("secure", false, "set cookies that browsers send over HTTPS only")
 
 //go:embed login.html
 var login string
 
-// Rooms opens each room when somebody comes. A room closes itself, in sweep.
+// Rooms opens a room when a client joins it. expire closes it.
 type Rooms struct {
+	store   *Store
 	cookies *securecookie.SecureCookie
 	running sync.WaitGroup // the hubs' run
 
-	mu   sync.Mutex     // sweep locks it in run: do not send to a hub while you hold it
-	hubs directory[Hub] // by the rooms' names; nil after stop
+	mu   sync.Mutex      // expire locks it on run's goroutine: do not wait for a hub or the store while you hold it
+	hubs map[string]*Hub // of the open rooms, by fold of their names; nil after stop
 }
 
-func newRooms(key string) *Rooms {
-	return &Rooms{cookies: securecookie.New([]byte(key), nil), hubs: make(directory[Hub])}
+// newRooms returns the rooms of the store, which the caller closes after stop.
+func newRooms(key string, store *Store) *Rooms {
+	return &Rooms{store: store, cookies: securecookie.New([]byte(key), nil), hubs: make(map[string]*Hub)}
 }
 
-// admit returns the hub of the room of that name, and opens the room if there is none.
-// It counts the caller in hub.coming, which keeps the room open: the caller takes one away
-// when its client has registered, or has failed to. If there is no way in, hub is nil,
-// and why says why.
-func (rs *Rooms) admit(name string, who Identity) (hub *Hub, status int, why string) {
+// admit returns the hub of the room, which it opens if it is not open, or the HTTP status
+// and reason for which user cannot join. It counts the caller in hub.joining, so that the
+// room stays open: the caller subtracts one when its client has registered or failed to.
+func (rs *Rooms) admit(name string, user Identity) (hub *Hub, status int, reason string) {
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
-	if status, why = rs.whyNot(name, who); why != "" {
-		return nil, status, why
+	if status, reason = rs.refuse(name, user); reason != "" {
+		return nil, status, reason
 	}
-	if hub = rs.hubs.find(name); hub == nil {
+	if hub = rs.hubs[fold(name)]; hub == nil {
 		hub = newHub()
-		hub.Room = Room{
-			rooms: rs, name: name, id: rand.Text(), seconds: time.Tick(time.Second),
-			kicked: make(map[string]bool), people: make(map[string]*Person), names: make(directory[Person]),
-		}
-		rs.hubs.add(name, hub)
-		rs.running.Go(hub.run)
+		hub.Room = Room{rooms: rs, seconds: time.Tick(time.Second), users: make(map[string]*User), names: make(directory[User])}
+		rs.hubs[fold(name)] = hub
+		rs.running.Go(func() {
+			hub.Record, hub.unopened = rs.store.load(name)
+			hub.run()
+		})
 	}
-	hub.coming.Add(1)
+	hub.joining.Add(1)
 	return hub, status, ""
 }
 
-// whyNot returns why this person cannot get to the hub of the room of that name, and the
-// HTTP status for that; or "". Kicks and full rooms are enter's business. The caller
-// holds mu.
-func (rs *Rooms) whyNot(name string, who Identity) (status int, why string) {
+// refuse returns the reason for which user cannot connect to the hub of that room, and an
+// HTTP status, or "". The hub itself refuses users that are kicked, whose name is taken,
+// or for which there is no space. The caller holds mu.
+func (rs *Rooms) refuse(name string, user Identity) (status int, reason string) {
 	switch {
 	case name == "":
-		return http.StatusOK, "Say who you are, and where you want to go."
-	case len(name) > maxNameSize || parseName(name) != name: // the length first: a long name takes parseName long
-		return http.StatusNotFound, "No room can have that name."
-	case who.ID == "" || who.Name == "" || parseName(who.Name) != who.Name:
-		return http.StatusUnauthorized, "Say who you are."
+		return http.StatusOK, "Choose a name and a room."
+	case len(name) > maxNameSize || parseName(name) != name: // the length first: parseName is slow
+		return http.StatusNotFound, "A room cannot have that name."
+	case user.ID == "" || user.Name == "" || parseName(user.Name) != user.Name:
+		return http.StatusUnauthorized, "Choose a name and a room."
 	case rs.hubs == nil:
 		return http.StatusServiceUnavailable, "The server is shutting down."
-	case rs.hubs.find(name) == nil && len(rs.hubs) >= 2*maxRooms: // each stands in it twice
-		return http.StatusServiceUnavailable, "There are as many rooms as there can be."
+	case rs.hubs[fold(name)] == nil && len(rs.hubs) >= maxRooms:
+		return http.StatusServiceUnavailable, "The server has too many open rooms."
 	}
 	return http.StatusOK, ""
 }
 
-// stop sends everybody away, and returns when they have left.
+// stop stops all hubs, and returns when their clients are done.
 func (rs *Rooms) stop() {
 	rs.mu.Lock()
 	for _, hub := range rs.hubs {
@@ -108,7 +110,7 @@ func (rs *Rooms) stop() {
 	rs.running.Wait()
 }
 
-// handler answers all requests.
+// handler serves all requests.
 func (rs *Rooms) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", rs.serveHome)
@@ -118,71 +120,70 @@ func (rs *Rooms) handler() http.Handler {
 	return http.MaxBytesHandler(http.NewCrossOriginProtection().Handler(mux), 4<<10)
 }
 
-// who returns who has sent the request, as the cookie says, or nobody.
-func (rs *Rooms) who(r *http.Request) (who Identity) {
+// identify returns the user that the request's cookie names, or none.
+func (rs *Rooms) identify(r *http.Request) (user Identity) {
 	if cookie, err := r.Cookie("chat"); err == nil {
-		rs.cookies.Decode("chat", cookie.Value, &who)
+		rs.cookies.Decode("chat", cookie.Value, &user)
 	}
-	return who
+	return user
 }
 
-// logIn gives who sends the form the name that they ask for, and leads to the room.
-// A real login goes here: ask for a password, or send them to a server that does.
+// logIn sets the cookie for the name in the form, and redirects to the room. Authenticate
+// users here: ask for a password, or redirect them to an identity provider.
 func (rs *Rooms) logIn(w http.ResponseWriter, r *http.Request) {
-	// A phone's keyboard puts a space behind a word.
-	name, room := strings.TrimSpace(r.PostFormValue("name")), strings.TrimSpace(r.PostFormValue("room"))
-	who := Identity{ID: cmp.Or(rs.who(r).ID, rand.Text()), Name: parseName(name)}
-	if who.Name == "" || parseName(room) == "" {
+	// Phone keyboards add a space after a word.
+	name, room := strings.TrimSpace(r.PostFormValue("name")), strings.ToLower(strings.TrimSpace(r.PostFormValue("room")))
+	user := Identity{ID: cmp.Or(rs.identify(r).ID, rand.Text()), Name: parseName(name)}
+	if user.Name == "" || parseName(room) == "" {
 		servePage(w, r, http.StatusBadRequest, "A name is one word of letters, digits, - and _, of at most 32 bytes.", name, room)
 		return
 	}
-	value, _ := rs.cookies.Encode("chat", who) // No name is too long for a cookie.
+	value, _ := rs.cookies.Encode("chat", user) // No name is too long for a cookie.
 	http.SetCookie(w, &http.Cookie{Name: "chat", Value: value, Path: "/", HttpOnly: true, Secure: *secure, SameSite: http.SameSiteLaxMode})
 	http.Redirect(w, r, "/room/"+parseName(room)+"/", http.StatusSeeOther)
 }
 
-// serveHome answers with a room's page, or with the form and why there is no way in.
+// serveHome serves a room's page, or the login form with the reason for it.
 func (rs *Rooms) serveHome(w http.ResponseWriter, r *http.Request) {
-	room, who := r.PathValue("room"), rs.who(r)
+	room, user := strings.ToLower(r.PathValue("room")), rs.identify(r)
 	rs.mu.Lock()
-	status, why := rs.whyNot(room, who)
+	status, reason := rs.refuse(room, user)
 	rs.mu.Unlock()
-	servePage(w, r, status, why, who.Name, room)
+	servePage(w, r, status, reason, user.Name, room)
 }
 
-// serveRoom makes the request a client in a room.
+// serveRoom connects a client to a room.
 func (rs *Rooms) serveRoom(w http.ResponseWriter, r *http.Request) {
-	visit := Visit{Identity: rs.who(r)}
-	hub, status, why := rs.admit(r.PathValue("room"), visit.Identity)
-	if why != "" {
-		http.Error(w, why, status)
+	request := JoinRequest{Identity: rs.identify(r)}
+	hub, status, reason := rs.admit(strings.ToLower(r.PathValue("room")), request.Identity)
+	if reason != "" {
+		http.Error(w, reason, status)
 		return
 	}
-	defer hub.coming.Add(-1)
-	if r.FormValue("room") == hub.id { // else the number is another room's, of the same name
-		visit.After, _ = strconv.Atoi(r.FormValue("after"))
-	}
-	serveWs(hub, visit, w, r)
+	defer hub.joining.Add(-1)
+	request.RoomID = r.FormValue("room")
+	request.After, _ = strconv.ParseInt(r.FormValue("after"), 10, 64)
+	serveWs(hub, request, w, r)
 }
 
-// servePage answers with a room's page, or with the form if there is a why, and
-// writes these words in it. A page gets its own script and style, which bear this
-// answer's nonce, the icon in it, its own server, and WebSockets; nothing else.
-// https://www.w3.org/TR/CSP3/
-func servePage(w http.ResponseWriter, r *http.Request, status int, why, name, room string) {
+// servePage serves a room's page, or the login form if there is a reason for it. The
+// content security policy allows the page its own script and style, by a nonce, its
+// icon, and WebSockets. https://www.w3.org/TR/CSP3/
+func servePage(w http.ResponseWriter, r *http.Request, status int, reason, name, room string) {
 	log.Printf("%s: %s %q", r.RemoteAddr, r.Method, r.URL)
 	page, nonce := home, rand.Text()
-	if why != "" {
+	if reason != "" {
 		page = login
 	}
 	w.Header().Set("Cache-Control", "no-store") // as it depends on the cookie
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Set("X-Reason", reason) // A page that reconnects shows it.
 	w.Header().Set("Content-Security-Policy", "default-src 'none'; script-src 'nonce-"+nonce+"'; style-src 'nonce-"+nonce+
 		"'; img-src data:; connect-src 'self' ws: wss:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
 	w.WriteHeader(status)
 	strings.NewReplacer(
-		"<script>", `<script nonce="`+nonce+`">`, "<style>", `<style nonce="`+nonce+`">`,
-		"{{why}}", html.EscapeString(why), "{{name}}", html.EscapeString(name), "{{room}}", html.EscapeString(room),
+		"<script>", `<script nonce="`+nonce+`">`, "<style>", `<style nonce="`+nonce+`">`, "{{status}}", strconv.Itoa(status),
+		"{{reason}}", html.EscapeString(reason), "{{name}}", html.EscapeString(name), "{{room}}", html.EscapeString(room),
 	).WriteString(w, page)
 }

@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -28,13 +29,12 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// The tests stand in the order of what README.md promises, behind the attacks. The rig
-// is at the end.
+// The attacks come first, then tests in the order of README.md, then the helpers.
 
-// Attacks: with a line right behind the handshake, so that it reaches run before, or
-// while, run refuses its client.
+// Attacks: a line right after the handshake, which reaches run before or while run refuses
+// its client.
 
-func TestNobodySpeaksWhoHasNotBeenLetIn(t *testing.T) {
+func TestRefusedClientCannotSend(t *testing.T) {
 	tries := 2000
 	if testing.Short() {
 		tries = 200
@@ -46,33 +46,33 @@ func TestNobodySpeaksWhoHasNotBeenLetIn(t *testing.T) {
 			grete, hans := w.join("Grete", "kitchen"), w.join("Hans", "kitchen")
 			kicked := w.logIn("Mallory")
 			mallory := w.dial(kicked, "kitchen")
-			hans.until("came Mallory")
-			grete.say("/kick Mallory")
-			mallory.wantGoodbye(sentAway)
-			hans.until("left Mallory: sent away by Grete")
+			hans.until("join Mallory")
+			grete.send("/kick Mallory")
+			mallory.wantClose(errKicked)
+			hans.until("leave Mallory: kicked by Grete")
 			for _, attack := range []struct {
 				name, cookie, line string
 				want               *websocket.CloseError
 			}{
-				{"crash the server", kicked, "/x", sentAway},
-				{"speak although sent away", kicked, "I am still here", sentAway},
-				{"speak as somebody else", w.logIn("Grete"), "I resign", nameTaken},
-				{"send somebody away as the owner", w.logIn("Grete"), "/kick Hans", nameTaken},
+				{"crash the server", kicked, "/x", errKicked},
+				{"send although kicked", kicked, "I am still here", errKicked},
+				{"send as another user", w.logIn("Grete"), "I resign", errNameTaken},
+				{"kick as the owner", w.logIn("Grete"), "/kick Hans", errNameTaken},
 			} {
 				for range tries {
-					p := w.rush(attack.cookie, "kitchen", attack.line)
-					if lines := p.wantGoodbye(attack.want); lines != nil {
-						t.Errorf("%s: the attacker hears %q", attack.name, lines)
+					p := w.dialAndSend(attack.cookie, "kitchen", attack.line)
+					if lines := p.wantClose(attack.want); lines != nil {
+						t.Errorf("%s: the attacker receives %q", attack.name, lines)
 					}
 					p.Close()
 					if t.Failed() {
 						return
 					}
 				}
-				grete.say("and on")
+				grete.send("and on")
 				for _, p := range []*peer{grete, hans} {
-					if lines := p.until("said Grete: and on"); attack.line != "/x" && !slices.Equal(lines, []string{"said Grete: and on"}) {
-						t.Errorf("%s: somebody hears %q", attack.name, lines)
+					if lines := p.until("message Grete: and on"); attack.line != "/x" && !slices.Equal(lines, []string{"message Grete: and on"}) {
+						t.Errorf("%s: a user receives %q", attack.name, lines)
 					}
 				}
 			}
@@ -80,17 +80,17 @@ func TestNobodySpeaksWhoHasNotBeenLetIn(t *testing.T) {
 	}
 }
 
-// What a copy itself sends to broadcast is the server's, whatever stands in it.
-func TestWhatACopyBroadcastsIsSaidByTheServer(t *testing.T) {
+// What an application sends to broadcast is the server's own, whatever it contains.
+func TestBroadcastIsTheServersOwnMessage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete := w.join("Grete", "kitchen")
-		grete.heard()
+		grete.received()
 		for _, text := range []string{"Dinner is ready.", "Grete: I resign", "/kick Grete", ": ", "", "\x00\xff\n{", strings.Repeat("<", 600)} {
 			w.room("kitchen").broadcast <- []byte(text)
-			lines := grete.documents()
-			if len(lines) != 1 || lines[0].Kind != "said" || lines[0].Who != "" || lines[0].Text != strings.ToValidUTF8(text, "\ufffd") {
-				t.Errorf("of %q somebody hears %+v", text, lines)
+			lines := grete.receivedLines()
+			if len(lines) != 1 || lines[0].Kind != "message" || lines[0].User != "" || lines[0].Text != strings.ToValidUTF8(text, "\ufffd") {
+				t.Errorf("of %q a user receives %+v", text, lines)
 			}
 		}
 	})
@@ -98,46 +98,46 @@ func TestWhatACopyBroadcastsIsSaidByTheServer(t *testing.T) {
 
 // Lines.
 
-func TestLinesAreNumberedInTheirRoomAndBearTheServersTime(t *testing.T) {
+func TestLinesHaveTheirRoomsNumbersAndTheServersTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete := w.join("Grete", "kitchen")
-		w.join("Uwe", "garden").say("weeds")
-		grete.heard()
-		grete.say("one")
+		w.join("Uwe", "garden").send("weeds")
+		grete.received()
+		grete.send("one")
 		time.Sleep(time.Minute)
-		grete.say(`<b>"two"</b>`)
-		grete.heard()
+		grete.send(`<b>"two"</b>`)
+		grete.received()
 		hans := w.join("Hans", "kitchen")
 		time.Sleep(time.Minute)
 		start := time.Now().Add(-2 * time.Minute)
 		want := []Line{
-			{N: 1, Time: start, Kind: "came", Who: "Grete"},
-			{N: 2, Time: start, Kind: "said", Who: "Grete", Text: "one"},
-			{N: 3, Time: start.Add(time.Minute), Kind: "said", Who: "Grete", Text: `<b>"two"</b>`},
-			{N: 4, Time: start.Add(time.Minute), Kind: "came", Who: "Hans"},
+			{N: 1, Time: start, Kind: "join", User: "Grete"},
+			{N: 2, Time: start, Kind: "message", User: "Grete", Text: "one"},
+			{N: 3, Time: start.Add(time.Minute), Kind: "message", User: "Grete", Text: `<b>"two"</b>`},
+			{N: 4, Time: start.Add(time.Minute), Kind: "join", User: "Hans"},
 		}
-		got := hans.documents()
+		got := hans.receivedLines()
 		for i := range got {
 			got[i].Time = got[i].Time.Local()
 		}
 		if fmt.Sprint(got) != fmt.Sprint(want) {
-			t.Errorf("Hans hears %v, want %v", got, want)
+			t.Errorf("Hans receives %v, want %v", got, want)
 		}
-		if hans.hello.Who != "Hans" || fmt.Sprint(hans.hello.People) != "[Grete Hans]" || hans.hello.RoomID == "" {
-			t.Errorf("Hans is told %+v", hans.hello)
+		if hans.welcome.User != "Hans" || fmt.Sprint(hans.welcome.Users) != "[Grete Hans]" || hans.welcome.RoomID == "" {
+			t.Errorf("Hans is told %+v", hans.welcome)
 		}
 	})
 }
 
-// Who comes back names the last line that they have, and hears what came after it.
-func TestWhoComesBackHearsWhatTheyHaveMissedOnce(t *testing.T) {
+// A client that reconnects names the last line that it has.
+func TestReconnectReceivesWhatItMissedOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete, uwe := w.join("Grete", "kitchen"), w.join("Uwe", "kitchen")
 		cookie := w.logIn("Hans")
 		hans := w.dial(cookie, "kitchen")
-		hans.heard()
+		hans.received()
 		for n := range 100 {
 			hans.Close()
 			var want []string
@@ -145,37 +145,37 @@ func TestWhoComesBackHearsWhatTheyHaveMissedOnce(t *testing.T) {
 				text := fmt.Sprintf("break %d, line %d", n, i)
 				switch i % 3 {
 				case 0:
-					grete.say(text)
-					want = append(want, "said Grete: "+text)
+					grete.send(text)
+					want = append(want, "message Grete: "+text)
 				case 1:
-					grete.say("/to Hans " + text)
-					want = append(want, "to Grete > Hans: "+text)
+					grete.send("/to Hans " + text)
+					want = append(want, "private Grete > Hans: "+text)
 				case 2:
-					grete.say("/to Uwe " + text)
-					want = append(want, "to Grete > Uwe: "+text)
+					grete.send("/to Uwe " + text)
+					want = append(want, "private Grete > Uwe: "+text)
 				}
 				synctest.Wait()
 				time.Sleep(rateInterval)
 			}
-			uwe.heard()
-			want = slices.DeleteFunc(want, func(line string) bool { return strings.HasPrefix(line, "to Grete > Uwe") })
-			back := w.comeBack(cookie, "kitchen", hans)
-			if got := back.heard(); !slices.Equal(got, want) {
-				t.Errorf("after break %d Hans hears %q, want %q", n, got, want)
+			uwe.received()
+			want = slices.DeleteFunc(want, func(line string) bool { return strings.HasPrefix(line, "private Grete > Uwe") })
+			back := w.reconnect(cookie, "kitchen", hans)
+			if got := back.received(); !slices.Equal(got, want) {
+				t.Errorf("after break %d Hans receives %q, want %q", n, got, want)
 			}
-			if back.hello.Missed || back.last < hans.last {
-				t.Errorf("after break %d, hello is %+v", n, back.hello)
+			if back.welcome.Missed || back.last < hans.last {
+				t.Errorf("after break %d, hello is %+v", n, back.welcome)
 			}
 			hans = back
 		}
-		if lines := uwe.heard(); lines != nil {
-			t.Errorf("Uwe hears %q of it", lines)
+		if lines := uwe.received(); lines != nil {
+			t.Errorf("Uwe receives %q of it", lines)
 		}
-		grete.heard()
+		grete.received()
 	})
 }
 
-func TestWhoWasAwayForTooLongIsToldThatTheyMissedSomething(t *testing.T) {
+func TestWelcomeSaysMissedIfTheHistoryNoLongerReachesBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete := w.join("Grete", "kitchen")
@@ -183,17 +183,17 @@ func TestWhoWasAwayForTooLongIsToldThatTheyMissedSomething(t *testing.T) {
 		for _, command := range []string{"", "/to Hans "} {
 			for _, lines := range []int{historySize, historySize + 1} {
 				hans := w.dial(cookie, "kitchen")
-				hans.heard()
+				hans.received()
 				hans.leave()
 				for n := range lines {
-					grete.say(fmt.Sprint(command, n))
+					grete.send(fmt.Sprint(command, n))
 					synctest.Wait()
 					time.Sleep(rateInterval)
 				}
-				back := w.comeBack(cookie, "kitchen", hans)
-				got := back.heard()
-				if missed := lines > historySize; len(got) != historySize || back.hello.Missed != missed {
-					t.Errorf("after %d lines %q, Hans hears %d, and missed is %v", lines, command, len(got), back.hello.Missed)
+				back := w.reconnect(cookie, "kitchen", hans)
+				got := back.received()
+				if missed := lines > historySize; len(got) != historySize || back.welcome.Missed != missed {
+					t.Errorf("after %d lines %q, Hans receives %d, and missed is %v", lines, command, len(got), back.welcome.Missed)
 				}
 				back.leave()
 			}
@@ -201,50 +201,50 @@ func TestWhoWasAwayForTooLongIsToldThatTheyMissedSomething(t *testing.T) {
 	})
 }
 
-// A room of the same name is another room: its numbers mean nothing there.
-func TestNumbersOfAnotherRoomAreNotTakenForThisRooms(t *testing.T) {
+func TestNumbersOfADeletedRoomMeanNothingInTheNext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		cookie := w.logIn("Hans")
 		hans := w.dial(cookie, "kitchen")
-		hans.heard()
+		hans.received()
 		hans.leave()
-		time.Sleep(2 * roomLife)
+		time.Sleep(keepTime + time.Hour)
+		cookie = w.logIn("Hans") // as the old cookie has expired
 		grete := w.join("Grete", "kitchen")
-		grete.heard()
-		back := w.comeBack(cookie, "kitchen", hans)
-		back.want("came Grete", "came Hans")
-		if back.hello.Missed {
+		grete.received()
+		back := w.reconnect(cookie, "kitchen", hans)
+		back.want("join Grete", "join Hans")
+		if back.welcome.Missed {
 			t.Error("Hans is told that he missed something here")
 		}
-		if back.hello.RoomID == hans.hello.RoomID {
+		if back.welcome.RoomID == hans.welcome.RoomID {
 			t.Error("both rooms say that they are one")
 		}
 		for _, query := range []string{"?after=x", "?after=-1", "?after=99999999999999999999", "?room=x&after=1", "?after=" + fmt.Sprint(back.last)} {
 			p := w.dial(cookie, "kitchen", query)
-			p.want("came Grete", "came Hans")
+			p.want("join Grete", "join Hans")
 			p.leave()
 		}
 	})
 }
 
-// Whispers displace nothing that all can read, or somebody could empty the history.
-func TestHistoryIsNotDisplacedByWhatOthersCannotSee(t *testing.T) {
+// Private messages do not displace the history, or any user could empty it.
+func TestPrivateMessagesDoNotDisplaceTheHistory(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete := w.join("Grete", "kitchen")
-		grete.say("dinner")
+		grete.send("dinner")
 		for range 2 * historySize {
-			grete.say("/to Grete x")
-			grete.say("/x")
-			grete.heard()
+			grete.send("/to Grete x")
+			grete.send("/x")
+			grete.received()
 			time.Sleep(2 * rateInterval)
 		}
-		w.join("Hans", "kitchen").want("came Grete", "said Grete: dinner", "came Hans")
+		w.join("Hans", "kitchen").want("join Grete", "message Grete: dinner", "join Hans")
 	})
 }
 
-// A queue holds all that is kept, and more that is said in the meantime.
+// A queue holds the whole history, and more that is sent meanwhile.
 func TestQueueHoldsTheWholeHistory(t *testing.T) {
 	if waits := 1 + 2*historySize; waits > sendQueueSize*4/5 {
 		t.Errorf("%d lines of %d may wait for who comes", waits, sendQueueSize)
@@ -253,47 +253,57 @@ func TestQueueHoldsTheWholeHistory(t *testing.T) {
 
 // Rooms.
 
-func TestRoomOutlivesItsLastPersonByAMinute(t *testing.T) {
+func TestClosedRoomKeepsItsHistoryHostAndKicksForThirtyDays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		cookie, mallory := w.logIn("Grete"), w.logIn("Mallory")
 		grete := w.dial(cookie, "kitchen")
 		w.dial(mallory, "kitchen")
-		grete.say("dinner")
-		grete.say("/kick Mallory")
-		grete.heard()
-		for _, away := range []time.Duration{0, awayTime - time.Second, awayTime + time.Second, roomLife} {
+		grete.send("dinner")
+		grete.send("/to Grete a note")
+		grete.send("/kick Mallory")
+		grete.received()
+		for _, away := range []time.Duration{0, awayTime - time.Second, awayTime + time.Second, roomLife, 2 * roomLife, keepTime * 2 / 3} {
 			grete.leave()
 			time.Sleep(away)
-			if lines := w.dial(mallory, "kitchen").wantGoodbye(sentAway); lines != nil {
-				t.Errorf("Mallory hears %q", lines)
+			if away > awayTime+roomLife {
+				w.wantRooms()
 			}
+			if lines := w.dial(mallory, "kitchen").wantClose(errKicked); lines != nil {
+				t.Errorf("Mallory receives %q", lines)
+			}
+			uwe := w.join("Uwe", "kitchen")
+			back := w.reconnect(cookie, "kitchen", grete)
+			if got := back.received(); slices.Contains(got, "message Grete: dinner") || back.welcome.Missed {
+				t.Errorf("after %v Grete receives %q, welcome %+v", away, got, back.welcome)
+			}
+			back.leave()
 			grete = w.dial(cookie, "kitchen")
-			if lines := grete.heard(); !slices.Contains(lines, "said Grete: dinner") {
-				t.Errorf("after %v Grete hears %q", away, lines)
+			if got := grete.received(); !slices.Contains(got, "message Grete: dinner") || !slices.Contains(got, "private Grete > Grete: a note") {
+				t.Errorf("after %v Grete receives %q", away, got)
 			}
+			grete.send("/kick Uwe")
+			uwe.wantClose(errKicked) // for Grete is still the host
+			grete.received()
 		}
-		grete.say("/kick Mallory")
-		grete.want("answer /kick Mallory: Nobody of that name is here.") // for she is still the owner
 		grete.leave()
-		time.Sleep(awayTime + roomLife + 2*time.Second)
-		w.wantRooms()
-		w.dial(mallory, "kitchen").want("came Mallory")
+		time.Sleep(keepTime + time.Hour)
+		w.join("Uwe", "kitchen").want("join Uwe")
 	})
 }
 
-// Whom a room does not let in does not keep it open either.
-func TestKnockingKeepsNoRoomOpen(t *testing.T) {
+// A refused client does not keep a room open.
+func TestRefusedClientKeepsNoRoomOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		mallory := w.logIn("Mallory")
 		grete := w.join("Grete", "kitchen")
 		w.dial(mallory, "kitchen")
-		grete.say("/kick Mallory")
-		grete.heard()
+		grete.send("/kick Mallory")
+		grete.received()
 		grete.leave()
 		for range 10 * int((awayTime+roomLife-2*time.Second)/time.Second) {
-			w.dial(mallory, "kitchen").wantGoodbye(sentAway)
+			w.dial(mallory, "kitchen").wantClose(errKicked)
 			time.Sleep(time.Second / 10)
 		}
 		w.wantRooms("kitchen")
@@ -302,8 +312,7 @@ func TestKnockingKeepsNoRoomOpen(t *testing.T) {
 	})
 }
 
-// Nor does one stay open that nobody has come into.
-func TestHandshakeThatFailsKeepsNoRoomOpen(t *testing.T) {
+func TestFailedHandshakeKeepsNoRoomOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		cookie := w.logIn("Grete")
@@ -317,27 +326,27 @@ func TestHandshakeThatFailsKeepsNoRoomOpen(t *testing.T) {
 	})
 }
 
-func TestRoomIsOneForAllWhoAreInIt(t *testing.T) {
+func TestConfusableRoomNamesAreOneRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete, hans, uwe := w.join("Grete", "kitchen"), w.join("Hans", "Kitchen"), w.join("Uwe", "garden")
-		w.join("Ursel", "Paul")
-		w.join("Jens", "PauI")
-		w.wantRooms("garden", "kitchen", "paul")
+		w.join("Ursel", "modem")
+		w.join("Jens", "rnodem") // which looks like it
+		w.wantRooms("garden", "kitchen", fold("modem"))
 		for _, p := range []*peer{grete, hans, uwe} {
-			p.heard()
+			p.received()
 		}
-		grete.say("dinner")
-		uwe.say("weeds")
-		grete.want("said Grete: dinner")
-		hans.want("said Grete: dinner")
-		uwe.want("said Uwe: weeds")
+		grete.send("dinner")
+		uwe.send("weeds")
+		grete.want("message Grete: dinner")
+		hans.want("message Grete: dinner")
+		uwe.want("message Uwe: weeds")
 	})
 }
 
-// A room that closes while somebody comes must not turn them away, nor leave them in a
-// twin of the next one.
-func TestWhoComesAsARoomClosesIsLetIn(t *testing.T) {
+// A room that closes while clients join must not refuse them, nor leave one of them in
+// another hub than the next.
+func TestClientCanJoinWhileTheRoomCloses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		cookies := []string{w.logIn("Grete"), w.logIn("Hans")}
@@ -348,11 +357,11 @@ func TestWhoComesAsARoomClosesIsLetIn(t *testing.T) {
 				both.Go(func() { peers[i] = w.dial(cookies[i], "kitchen") })
 			}
 			both.Wait()
-			peers[0].heard()
-			peers[1].heard()
-			peers[0].say("here")
-			peers[0].want("said Grete: here")
-			peers[1].want("said Grete: here")
+			peers[0].received()
+			peers[1].received()
+			peers[0].send("here")
+			peers[0].want("message Grete: here")
+			peers[1].want("message Grete: here")
 			peers[0].leave()
 			peers[1].leave()
 			// At the moment of the last sweep, before it or after it as it happens.
@@ -364,23 +373,22 @@ func TestWhoComesAsARoomClosesIsLetIn(t *testing.T) {
 	})
 }
 
-// However long the handshake takes of somebody who was admitted in the last second.
-func TestRoomThatIsEndingLeavesTheNextOfItsNameAlone(t *testing.T) {
+func TestStoppedHubDoesNotRemoveTheNextOfItsRoom(t *testing.T) {
 	ending, next := newHub(), newHub()
-	rooms := newRooms("key")
-	rooms.hubs.add("kitchen", next)
-	ending.Room = Room{rooms: rooms, name: "kitchen"} // nobody was ever here
-	ending.sweep()
-	if rooms.hubs.find("kitchen") != next {
+	rooms := newRooms("key", nil)
+	rooms.hubs["kitchen"] = next
+	ending.Room = Room{rooms: rooms, Record: Record{name: "kitchen"}} // no user was ever in it
+	ending.expire()
+	if rooms.hubs["kitchen"] != next {
 		t.Error("the room that is ending has removed the next one")
 	}
 }
 
-func TestRoomWaitsForWhoIsOnTheWay(t *testing.T) {
+func TestRoomStaysOpenForAClientThatIsJoining(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete := w.join("Grete", "kitchen")
-		grete.heard()
+		grete.received()
 		grete.leave()
 		time.Sleep(awayTime + roomLife - 2*time.Second)
 		hub, _, _ := w.admit("kitchen", Identity{"an ID", "Hans"})
@@ -391,36 +399,35 @@ func TestRoomWaitsForWhoIsOnTheWay(t *testing.T) {
 			t.Error("the hub has stopped")
 		default:
 		}
-		hub.coming.Add(-1) // as serveRoom does
+		hub.joining.Add(-1) // as serveRoom does
 		time.Sleep(2 * time.Second)
 		w.wantRooms()
 	})
 }
 
-func TestSeatsAreForThoseWhoAreIn(t *testing.T) {
+func TestRefusedClientsDoNotFillTheRoom(t *testing.T) {
 	w := startTCP(t)
 	grete := w.join("Grete", "kitchen")
 	kicked := w.logIn("Mallory")
 	w.dial(kicked, "kitchen")
-	grete.until("came Mallory")
-	grete.say("/kick Mallory")
-	grete.until("left Mallory: sent away by Grete")
+	grete.until("join Mallory")
+	grete.send("/kick Mallory")
+	grete.until("leave Mallory: kicked by Grete")
 	impostor := w.logIn("GRETE")
-	for range maxPeople { // None of these answers the goodbye.
-		w.knock(kicked, "kitchen")
-		w.knock(impostor, "kitchen")
+	for range maxUsers { // None of these answers the goodbye.
+		w.dialSilent(kicked, "kitchen")
+		w.dialSilent(impostor, "kitchen")
 	}
-	for n := range maxPeople - 1 {
-		w.join(fmt.Sprint("Guest-", n), "kitchen").until(fmt.Sprint("came Guest-", n))
+	for n := range maxUsers - 1 {
+		w.join(fmt.Sprint("Guest-", n), "kitchen").until(fmt.Sprint("join Guest-", n))
 	}
-	w.join("Late", "kitchen").wantGoodbye(roomFull)
-	if lines := grete.take(); slices.Contains(lines, "came Late") || slices.Contains(lines, "came GRETE") {
-		t.Errorf("Grete hears %q", lines)
+	w.join("Late", "kitchen").wantClose(errRoomFull)
+	if lines := grete.take(); slices.Contains(lines, "join Late") || slices.Contains(lines, "join GRETE") {
+		t.Errorf("Grete receives %q", lines)
 	}
 }
 
-// Of more than ten connections of one person the oldest go: on a bad line they are dead.
-func TestOnePersonHasTenSeatsAndNoMore(t *testing.T) {
+func TestEleventhConnectionOfAUserReplacesTheOldest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		cookie := w.logIn("Grete")
@@ -430,24 +437,24 @@ func TestOnePersonHasTenSeatsAndNoMore(t *testing.T) {
 			synctest.Wait()
 		}
 		for _, tab := range tabs[:2*maxTabs] {
-			tab.wantGoodbye(tooManyTabs)
+			tab.wantClose(errTooManyTabs)
 		}
 		for _, tab := range tabs[2*maxTabs:] {
-			tab.want("came Grete")
+			tab.want("join Grete")
 		}
 		tabs[2*maxTabs+3].leave()
 		synctest.Wait()
-		w.dial(cookie, "kitchen").want("came Grete")
-		tabs[2*maxTabs].say("all ten are here")
+		w.dial(cookie, "kitchen").want("join Grete")
+		tabs[2*maxTabs].send("all ten are here")
 		for i, tab := range tabs[2*maxTabs:] {
 			if i != 3 {
-				tab.want("said Grete: all ten are here")
+				tab.want("message Grete: all ten are here")
 			}
 		}
 	})
 }
 
-func TestThereAreNoMoreRoomsThanTheirLimit(t *testing.T) {
+func TestOpenRoomsAreLimited(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		cookie := w.logIn("Grete")
@@ -456,7 +463,7 @@ func TestThereAreNoMoreRoomsThanTheirLimit(t *testing.T) {
 			w.dial(cookie, fmt.Sprint("room", n+1))
 		}
 		w.wantStatus(cookie, "onemore", http.StatusServiceUnavailable)
-		if got := w.get(cookie, "/room/onemore/"); got.Code != http.StatusServiceUnavailable || !strings.Contains(got.Body.String(), "There are as many rooms as there can be.") {
+		if got := w.get(cookie, "/room/onemore/"); got.Code != http.StatusServiceUnavailable || !strings.Contains(got.Body.String(), "The server has too many open rooms.") {
 			t.Errorf("the page has status %d, want 503 and the reason", got.Code)
 		}
 		w.dial(w.logIn("Hans"), "room1")
@@ -466,14 +473,14 @@ func TestThereAreNoMoreRoomsThanTheirLimit(t *testing.T) {
 	})
 }
 
-// Names: the server knows who speaks.
+// Names.
 
-func TestWhoHasNotLoggedInGets401AndTheForm(t *testing.T) {
+func TestRequestWithoutALoginGets401AndTheForm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		good := w.logIn("Grete")
-		foreign := newRooms("another key").logInAs(t, "Grete", "")
-		signed := func(who Identity) string { // as a login of somebody's own might
+		foreign := newRooms("another key", nil).logInAs(t, "Grete", "")
+		signed := func(who Identity) string { // as an application's own login might
 			value, _ := w.cookies.Encode("chat", who)
 			return "chat=" + value
 		}
@@ -489,11 +496,11 @@ func TestWhoHasNotLoggedInGets401AndTheForm(t *testing.T) {
 	})
 }
 
-func TestFormSetsACookieThatScriptsAndOtherSitesCannotUse(t *testing.T) {
+func TestScriptsAndOtherSitesCannotUseTheCookie(t *testing.T) {
 	request := httptest.NewRequest("POST", "/", strings.NewReader("name=Grete&room=K%C3%BCche"))
 	request.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	got := httptest.NewRecorder()
-	newRooms("key").handler().ServeHTTP(got, request)
+	newRooms("key", nil).handler().ServeHTTP(got, request)
 	if got.Code != http.StatusSeeOther || !strings.EqualFold(got.Header().Get("Location"), "/room/K%C3%BCche/") {
 		t.Errorf("got status %d and location %q, want 303 and the room's", got.Code, got.Header().Get("Location"))
 	}
@@ -504,16 +511,16 @@ func TestFormSetsACookieThatScriptsAndOtherSitesCannotUse(t *testing.T) {
 
 	request.Header.Set("Sec-Fetch-Site", "cross-site")
 	got = httptest.NewRecorder()
-	newRooms("key").handler().ServeHTTP(got, request)
+	newRooms("key", nil).handler().ServeHTTP(got, request)
 	if got.Code != http.StatusForbidden {
 		t.Errorf("another site's form gets status %d, want 403", got.Code)
 	}
 }
 
-func TestFormTakesWhatAPhonesKeyboardMakesOfAName(t *testing.T) {
-	w := &world{Rooms: newRooms("key"), t: t}
+func TestFormTrimsSpaceAroundNames(t *testing.T) {
+	w := &world{Rooms: newRooms("key", nil), t: t}
 	got := w.post("Grete ", " Kitchen\u3000")
-	if got.Code != http.StatusSeeOther || got.Header().Get("Location") != "/room/Kitchen/" {
+	if got.Code != http.StatusSeeOther || got.Header().Get("Location") != "/room/kitchen/" {
 		t.Errorf("got status %d and location %q", got.Code, got.Header().Get("Location"))
 	}
 	got = w.post(" two words ", "kitchen ")
@@ -526,7 +533,7 @@ func TestFormTakesWhatAPhonesKeyboardMakesOfAName(t *testing.T) {
 	}
 }
 
-func TestOnlyNamesThatCannotPassForSomethingElseAreTaken(t *testing.T) {
+func TestNameIsOneWordInItsNormalForm(t *testing.T) {
 	for _, name := range []string{"Grete", "grete-2", "Jörg", "Ἀθηνᾶ", "Дмитрий", "世界", "مريم", strings.Repeat("x", 32)} {
 		if got := parseName(name); got != name {
 			t.Errorf("%q is taken as %q", name, got)
@@ -545,7 +552,7 @@ func TestOnlyNamesThatCannotPassForSomethingElseAreTaken(t *testing.T) {
 	}
 }
 
-func TestNamesThatAreAlikeAreNotLetInBesideEachOther(t *testing.T) {
+func TestConfusableNamesAreRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		for n, pair := range []struct {
@@ -564,11 +571,11 @@ func TestNamesThatAreAlikeAreNotLetInBesideEachOther(t *testing.T) {
 			for _, names := range [][2]string{{pair.first, pair.second}, {pair.second, pair.first}} {
 				room := fmt.Sprint("room", n, "-", names[0] == pair.first)
 				first, second := w.join(names[0], room), w.join(names[1], room)
-				first.heard()
+				first.received()
 				alike := false
 				select {
 				case <-second.ended:
-					second.wantGoodbye(nameTaken)
+					second.wantClose(errNameTaken)
 					alike = true
 				default:
 				}
@@ -585,58 +592,57 @@ func TestNamesThatAreAlikeAreNotLetInBesideEachOther(t *testing.T) {
 	})
 }
 
-func TestNameIsFreeWhenItsOwnerHasLeft(t *testing.T) {
+func TestNameIsFreeOnceItsUserHasLeft(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete := w.join("Gretel", "kitchen")
 		w.join("GreteI", "garden")
 		grete.leave()
 		synctest.Wait()
-		w.join("GreteI", "kitchen").wantGoodbye(nameTaken)
+		w.join("GreteI", "kitchen").wantClose(errNameTaken)
 		time.Sleep(awayTime + time.Second)
-		w.join("GreteI", "kitchen").want("came Gretel", "left Gretel", "came GreteI")
+		w.join("GreteI", "kitchen").want("join Gretel", "leave Gretel", "join GreteI")
 	})
 }
 
-// A person is an ID: whatever else its later cookies say, in a room it has one name.
-func TestAPersonHasOneNameInARoom(t *testing.T) {
+// A user is an ID, and keeps its name in a room, whatever a later cookie says.
+func TestUserHasOneNameInARoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete := w.join("Grete", "kitchen")
 		cookie := w.logIn("Hans")
 		hans, ursel := w.dial(cookie, "kitchen"), w.dial(w.logInAs(t, "Ursel", cookie), "kitchen")
-		grete.want("came Grete", "came Hans")
-		if ursel.heard(); ursel.hello.Who != "Hans" {
-			t.Errorf("the second is told that it is %q", ursel.hello.Who)
+		grete.want("join Grete", "join Hans")
+		if ursel.received(); ursel.welcome.User != "Hans" {
+			t.Errorf("the second is told that it is %q", ursel.welcome.User)
 		}
-		ursel.say("hello")
-		grete.want("said Hans: hello")
-		grete.say("/kick Hans")
+		ursel.send("hello")
+		grete.want("message Hans: hello")
+		grete.send("/kick Hans")
 		for _, p := range []*peer{hans, ursel} {
-			p.wantGoodbye(sentAway)
+			p.wantClose(errKicked)
 		}
-		w.dial(w.logInAs(t, "Ursel", cookie), "kitchen").wantGoodbye(sentAway)
+		w.dial(w.logInAs(t, "Ursel", cookie), "kitchen").wantClose(errKicked)
 		ursel = w.dial(w.logInAs(t, "Ursel", cookie), "garden")
-		ursel.heard()
-		if ursel.hello.Who != "Ursel" {
-			t.Errorf("in another room it is %q", ursel.hello.Who)
+		ursel.received()
+		if ursel.welcome.User != "Ursel" {
+			t.Errorf("in another room it is %q", ursel.welcome.User)
 		}
 	})
 }
 
-// Whatever somebody says, others read it as theirs.
-func TestNobodyCanSayALineOfSomebodyElseOrTheServer(t *testing.T) {
+func TestNoTextPassesForALineOfAnotherUserOrTheServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		mallory, hans := w.join("Mallory", "kitchen"), w.join("Hans", "kitchen")
-		mallory.heard()
-		hans.heard()
+		mallory.received()
+		hans.received()
 		for _, text := range []string{"hello", "Grete: hello", "* Grete has left.", "\nGrete: hello", "x\nGrete: hello", "x\r* Grete has left.", ": ",
-			"\x00Grete: hello", `{"n":1,"kind":"left","who":"Grete"}`, "x\",\"who\":\"Grete\"", "x\u2028{\"kind\":\"left\"}", "/to Hans * Grete has left.",
-			"/to Hans \nGrete: hello", " /to Hans {\"kind\":\"left\"}"} {
-			mallory.say(text)
-			if lines := hans.documents(); len(lines) != 1 || lines[0].Who != "Mallory" || lines[0].Kind != "said" && lines[0].Kind != "to" {
-				t.Errorf("Mallory says %q, and Hans hears %+v", text, lines)
+			"\x00Grete: hello", `{"n":1,"kind":"leave","user":"Grete"}`, "x\",\"user\":\"Grete\"", "x\u2028{\"kind\":\"leave\"}", "/to Hans * Grete has left.",
+			"/to Hans \nGrete: hello", " /to Hans {\"kind\":\"leave\"}"} {
+			mallory.send(text)
+			if lines := hans.receivedLines(); len(lines) != 1 || lines[0].User != "Mallory" || lines[0].Kind != "message" && lines[0].Kind != "private" {
+				t.Errorf("Mallory sends %q, and Hans receives %+v", text, lines)
 			}
 		}
 	})
@@ -649,40 +655,40 @@ func TestLongestLinesAreSentWhole(t *testing.T) {
 		name := strings.Repeat("n", maxNameSize)
 		cookie := w.logIn(name)
 		p := w.dial(cookie, "kitchen")
-		p.heard()
-		p.say(strings.Repeat("<", maxMessageSize))
-		if p.heard(); p.longest > maxMessageSize+200 {
+		p.received()
+		p.send(strings.Repeat("<", maxMessageSize))
+		if p.received(); p.longest > maxMessageSize+200 {
 			t.Errorf("a line of < has %d bytes", p.longest)
 		}
 		text := strings.Repeat(`"`, maxMessageSize) // which takes two bytes each
-		p.say(text)
-		p.want("said " + name + ": " + text)
+		p.send(text)
+		p.want("message " + name + ": " + text)
 		whisper := "/to " + name + " " + text
-		p.say(whisper[:maxMessageSize])
-		p.want("to " + name + " > " + name + ": " + text[:maxMessageSize-len("/to  ")-len(name)])
-		p.say("/" + text[1:])
-		if lines := p.heard(); len(lines) != 1 || !strings.HasPrefix(lines[0], `answer /""""`) {
-			t.Errorf("hears %q", lines)
+		p.send(whisper[:maxMessageSize])
+		p.want("private " + name + " > " + name + ": " + text[:maxMessageSize-len("/to  ")-len(name)])
+		p.send("/" + text[1:])
+		if lines := p.received(); len(lines) != 1 || !strings.HasPrefix(lines[0], `notice /""""`) {
+			t.Errorf("receives %q", lines)
 		}
 		for range 200 {
-			w.room("kitchen").do(func() { w.room("kitchen").tell(Line{Kind: "said", Who: name, Text: text, Line: text}) })
+			w.room("kitchen").do(func() { w.room("kitchen").publish(Line{Kind: "message", User: name, Text: text, Line: text}) })
 		}
-		if p.heard(); p.longest < maxLineSize/2 || p.longest > maxLineSize || p.largest < maxBatchSize/2 || p.largest > maxBatchSize {
+		if p.received(); p.longest < maxLineSize/2 || p.longest > maxLineSize || p.largest < maxBatchSize/2 || p.largest > maxBatchSize {
 			t.Errorf("the longest line has %d bytes, and the largest message %d", p.longest, p.largest)
 		}
-		for n := range maxPeople - 1 {
-			w.join(fmt.Sprintf("%s%02d", name[2:], n), "kitchen").heard()
+		for n := range maxUsers - 1 {
+			w.join(fmt.Sprintf("%s%02d", name[2:], n), "kitchen").received()
 		}
-		w.join("Late", "kitchen").wantGoodbye(roomFull)
+		w.join("Late", "kitchen").wantClose(errRoomFull)
 		p = w.dial(cookie, "kitchen")
-		if p.heard(); len(p.hello.People) != maxPeople {
-			t.Errorf("the hello has %d names", len(p.hello.People))
+		if p.received(); len(p.welcome.Users) != maxUsers {
+			t.Errorf("the hello has %d names", len(p.welcome.Users))
 		}
-		if hello := len(p.hello.encode()); hello > maxLineSize {
+		if hello := len(p.welcome.encode()); hello > maxLineSize {
 			t.Errorf("the hello has %d bytes", hello)
 		}
-		p.say(text + "x")
-		p.wantGoodbye(errTooBig)
+		p.send(text + "x")
+		p.wantClose(errTooBig)
 	})
 }
 
@@ -692,47 +698,47 @@ func TestTellReachesOneClientAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete, hans := w.join("Grete", "kitchen"), w.join("Hans", "kitchen")
-		grete.heard()
-		hans.heard()
+		grete.received()
+		hans.received()
 		hub := w.room("kitchen")
 		var client *Client
 		hub.do(func() { client = hub.names.find("Grete").clients[0] })
-		if !client.tell(Line{Kind: "answer", Text: "for you alone", Time: time.Now()}.encode()) {
+		if !client.tell(Line{Kind: "notice", Text: "for you alone", Time: time.Now()}.encode()) {
 			t.Error("tell returned false for a connected client")
 		}
-		if got := grete.documents(); len(got) != 1 || got[0].Text != "for you alone" {
+		if got := grete.receivedLines(); len(got) != 1 || got[0].Text != "for you alone" {
 			t.Errorf("got %+v, want the one line", got)
 		}
-		if got := hans.documents(); len(got) != 0 {
+		if got := hans.receivedLines(); len(got) != 0 {
 			t.Errorf("the other client got %+v, want nothing", got)
 		}
 	})
 }
 
-// Comings and goings.
+// Presence.
 
-func TestServerSaysWhoComesWhoLeavesAndWhoIsHere(t *testing.T) {
+func TestJoinsAndLeavesAreAnnounced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete := w.join("Grete", "kitchen")
-		grete.want("came Grete")
+		grete.want("join Grete")
 		cookie := w.logIn("Hans")
 		hans := w.dial(cookie, "kitchen")
-		hans.want("came Grete", "came Hans")
-		grete.want("came Hans")
+		hans.want("join Grete", "join Hans")
+		grete.want("join Hans")
 		tab := w.dial(cookie, "kitchen") // which is no news
-		tab.heard()
+		tab.received()
 		hans.leave()
 		time.Sleep(2 * awayTime)
 		tab.leave()
 		time.Sleep(awayTime - time.Second)
 		grete.want()
 		time.Sleep(2 * time.Second)
-		grete.want("left Hans")
+		grete.want("leave Hans")
 	})
 }
 
-func TestShortAbsenceIsNoNews(t *testing.T) {
+func TestBriefDisconnectIsNotAnnounced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete := w.join("Grete", "kitchen")
@@ -749,17 +755,17 @@ func TestShortAbsenceIsNoNews(t *testing.T) {
 			})
 		}
 		churn.Wait()
-		got := grete.heard()
-		if slices.Sort(got); !slices.Equal(got, []string{"came Grete", "came Hans", "came Jens", "came Ursel", "came Uwe"}) {
-			t.Errorf("Grete hears %q", got)
+		got := grete.received()
+		if slices.Sort(got); !slices.Equal(got, []string{"join Grete", "join Hans", "join Jens", "join Ursel", "join Uwe"}) {
+			t.Errorf("Grete receives %q", got)
 		}
 	})
 }
 
-func TestRequestThatIsNoHandshakeIsNotAnnounced(t *testing.T) {
+func TestInvalidHandshakeIsNotAnnounced(t *testing.T) {
 	w := startTCP(t)
 	hans := w.join("Hans", "kitchen")
-	hans.until("came Hans")
+	hans.until("join Hans")
 	cookie := w.logIn("Grete")
 	handshake := map[string]string{"Cookie": cookie, "Connection": "Upgrade", "Upgrade": "websocket",
 		"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
@@ -787,7 +793,7 @@ func TestRequestThatIsNoHandshakeIsNotAnnounced(t *testing.T) {
 		}
 		if test.want == http.StatusSwitchingProtocols {
 			if lines := hans.take(); lines != nil {
-				t.Errorf("Hans hears %q", lines)
+				t.Errorf("Hans receives %q", lines)
 			}
 		}
 		response, err := http.DefaultTransport.RoundTrip(request)
@@ -799,32 +805,32 @@ func TestRequestThatIsNoHandshakeIsNotAnnounced(t *testing.T) {
 			t.Errorf("%s with %s %q has status %d, want %d", test.method, test.header, test.value, response.StatusCode, test.want)
 		}
 	}
-	hans.until("came Grete")
+	hans.until("join Grete")
 }
 
 // History.
 
-func TestNewcomerHearsTheLastLines(t *testing.T) {
+func TestNewClientReceivesTheHistory(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete := w.join("Grete", "kitchen")
 		var want []string
 		for n := range historySize + 10 {
-			grete.say(fmt.Sprint(n))
-			grete.heard()
-			want = append(want, fmt.Sprint("said Grete: ", n))
+			grete.send(fmt.Sprint(n))
+			grete.received()
+			want = append(want, fmt.Sprint("message Grete: ", n))
 		}
-		grete.say("/to Grete a note to myself")
+		grete.send("/to Grete a note to myself")
 		hans := w.join("Hans", "kitchen")
-		hans.want(append(want[10:], "came Hans")...)
-		if hans.hello.Missed {
+		hans.want(append(want[10:], "join Hans")...)
+		if hans.welcome.Missed {
 			t.Error("Hans is told that he missed something, as he comes for the first time")
 		}
 	})
 }
 
-// Whenever one joins, the last lines and what is said from then on are one row.
-func TestJoinsDuringAFloodMissNothingAndHearNothingTwice(t *testing.T) {
+// Whenever a client joins, the history and what follows have consecutive numbers.
+func TestJoinDuringAFloodReceivesEachLineOnce(t *testing.T) {
 	const joins = 100
 	w := startTCP(t)
 	w.join("Grete", "kitchen")
@@ -845,9 +851,8 @@ func TestJoinsDuringAFloodMissNothingAndHearNothingTwice(t *testing.T) {
 	newcomers.Wait()
 }
 
-// So are the lines of who comes back, again and again, unless they are told that they
-// have missed some.
-func TestBreaksDuringAFloodMissNothingAndHearNothingTwice(t *testing.T) {
+// So have the lines of a client that reconnects, unless its welcome says missed.
+func TestReconnectDuringAFloodReceivesEachLineOnce(t *testing.T) {
 	const breaks = 100
 	w := startTCP(t)
 	w.join("Grete", "kitchen")
@@ -857,7 +862,7 @@ func TestBreaksDuringAFloodMissNothingAndHearNothingTwice(t *testing.T) {
 	last := p.row(0, historySize)
 	for range breaks {
 		p.Close()
-		if p = w.comeBack(cookie, "kitchen", p); p == nil {
+		if p = w.reconnect(cookie, "kitchen", p); p == nil {
 			return
 		}
 		if last = p.row(last, historySize/2); last == 0 {
@@ -866,116 +871,115 @@ func TestBreaksDuringAFloodMissNothingAndHearNothingTwice(t *testing.T) {
 	}
 }
 
-// Lines to one person.
+// Private messages.
 
-func TestToReachesOnePersonAloneAndItsSender(t *testing.T) {
+func TestPrivateMessageReachesItsSenderAndRecipientOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		cookie := w.logIn("Hans")
 		grete, hans, tab, uwe := w.join("Grete", "kitchen"), w.dial(cookie, "kitchen"), w.dial(cookie, "kitchen"), w.join("Uwe", "kitchen")
 		all := []*peer{grete, hans, tab, uwe}
 		for _, p := range all {
-			p.heard()
+			p.received()
 		}
-		grete.say("/to Hans meet me  at six")
-		grete.say("/to hAnS bring wine") // whatever the capitals
-		grete.say("/to Grete a note to myself")
-		want := []string{"to Grete > Hans: meet me  at six", "to Grete > Hans: bring wine"}
-		grete.want(append(want, "to Grete > Grete: a note to myself")...)
+		grete.send("/to Hans meet me  at six")
+		grete.send("/to hAnS bring wine") // whatever the capitals
+		grete.send("/to Grete a note to myself")
+		want := []string{"private Grete > Hans: meet me  at six", "private Grete > Hans: bring wine"}
+		grete.want(append(want, "private Grete > Grete: a note to myself")...)
 		hans.want(want...)
 		tab.want(want...)
 		uwe.want()
 		ursel := w.join("Ursel", "kitchen")
-		for _, line := range ursel.heard() {
-			if strings.HasPrefix(line, "to ") {
-				t.Errorf("Ursel hears %q", line)
+		for _, line := range ursel.received() {
+			if strings.HasPrefix(line, "private ") {
+				t.Errorf("Ursel receives %q", line)
 			}
 		}
 		for _, p := range []*peer{hans, tab} {
 			p.leave()
 		}
 		time.Sleep(awayTime + time.Second)
-		for _, line := range w.join("Hans", "kitchen").heard() {
-			if strings.HasPrefix(line, "to ") {
-				t.Errorf("another Hans hears %q", line)
+		for _, line := range w.join("Hans", "kitchen").received() {
+			if strings.HasPrefix(line, "private ") {
+				t.Errorf("another Hans receives %q", line)
 			}
 		}
 	})
 }
 
-// Whatever was meant as a command is told to nobody.
-func TestCommandIsKnownByWhateverIsWrittenForASlash(t *testing.T) {
+// What was meant as a command goes to no other user.
+func TestCommandMayStartWithAnyKindOfSlash(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		grete, hans, uwe := w.join("Grete", "kitchen"), w.join("Hans", "kitchen"), w.join("Uwe", "kitchen")
 		for _, p := range []*peer{grete, hans, uwe} {
-			p.heard()
+			p.received()
 		}
 		for _, command := range []string{"/to Hans hush", "  /to Hans hush", "／to Hans hush", "、to Hans hush", "／ｔｏ　Ｈａｎｓ　hush", "/TO hans hush", "/ to Hans hush",
 			"\u200b/to Hans hush", "\ufeff/to Hans hush", "\u200f/to Hans hush", "\u2060 \u202b/to Hans hush", "\u00ad／to Hans hush", "\u3164/to Hans hush",
 			"\u034f/to Hans hush", "\ufe0f/to Hans hush", "\u2800/to Hans hush", "⁄to Hans hush", "/to\tHans\u00a0hush", "\u2028/to Hans hush"} {
-			grete.say(command)
-			hans.want("to Grete > Hans: hush")
+			grete.send(command)
+			hans.want("private Grete > Hans: hush")
 			uwe.want()
 		}
-		grete.heard()
-		for said, want := range map[string]string{
-			"/to Ursel hello":   "Nobody of that name is here.",
-			"/to":               "There are two commands, /to NAME text and /kick NAME.",
-			"/kick Ursel":       "Nobody of that name is here.",
-			"/to Ha\u200bns hi": "Nobody of that name is here.",
-			"/":                 "There are two commands, /to NAME text and /kick NAME.",
-			"//":                "There are two commands, /to NAME text and /kick NAME.",
-			"/to Hans":          "There are two commands, /to NAME text and /kick NAME.",
-			"/tp Hans hush":     "There are two commands, /to NAME text and /kick NAME.",
-			"\u200b／tp Hans":    "There are two commands, /to NAME text and /kick NAME.",
+		grete.received()
+		for sent, want := range map[string]string{
+			"/to Ursel hello":   "There is no user with that name in this room.",
+			"/to":               "Unknown command. There are /to NAME text and /kick NAME.",
+			"/kick Ursel":       "There is no user with that name in this room.",
+			"/to Ha\u200bns hi": "There is no user with that name in this room.",
+			"/":                 "Unknown command. There are /to NAME text and /kick NAME.",
+			"//":                "Unknown command. There are /to NAME text and /kick NAME.",
+			"/to Hans":          "Unknown command. There are /to NAME text and /kick NAME.",
+			"/tp Hans hush":     "Unknown command. There are /to NAME text and /kick NAME.",
+			"\u200b／tp Hans":    "Unknown command. There are /to NAME text and /kick NAME.",
 		} {
-			grete.say(said)
-			grete.want("answer " + said + ": " + want)
+			grete.send(sent)
+			grete.want("notice " + sent + ": " + want)
 		}
 		for _, text := range []string{"1/2", "a /to Hans x", "./to", "«/to»", "\u200fשלום", "and/or"} {
-			grete.say(text)
-			hans.want("said Grete: " + text)
-			uwe.want("said Grete: " + text)
+			grete.send(text)
+			hans.want("message Grete: " + text)
+			uwe.want("message Grete: " + text)
 		}
 		hans.want()
 	})
 }
 
-// Sending away.
+// Kicks.
 
-func TestWhoOpenedTheRoomCanSendSomebodyAwayWhoCannotComeBack(t *testing.T) {
+func TestKickedUserCannotReturn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		cookie := w.logIn("Hans")
 		grete, hans, tab, uwe := w.join("Grete", "kitchen"), w.dial(cookie, "kitchen"), w.dial(cookie, "kitchen"), w.join("Uwe", "kitchen")
 		for _, p := range []*peer{grete, hans, tab, uwe} {
-			p.heard()
+			p.received()
 		}
-		grete.say("/kick hans")
+		grete.send("/kick hans")
 		for _, p := range []*peer{hans, tab} {
-			if lines := p.wantGoodbye(sentAway); !slices.Equal(lines, []string{"left Hans: sent away by Grete"}) {
-				t.Errorf("Hans hears %q before he goes", lines)
+			if lines := p.wantClose(errKicked); !slices.Equal(lines, []string{"leave Hans: kicked by Grete"}) {
+				t.Errorf("Hans receives %q before he goes", lines)
 			}
 		}
-		grete.want("answer /kick hans: Done.", "left Hans: sent away by Grete")
-		uwe.want("left Hans: sent away by Grete")
-		if lines := w.dial(cookie, "kitchen").wantGoodbye(sentAway); lines != nil {
-			t.Errorf("back again he hears %q", lines)
+		grete.want("notice /kick hans: Done.", "leave Hans: kicked by Grete")
+		uwe.want("leave Hans: kicked by Grete")
+		if lines := w.dial(cookie, "kitchen").wantClose(errKicked); lines != nil {
+			t.Errorf("back again he receives %q", lines)
 		}
 		w.dial(cookie, "garden")
 		time.Sleep(2 * awayTime)
 		uwe.want()
-		w.join("Hans", "kitchen").heard() // whose name it may be now
-		uwe.want("came Hans")
+		w.join("Hans", "kitchen").received() // whose name it may be now
+		uwe.want("join Hans")
 	})
 }
 
-// Of what the kicked has sent, nothing is told behind the line that says so.
-func TestNothingOfTheKickedComesAfterTheKick(t *testing.T) {
+func TestNothingFromAKickedUserFollowsTheKick(t *testing.T) {
 	w := startTCP(t)
 	grete, uwe := w.join("Grete", "kitchen"), w.join("Uwe", "kitchen")
-	uwe.until("came Uwe")
+	uwe.until("join Uwe")
 	for n := range 50 {
 		name := fmt.Sprint("Hans-", n)
 		cookie := w.logIn(name)
@@ -987,78 +991,78 @@ func TestNothingOfTheKickedComesAfterTheKick(t *testing.T) {
 				}
 			})
 		}
-		uwe.until("said " + name + ": blah")
-		grete.say("/kick " + name)
-		uwe.until("left " + name + ": sent away by Grete")
+		uwe.until("message " + name + ": blah")
+		grete.send("/kick " + name)
+		uwe.until("leave " + name + ": kicked by Grete")
 		for _, tab := range tabs {
 			<-tab.ended
 		}
 		talk.Wait()
-		grete.say("quiet")
-		if lines := uwe.until("said Grete: quiet"); len(lines) != 1 {
-			t.Errorf("after the kick Uwe hears %q", lines)
+		grete.send("quiet")
+		if lines := uwe.until("message Grete: quiet"); len(lines) != 1 {
+			t.Errorf("after the kick Uwe receives %q", lines)
 		}
 	}
 }
 
-// Who opened the room can send people away; while they are not here, who has been here
-// longest can. Nobody can send away who opened it, or themselves.
-func TestWhoCanSendPeopleAway(t *testing.T) {
+// The user that opened the room is the host, or, while absent, the user that joined first.
+// The host cannot be kicked.
+func TestOnlyTheHostCanKick(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		cookie := w.logIn("Grete")
 		grete, hans, uwe := w.dial(cookie, "kitchen"), w.join("Hans", "kitchen"), w.join("Uwe", "kitchen")
 		refused := func(p *peer, line, why string) {
 			t.Helper()
-			p.heard()
-			p.say(line)
-			p.want("answer " + line + ": " + why)
+			p.received()
+			p.send(line)
+			p.want("notice " + line + ": " + why)
 		}
-		const self = "You cannot send yourself away."
-		refused(hans, "/kick Uwe", "Only Grete can send people away.")
-		refused(hans, "/kick Grete", "Only Grete can send people away.")
+		const self = "You cannot remove yourself."
+		refused(hans, "/kick Uwe", "Only the host, Grete, can remove users.")
+		refused(hans, "/kick Grete", "Only the host, Grete, can remove users.")
 		refused(grete, "/kick Grete", self)
 		grete.leave()
 		synctest.Wait()
-		refused(hans, "/kick Uwe", "Only Grete can send people away.") // for she has not left yet
+		refused(hans, "/kick Uwe", "Only the host, Grete, can remove users.") // for she has not left yet
 		time.Sleep(awayTime + time.Second)
-		refused(uwe, "/kick Hans", "Only Hans can send people away.")
+		refused(uwe, "/kick Hans", "Only the host, Hans, can remove users.")
 		refused(hans, "/kick Hans", self)
 		w.join("Grete", "kitchen").leave() // A name does not make one who opened it.
-		refused(hans, "/kick nobody", "Nobody of that name is here.")
+		refused(hans, "/kick nobody", "There is no user with that name in this room.")
 		time.Sleep(awayTime + time.Second)
 		grete = w.dial(cookie, "kitchen")
-		refused(hans, "/kick Grete", "Only Grete can send people away.")
+		refused(hans, "/kick Grete", "Only the host, Grete, can remove users.")
 		grete.leave()
 		time.Sleep(awayTime + time.Second)
-		hans.heard()
-		hans.say("/kick Uwe")
-		uwe.wantGoodbye(sentAway)
+		hans.received()
+		hans.send("/kick Uwe")
+		uwe.wantClose(errKicked)
 		hans.leave()
 		time.Sleep(awayTime + time.Second)
 		ursel := w.join("Ursel", "kitchen")
 		w.join("Jens", "kitchen")
-		refused(ursel, "/kick Hans", "Nobody of that name is here.")
+		refused(ursel, "/kick Hans", "There is no user with that name in this room.")
 		pau1 := w.join("Pau1", "kitchen")
-		refused(ursel, "/kick Paul", "Nobody of that name is here.") // who looks like him
-		refused(ursel, "/to Paul for him alone", "Nobody of that name is here.")
+		refused(ursel, "/kick Paul", "There is no user with that name in this room.") // who looks like him
+		refused(ursel, "/to Paul for him alone", "There is no user with that name in this room.")
 		pau1.leave()
-		ursel.say("/kick JENS")
-		ursel.want("answer /kick JENS: Done.", "left Jens: sent away by Ursel")
+		ursel.send("/kick JENS")
+		ursel.want("notice /kick JENS: Done.", "leave Jens: kicked by Ursel")
 	})
 }
 
-// Rooms do not disturb each other.
+// Rooms are independent.
 
-func TestFloodInOneRoomLeavesTheOthersAsQuickAsBefore(t *testing.T) {
+func TestFloodInOneRoomDoesNotDelayAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		if _, _, err := w.dialer().Dial("ws://pipe/room/kitchen/ws", http.Header{"Cookie": {w.logIn("Stuck")}}); err != nil {
 			t.Fatal(err)
 		}
 		grete, hans := w.join("Grete", "garden"), w.join("Hans", "garden")
-		grete.heard()
-		hans.heard()
+		grete.received()
+		hans.received()
 		kitchen := w.room("kitchen")
 		over := make(chan struct{})
 		go func() {
@@ -1069,10 +1073,10 @@ func TestFloodInOneRoomLeavesTheOthersAsQuickAsBefore(t *testing.T) {
 		}()
 		start := time.Now()
 		for n := range 10 {
-			grete.say(fmt.Sprint(n))
-			hans.want(fmt.Sprint("said Grete: ", n))
+			grete.send(fmt.Sprint(n))
+			hans.want(fmt.Sprint("message Grete: ", n))
 			uwe := w.join(fmt.Sprint("Uwe", n), "garden")
-			hans.want(fmt.Sprint("came Uwe", n))
+			hans.want(fmt.Sprint("join Uwe", n))
 			uwe.leave()
 		}
 		if took := time.Since(start); took > 0 {
@@ -1087,9 +1091,9 @@ func TestFloodInOneRoomLeavesTheOthersAsQuickAsBefore(t *testing.T) {
 	})
 }
 
-// The end.
+// Shutdown.
 
-func TestStopIsReadInEveryRoomBehindWhatIsQueued(t *testing.T) {
+func TestShutdownSendsWhatIsQueuedInEveryRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		var peers []*peer
@@ -1103,8 +1107,8 @@ func TestStopIsReadInEveryRoomBehindWhatIsQueued(t *testing.T) {
 		stopped := make(chan struct{})
 		go func() { w.stop(); close(stopped) }()
 		for _, p := range peers {
-			if lines := p.wantGoodbye(errShuttingDown); len(lines) == 0 || lines[len(lines)-1] != "said: last words" {
-				t.Errorf("hears %q, want last words at the end", lines)
+			if lines := p.wantClose(errShuttingDown); len(lines) == 0 || lines[len(lines)-1] != "message: last words" {
+				t.Errorf("receives %q, want last words at the end", lines)
 			}
 		}
 		<-stopped
@@ -1112,20 +1116,20 @@ func TestStopIsReadInEveryRoomBehindWhatIsQueued(t *testing.T) {
 	})
 }
 
-// The program, as it is run from a shell.
+// The program.
 
-func TestSIGTERMIsReadInEveryRoomAndEndsItWithStatusZero(t *testing.T) {
-	w, cmd, log := startProgram(t, "CHAT_KEY=key")
+func TestSIGTERMClosesEveryRoomAndExitsWithStatusZero(t *testing.T) {
+	w, cmd, log := startProgram(t, "CHAT_KEY=key", newFile(t))
 	peers := []*peer{w.join("Grete", "kitchen"), w.join("Hans", "kitchen"), w.join("Uwe", "garden")}
 	for _, p := range peers {
-		p.until("came Grete", "came Hans", "came Uwe")
+		p.until("join Grete", "join Hans", "join Uwe")
 	}
-	peers[0].say("last words")
-	peers[0].until("said Grete: last words")
+	peers[0].send("last words")
+	peers[0].until("message Grete: last words")
 	start := time.Now()
 	cmd.Process.Signal(syscall.SIGTERM)
 	for _, p := range peers {
-		p.wantGoodbye(errShuttingDown)
+		p.wantClose(errShuttingDown)
 	}
 	io.Copy(io.Discard, log)
 	if err := cmd.Wait(); err != nil {
@@ -1136,11 +1140,11 @@ func TestSIGTERMIsReadInEveryRoomAndEndsItWithStatusZero(t *testing.T) {
 	}
 }
 
-// Also one right behind the first.
-func TestSecondSIGTERMEndsItAtOnce(t *testing.T) {
+// Even right after the first.
+func TestSecondSignalForcesExit(t *testing.T) {
 	for range 30 {
-		w, cmd, log := startProgram(t, "CHAT_KEY=key")
-		w.knock(w.logIn("Stuck"), "kitchen") // which does not answer, so that the server would wait for it
+		w, cmd, log := startProgram(t, "CHAT_KEY=key", newFile(t))
+		w.dialSilent(w.logIn("Stuck"), "kitchen") // which does not answer, so that the server would wait for it
 		cmd.Process.Signal(syscall.SIGTERM)
 		cmd.Process.Signal(os.Interrupt)
 		io.Copy(io.Discard, log)
@@ -1150,13 +1154,14 @@ func TestSecondSIGTERMEndsItAtOnce(t *testing.T) {
 	}
 }
 
-func TestRestartWithTheSameKeyKnowsEverybody(t *testing.T) {
+func TestLoginsSurviveARestart(t *testing.T) {
 	var cookie string
+	file := newFile(t)
 	for _, test := range []struct {
 		key  string
 		want int
 	}{{"CHAT_KEY=key", 101}, {"CHAT_KEY=key", 101}, {"CHAT_KEY=", 401}} {
-		w, cmd, log := startProgram(t, test.key)
+		w, cmd, log := startProgram(t, test.key, file)
 		if cookie == "" {
 			cookie = w.logIn("Grete")
 		}
@@ -1169,8 +1174,28 @@ func TestRestartWithTheSameKeyKnowsEverybody(t *testing.T) {
 	}
 }
 
-func TestPageIsFoundWithASlashAtItsEnd(t *testing.T) {
-	w := &world{Rooms: newRooms("key"), t: t}
+func TestDatabaseKeepsTheKeyWithoutCHAT_KEY(t *testing.T) {
+	file, cookie := newFile(t), ""
+	for range 2 {
+		w, cmd, log := startProgram(t, "CHAT_KEY=", file)
+		if cookie == "" {
+			client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+			response, err := client.PostForm(w.url+"/", url.Values{"name": {"Grete"}, "room": {"kitchen"}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			response.Body.Close()
+			cookie, _, _ = strings.Cut(response.Header.Get("Set-Cookie"), ";")
+		}
+		w.dial(cookie, "kitchen").until("join Grete")
+		cmd.Process.Signal(syscall.SIGTERM)
+		io.Copy(io.Discard, log)
+		cmd.Wait()
+	}
+}
+
+func TestRoomWithoutATrailingSlashRedirects(t *testing.T) {
+	w := &world{Rooms: newRooms("key", nil), t: t}
 	got := w.get(w.logIn("Grete"), "/room/kitchen")
 	if got.Code != http.StatusTemporaryRedirect || got.Header().Get("Location") != "/room/kitchen/" {
 		t.Errorf("without it the status is %d, and the location %q", got.Code, got.Header().Get("Location"))
@@ -1180,11 +1205,11 @@ func TestPageIsFoundWithASlashAtItsEnd(t *testing.T) {
 	}
 }
 
-// The copies.
+// The copied files.
 
 // README.md and home.diff show the whole difference to the files they come from:
 // patch applies it, and so does this test.
-func TestTheWholeDifferenceIsShown(t *testing.T) {
+func TestDiffsAreTheWholeDifference(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
@@ -1235,25 +1260,27 @@ func TestTheWholeDifferenceIsShown(t *testing.T) {
 	}
 }
 
-func TestItIsAnExample(t *testing.T) {
-	lines := 0
-	for _, name := range []string{"rooms.go", "room.go"} {
-		text, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for line := range strings.Lines(string(text)) {
-			if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "//") {
-				lines++
+func TestCodeStaysSmall(t *testing.T) {
+	for names, limit := range map[string]int{"rooms.go room.go": 350, "store.go": 200, "names.go": 30} {
+		lines := 0
+		for _, name := range strings.Fields(names) {
+			text, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for line := range strings.Lines(string(text)) {
+				if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "//") {
+					lines++
+				}
 			}
 		}
-	}
-	if lines > 350 {
-		t.Errorf("rooms.go and room.go have %d lines of code, want at most 350", lines)
+		if lines > limit {
+			t.Errorf("%s: %d lines of code, want at most %d", names, lines, limit)
+		}
 	}
 }
 
-// The rig.
+// Helpers.
 
 // patience only bounds how long a failing test takes.
 const patience = 10 * time.Second
@@ -1267,45 +1294,75 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// A world is a running site.
+// A world is a running server.
 type world struct {
 	*Rooms
-	t       *testing.T
+	t       testing.TB
 	url     string
 	connect func() (net.Conn, error)
+	crash   func()
 }
 
-func startTCP(t *testing.T) *world {
+func startTCP(t testing.TB) *world { t.Helper(); return startTCPOn(t, newFile(t)) }
+
+// startTCPOn starts a site whose database is in file.
+func startTCPOn(t testing.TB, file string) *world {
+	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := startOn(t, listener, func() (net.Conn, error) { return net.Dial("tcp", listener.Addr().String()) })
+	w := startOn(t, file, listener, func() (net.Conn, error) { return net.Dial("tcp", listener.Addr().String()) })
 	w.url = "http://" + listener.Addr().String()
 	return w
 }
 
 // startPiped starts a site whose connections are pipes, for a synctest bubble.
-func startPiped(t *testing.T) *world {
+func startPiped(t testing.TB) *world { t.Helper(); return startPipedOn(t, newFile(t)) }
+
+func startPipedOn(t testing.TB, file string) *world {
+	t.Helper()
 	pipes := make(pipeListener)
-	return startOn(t, pipes, func() (net.Conn, error) {
+	return startOn(t, file, pipes, func() (net.Conn, error) {
 		here, there := net.Pipe()
 		pipes <- there
 		return here, nil
 	})
 }
 
-func startOn(t *testing.T, listener net.Listener, connect func() (net.Conn, error)) *world {
-	rooms := newRooms("key")
+func startOn(t testing.TB, file string, listener net.Listener, connect func() (net.Conn, error)) *world {
+	t.Helper()
+	store, err := openStore(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rooms := newRooms("key", store)
 	server := &http.Server{Handler: rooms.handler()}
 	go server.Serve(listener)
-	t.Cleanup(func() { rooms.stop(); server.Close() })
-	return &world{rooms, t, "http://pipe", connect}
+	stop := sync.OnceFunc(func() { rooms.stop(); server.Close() })
+	crashed := false
+	t.Cleanup(func() {
+		stop()
+		if !crashed {
+			if err := store.close(); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	// The store ends without a last commit, as if the process was killed.
+	crash := func() {
+		crashed = true
+		stop()
+		store.operations <- nil
+		synctest.Wait()
+		store.db.Close()
+	}
+	return &world{rooms, t, "http://pipe", connect, crash}
 }
 
-// startProgram starts the program, with one more variable in its environment. It
-// returns its site, and its log behind the first line.
-func startProgram(t *testing.T, variable string) (*world, *exec.Cmd, *bufio.Reader) {
+// program returns the command that runs the program, with its database in file and one
+// more variable in its environment.
+func program(t *testing.T, variable, file string) *exec.Cmd {
 	t.Helper()
 	program, err := os.Executable()
 	if err != nil {
@@ -1313,8 +1370,15 @@ func startProgram(t *testing.T, variable string) (*world, *exec.Cmd, *bufio.Read
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	t.Cleanup(cancel)
-	cmd := exec.CommandContext(ctx, program, "-addr", "127.0.0.1:0")
+	cmd := exec.CommandContext(ctx, program, "-addr", "127.0.0.1:0", "-db", file)
 	cmd.Env = append(os.Environ(), "RUN_MAIN=1", variable)
+	return cmd
+}
+
+// startProgram starts the program. It returns its site, and its log after the first line.
+func startProgram(t *testing.T, variable, file string) (*world, *exec.Cmd, *bufio.Reader) {
+	t.Helper()
+	cmd := program(t, variable, file)
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -1329,8 +1393,11 @@ func startProgram(t *testing.T, variable string) (*world, *exec.Cmd, *bufio.Read
 		t.Fatalf("it logs %q, %v, want where it listens", line, err)
 	}
 	connect := func() (net.Conn, error) { return net.Dial("tcp", address[1]) }
-	return &world{newRooms("key"), t, "http://" + address[1], connect}, cmd, log
+	return &world{newRooms("key", nil), t, "http://" + address[1], connect, nil}, cmd, log
 }
+
+// newFile returns the path of a file for a database.
+func newFile(t testing.TB) string { return filepath.Join(t.TempDir(), "rooms.db") }
 
 type pipeListener chan net.Conn
 
@@ -1343,11 +1410,11 @@ func (l pipeListener) Accept() (net.Conn, error) {
 func (l pipeListener) Close() error   { close(l); return nil }
 func (l pipeListener) Addr() net.Addr { return &net.IPAddr{} }
 
-// logIn returns the cookie of a new person.
+// logIn returns the cookie of a new user.
 func (w *world) logIn(name string) string { w.t.Helper(); return w.logInAs(w.t, name, "") }
 
 // logInAs sends the form, with a cookie, and returns the new one.
-func (rs *Rooms) logInAs(t *testing.T, name, cookie string) string {
+func (rs *Rooms) logInAs(t testing.TB, name, cookie string) string {
 	t.Helper()
 	response := rs.post(name, "kitchen", cookie)
 	value, _, _ := strings.Cut(response.Header().Get("Set-Cookie"), ";")
@@ -1381,7 +1448,7 @@ func (w *world) dialer() *websocket.Dialer {
 	}
 }
 
-// try connects whoever has the cookie to a room.
+// try connects the user with the cookie to a room.
 func (w *world) try(cookie, room string, query ...string) (*peer, *http.Response, error) {
 	conn, response, err := w.dialer().Dial("ws://pipe/room/"+room+"/ws"+strings.Join(query, ""), http.Header{"Cookie": {cookie}})
 	if err != nil {
@@ -1401,21 +1468,21 @@ func (w *world) dial(cookie, room string, query ...string) *peer {
 	return p
 }
 
-// join brings a new person into a room.
+// join connects a new user to a room.
 func (w *world) join(name, room string) *peer { w.t.Helper(); return w.dial(w.logIn(name), room) }
 
 // comeBack connects who has been there as p.
-func (w *world) comeBack(cookie, room string, p *peer) *peer {
+func (w *world) reconnect(cookie, room string, p *peer) *peer {
 	w.t.Helper()
-	back := w.dial(cookie, room, fmt.Sprintf("?room=%s&after=%d", p.hello.RoomID, p.last))
+	back := w.dial(cookie, room, fmt.Sprintf("?room=%s&after=%d", p.welcome.RoomID, p.last))
 	if back != nil {
-		back.room, back.last = p.hello.RoomID, p.last
+		back.room, back.last = p.welcome.RoomID, p.last
 	}
 	return back
 }
 
 // rush connects, too, and sends text as soon as the handshake is answered.
-func (w *world) rush(cookie, room, text string) *peer {
+func (w *world) dialAndSend(cookie, room, text string) *peer {
 	w.t.Helper()
 	conn, response, err := w.dialer().Dial("ws://pipe/room/"+room+"/ws", http.Header{"Cookie": {cookie}})
 	if err != nil {
@@ -1426,7 +1493,7 @@ func (w *world) rush(cookie, room, text string) *peer {
 }
 
 // knock connects, reads what comes at once, and then answers nothing, nor closes.
-func (w *world) knock(cookie, room string) {
+func (w *world) dialSilent(cookie, room string) {
 	w.t.Helper()
 	conn, response, err := w.dialer().Dial("ws://pipe/room/"+room+"/ws", http.Header{"Cookie": {cookie}})
 	if err != nil {
@@ -1453,7 +1520,7 @@ func (w *world) wantStatus(cookie, room string, want int) {
 func (w *world) room(name string) *Hub {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.hubs.find(name)
+	return w.hubs[fold(name)]
 }
 
 // wantRooms checks which rooms there are when nothing happens any more.
@@ -1463,10 +1530,8 @@ func (w *world) wantRooms(want ...string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	var got []string
-	for name, hub := range w.hubs {
-		if name == fold(hub.name) {
-			got = append(got, name)
-		}
+	for name := range w.hubs {
+		got = append(got, name)
 	}
 	if slices.Sort(got); !slices.Equal(got, want) {
 		w.t.Errorf("there are the rooms %q, want %q", got, want)
@@ -1493,21 +1558,21 @@ func (w *world) flood(room string) (stop func()) {
 // A peer is a client's side of a connection. It reads all the time, as a browser does.
 type peer struct {
 	*websocket.Conn
-	t     *testing.T
+	t     testing.TB
 	ended chan struct{} // closed when there is nothing more to read
 	err   error         // why, once ended is closed
 
 	mu      sync.Mutex
 	lines   []Line
 	news    chan struct{} // holds something when there are new lines
-	hello   *Line         // once anything has been taken
+	welcome *Line         // once anything has been taken
 	room    string        // and last are those of the connection before, if there was one
-	last    int           // the number of the last line that has been taken
+	last    int64         // the number of the last line that has been taken
 	largest int           // message, in bytes
 	longest int           // line
 }
 
-func newPeer(t *testing.T, conn *websocket.Conn) *peer {
+func newPeer(t testing.TB, conn *websocket.Conn) *peer {
 	p := &peer{Conn: conn, t: t, ended: make(chan struct{}), news: make(chan struct{}, 1)}
 	go func() {
 		defer close(p.ended)
@@ -1539,14 +1604,14 @@ func newPeer(t *testing.T, conn *websocket.Conn) *peer {
 	return p
 }
 
-// leave says goodbye and closes the connection, as a tab does.
+// leave sends a close frame and closes the connection, as a tab does.
 func (p *peer) leave() {
 	p.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(websocket.CloseGoingAway, ""), time.Now().Add(patience))
 	<-p.ended
 	p.Close()
 }
 
-func (p *peer) say(text string) {
+func (p *peer) send(text string) {
 	p.t.Helper()
 	if err := p.WriteMessage(websocket.TextMessage, []byte(text)); err != nil {
 		p.t.Errorf("saying %.99q failed with %v", text, err)
@@ -1559,17 +1624,17 @@ func (p *peer) takeLines() (lines []Line) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, line := range p.lines {
-		if (line.Kind == "hello") != (p.hello == nil) {
+		if (line.Kind == "welcome") != (p.welcome == nil) {
 			p.t.Errorf("%v comes where there should be one hello, and it first", line)
 		}
-		switch numbered := line.Kind != "hello" && line.Kind != "answer"; {
+		switch numbered := line.Kind != "welcome" && line.Kind != "notice"; {
 		case line.Time.IsZero() || numbered != (line.N > 0) || numbered && line.N <= p.last:
 			p.t.Errorf("%+v comes behind number %d", line, p.last)
 		case numbered:
 			p.last = line.N
 		}
-		if line.Kind == "hello" {
-			p.hello = &line
+		if line.Kind == "welcome" {
+			p.welcome = &line
 			if line.RoomID != p.room {
 				p.last = 0
 			}
@@ -1585,13 +1650,13 @@ func (p *peer) takeLines() (lines []Line) {
 func (p *peer) take() (words []string) {
 	for _, line := range p.takeLines() {
 		text := line.Kind
-		if line.Who != "" {
-			text += " " + line.Who
+		if line.User != "" {
+			text += " " + line.User
 		}
 		if line.To != "" {
 			text += " > " + line.To
 		}
-		if line.Kind == "answer" {
+		if line.Kind == "notice" {
 			text += " " + line.Line
 		}
 		if line.Text != "" {
@@ -1603,16 +1668,16 @@ func (p *peer) take() (words []string) {
 }
 
 // heard does so when nothing happens any more, in a synctest bubble.
-func (p *peer) heard() []string { synctest.Wait(); return p.take() }
+func (p *peer) received() []string { synctest.Wait(); return p.take() }
 
 // documents does as heard, and returns the lines as they are.
-func (p *peer) documents() []Line { synctest.Wait(); return p.takeLines() }
+func (p *peer) receivedLines() []Line { synctest.Wait(); return p.takeLines() }
 
 // want checks that these lines have come, and no others.
 func (p *peer) want(want ...string) {
 	p.t.Helper()
-	if got := p.heard(); !slices.Equal(got, want) {
-		p.t.Errorf("hears %q, want %q", got, want)
+	if got := p.received(); !slices.Equal(got, want) {
+		p.t.Errorf("receives %q, want %q", got, want)
 	}
 }
 
@@ -1646,13 +1711,13 @@ func (p *peer) until(want ...string) (lines []string) {
 }
 
 // row waits for so many lines, which have to follow on number after one by one, unless
-// the hello says that some are missing, and returns the last of their numbers.
-func (p *peer) row(after, count int) int {
+// the welcome says that some are missing, and returns the last of their numbers.
+func (p *peer) row(after int64, count int) int64 {
 	p.t.Helper()
 	for count > 0 {
-		isNew := p.hello == nil
+		isNew := p.welcome == nil
 		lines := p.takeLines()
-		if isNew && p.hello != nil && p.hello.Missed {
+		if isNew && p.welcome != nil && p.welcome.Missed {
 			after = 0
 		}
 		for _, line := range lines {
@@ -1670,8 +1735,8 @@ func (p *peer) row(after, count int) int {
 	return after
 }
 
-// wantGoodbye waits until the connection ends, and returns the lines before that.
-func (p *peer) wantGoodbye(want *websocket.CloseError) (lines []string) {
+// wantClose waits until the connection ends, and returns the lines before that.
+func (p *peer) wantClose(want *websocket.CloseError) (lines []string) {
 	p.t.Helper()
 	select {
 	case <-p.ended:

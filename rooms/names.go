@@ -1,0 +1,46 @@
+package main
+
+import (
+	"cmp"
+	"regexp"
+	"strings"
+
+	"github.com/mtibben/confusables"
+	"golang.org/x/text/cases"
+	"golang.org/x/text/secure/precis"
+)
+
+var word = regexp.MustCompile(`^[\p{L}\p{Nd}][\p{L}\p{M}\p{Nd}_-]*$`)
+
+// parseName returns a name in the form that RFC 8265 has for user names, or "" if it is
+// invalid. A name is one word, so that a command can have text after it.
+func parseName(text string) string {
+	if name, err := precis.UsernameCasePreserved.String(text); err == nil && len(name) <= maxNameSize && word.MatchString(name) {
+		return name
+	}
+	return ""
+}
+
+// A directory maps names to values, and treats confusable names as equal: each value has
+// two keys, fold and looks.
+type directory[T any] map[string]*T
+
+func (d directory[T]) find(name string) *T       { return cmp.Or(d[fold(name)], d[looks(name)]) }
+func (d directory[T]) add(name string, value *T) { d[fold(name)], d[looks(name)] = value, value }
+func (d directory[T]) remove(name string)        { delete(d, fold(name)); delete(d, looks(name)) }
+
+// fold returns a key that is equal for names that differ in case only, as Lisa and LISA,
+// or look alike in lower case. Weiß equals Weiss.
+// https://www.unicode.org/reports/tr39/#Confusable_Detection
+func fold(name string) string {
+	small := strings.ReplaceAll(cases.Fold().String(name), "i\u0307", "i") // from the Turkish capital i
+	return cases.Fold().String(confusables.Skeleton(small))
+}
+
+// looks returns a key that is equal for names that look alike as written, as Gretel and
+// GreteI, or look alike but for case, as Gretel and greteI. A capital L is not taken for
+// a capital I, so TalkerI and TalkerL differ. No name contains the star, so these keys
+// differ from those of fold.
+func looks(name string) string {
+	return "* " + cases.Fold().String(strings.ReplaceAll(confusables.Skeleton(name), "L", "*"))
+}
