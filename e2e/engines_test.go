@@ -53,7 +53,7 @@ func TestEveryEngineKeepsTheDraftAndComesBack(t *testing.T) {
 		s.stop(t)
 		w.until(`$("status").textContent.includes("restarting")`)
 		w.send("patience")
-		w.until(`$("counter").textContent == "Not sent yet"`)
+		w.until(`$("counter").textContent == "Not sent: not connected"`)
 		s = startQuick(t, s.addr)
 		w.until(connected)
 		w.until(`$("msg").value == "patience"`)
@@ -110,11 +110,11 @@ func TestEveryEngineNoticesADeadLine(t *testing.T) {
 		start := time.Now()
 		w.send("anybody there?")
 		w.until(`$("log").lastChild?.className == "message mine pending" && $("msg").value == ""`)
-		w.until(`$("log").textContent.includes("This may not have arrived: anybody there?")`)
+		w.until(`$("log").textContent.includes("This may not have been delivered: anybody there?")`)
 		t.Logf("noticed after %v", time.Since(start))
 		w.until(connected + ` && !document.querySelector(".pending")`)
 		w.send("hello again")
-		w.until(lastLine + ` == "hello again" && $("log").textContent.includes("may have been missed")`)
+		w.until(lastLine + ` == "hello again" && $("log").textContent.includes("may have missed")`)
 	})
 }
 
@@ -292,8 +292,8 @@ var quick = sync.OnceValues(func() (string, error) {
 	for _, edit := range []struct{ file, old, new string }{
 		{"client.go", "pongWait = 60 * time.Second", "pongWait = 6 * time.Second"},
 		{"client.go", "pingPeriod = pongWait * 9 / 10", "pingPeriod = pongWait * 3 / 10"}, // a busy browser may be late
-		{"home.html", "answerTimeout = 10_000;", "answerTimeout = 1_000;"},
-		{"home.html", "longestPause = 10_000;", "longestPause = 1_000;"},
+		{"home.html", "responseTimeout = 10_000;", "responseTimeout = 1_000;"},
+		{"home.html", "maxBackoff = 10_000;", "maxBackoff = 1_000;"},
 		{"home.html", "pingPeriod = 54_000;", "pingPeriod = 1_800;"},
 	} {
 		file, err := filepath.Abs(filepath.Join("..", edit.file))

@@ -1,7 +1,12 @@
 package e2e
 
 import (
+	"fmt"
 	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -98,11 +103,11 @@ func TestADeadLineIsNoticedInAboutAMinute(t *testing.T) {
 			p.open("http://" + addr + "/")
 			cut()
 			start := time.Now()
-			want := []string{"notice: No connection to the server.", "notice: Connected again. Messages may have been missed in between."}
+			want := []string{"notice: No connection to the server.", "notice: Reconnected. You may have missed messages."}
 			if name == "by who talks" {
 				p.send("into the void")
 				p.wantLog("message mine pending: into the void")
-				want = slices.Insert(want, 1, "notice: This may not have arrived: into the void")
+				want = slices.Insert(want, 1, "notice: This may not have been delivered: into the void")
 			}
 			p.until(`$("status").textContent != "Connected"`)
 			// The connection opened just before the line was cut; a second that a busy
@@ -204,11 +209,11 @@ func TestWhatIsUnderWayIsShownUntilItArrives(t *testing.T) {
 	say(t, conn, "twice")
 	p.until(`$("log").querySelectorAll(".pending").length == 1`)
 	conn.Close()
-	p.until(`$("log").textContent.includes("may not have arrived")`)
-	p.until(`$("log").innerText.includes("Connected again")`)
+	p.until(`$("log").textContent.includes("may not have been delivered")`)
+	p.until(`$("log").innerText.includes("Reconnected")`)
 	p.wantLog("message mine: ok", "message: Ilse: ok", "message: ok", "message mine: important", "message mine: twice",
-		"notice: No connection to the server.", "notice: This may not have arrived: twice",
-		"notice: Connected again. Messages may have been missed in between.")
+		"notice: No connection to the server.", "notice: This may not have been delivered: twice",
+		"notice: Reconnected. You may have missed messages.")
 }
 
 func TestWhatIsUnderWayStaysInSight(t *testing.T) {
@@ -236,7 +241,7 @@ func TestWhatIsUnderWayStaysInSight(t *testing.T) {
 }
 
 // kept is what the tab has kept of what it has not heard yet, as JavaScript.
-const kept = `sessionStorage["chat / unheard"]`
+const kept = `sessionStorage["chat / undelivered"]`
 
 func TestWhatHasNotComeBackIsKeptUntilItHas(t *testing.T) {
 	t.Parallel()
@@ -253,9 +258,9 @@ func TestWhatHasNotComeBackIsKeptUntilItHas(t *testing.T) {
 			w.until("!batch.hasChildNodes()")
 			got := get[[]string](w, logged)
 			for i := range want {
-				want[i] = "notice: This may not have arrived: " + want[i]
+				want[i] = "notice: This may not have been delivered: " + want[i]
 			}
-			got = slices.DeleteFunc(got, func(line string) bool { return !strings.Contains(line, "arrived") })
+			got = slices.DeleteFunc(got, func(line string) bool { return !strings.Contains(line, "delivered") })
 			if !slices.Equal(got, want) {
 				t.Errorf("the log tells of %q, want %q", got, want)
 			}
@@ -275,7 +280,7 @@ func TestWhatHasNotComeBackIsKeptUntilItHas(t *testing.T) {
 		w.send("is lost")
 		w.until(kept + ` == "does not\nis lost"`)
 		conn.Close()
-		w.until(`$("log").textContent.includes("arrived: is lost")`)
+		w.until(`$("log").textContent.includes("delivered: is lost")`)
 		w.until(connected)
 		<-conns
 		for range 2 {
@@ -330,7 +335,7 @@ func TestOnlyAConnectionThatLastsIsASuccess(t *testing.T) {
 	if got := eval[float64](p, "waits.at(-1)"); got < 5000 {
 		t.Errorf("the sixth connection that was closed at once was tried %v ms later again, want tries to become rare", got)
 	}
-	p.wantLog("notice: No connection to the server.", "notice: Connected again. Messages may have been missed in between.")
+	p.wantLog("notice: No connection to the server.", "notice: Reconnected. You may have missed messages.")
 	eval[bool](p, "var opened = realNow(); true")
 	p.until("realNow() - opened > 600") // 12 s to the page
 	conn.Close()
@@ -348,8 +353,8 @@ func TestAfterARestartNotEverybodyComesAtOnce(t *testing.T) {
 		const waits = [], realTimeout = setTimeout;
 		setTimeout = (f, ms) => waits.push(ms);
 		for (let i = 0; i < 1000; i++) {
-			tries = 0;
-			lose("The server is restarting.");
+			failures = 0;
+			reconnectLater("The server is restarting.");
 		}
 		setTimeout = realTimeout;
 		waits.filter((ms) => ms > 400)`) // without those for a frame
@@ -437,7 +442,7 @@ func TestToConnectIsNoAlarm(t *testing.T) {
 	close(proceed)
 	p.until(`$("status").textContent == "Connected"`)
 	connected := eval[string](p, color)
-	eval[bool](p, "lose(); true")
+	eval[bool](p, "reconnectLater(); true")
 	p.until(`$("status").textContent.includes("Reconnecting")`)
 	if lost := eval[string](p, color); connecting != connected || lost == connected {
 		t.Errorf("colors %s while connecting, %s when connected, %s when lost: want the third alone to alarm", connecting, connected, lost)
@@ -496,11 +501,11 @@ func TestWhatCannotBeSentAgainNowCanBeLater(t *testing.T) {
 		w.open(s.addr)
 		s.stop(t)
 		w.until(`$("status").textContent.includes("restarting")`)
-		get[bool](w, `showLost("Grete: hello") ?? true`)
+		get[bool](w, `showUndelivered("Grete: hello") ?? true`)
 		w.insert("a draft")
 		w.until(`document.querySelector(".notice button")`)
 		w.click(`document.querySelector(".notice button")`)
-		w.until(`$("counter").textContent == "Not sent yet"`)
+		w.until(`$("counter").textContent == "Not sent: not connected"`)
 		startServer(t, s.addr)
 		w.until(connected)
 		w.click(`document.querySelector(".notice button")`)
@@ -527,13 +532,13 @@ func TestALossIsToldOnce(t *testing.T) {
 		s.stop(t)
 		w.until(lastLine + ` == "The server is restarting."`)
 		w.send("a draft")
-		w.until(`$("counter").textContent == "Not sent yet" && $("msg").getAttribute("aria-invalid") == "true" && $("msg").value == "a draft"`)
+		w.until(`$("counter").textContent == "Not sent: not connected" && $("msg").getAttribute("aria-invalid") == "true" && $("msg").value == "a draft"`)
 		startServer(t, s.addr)
 		w.until(connected)
 		w.until(`$("counter").textContent == "" && $("msg").getAttribute("aria-invalid") == "false"`)
-		w.until(lastLine + `.startsWith("Connected again")`)
+		w.until(lastLine + `.startsWith("Reconnected")`)
 		spoken := get[[]string](w, `announcements.map((text) => text.replace(/^\d+:\d\d [AP]M /, ""))`)
-		if want := []string{"Notice, The server is restarting.", "Not sent yet", "Notice, Connected again. Messages may have been missed in between."}; !slices.Equal(spoken, want) {
+		if want := []string{"Notice, The server is restarting.", "Not sent: not connected", "Notice, Reconnected. You may have missed messages."}; !slices.Equal(spoken, want) {
 			t.Errorf("a screen reader says %q, want %q", spoken, want)
 		}
 		if got := get[int](w, "bubbles"); got != 0 {
@@ -548,11 +553,145 @@ func TestWithoutANoticeTheStatusIsSpoken(t *testing.T) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		get[[]string](w, announced)
-		get[bool](w, `(since = 0, state = "connecting", tries = 3, lose(), true)`)
+		get[bool](w, `(since = 0, state = "connecting", failures = 3, reconnectLater(), true)`)
 		w.until(`$("status").textContent.includes("Reconnecting…")`)
 		w.until(connected)
 		if got, want := get[[]string](w, `announcements.map((text) => text)`), []string{"No connection to the server. Reconnecting…", "Connected"}; !slices.Equal(got, want) {
 			t.Errorf("a screen reader says %q, want %q", got, want)
 		}
 	})
+}
+
+// blocked is true while the status says that WebSocket connections are blocked.
+const blocked = `$("status").textContent == "The server responds, but WebSocket connections fail. A proxy or firewall may be blocking them. Reconnecting…"`
+
+func TestBlockedWebSocketIsToldFromAServerThatIsDown(t *testing.T) {
+	t.Parallel()
+	location := func(t *testing.T, server string) string {
+		return replace(t, codeFrom(t, "../README.md", "location /chat/ {"), "127.0.0.1:8080", server)
+	}
+	nginx := func(t *testing.T, location string) string {
+		addr := freeAddr(t)
+		startProxy(t, "nginx-light", fmt.Sprintf(nginxConfig, addr, location), "/usr/sbin/nginx", "-e", "stderr", "-p", ".", "-c")
+		awaitListener(t, addr)
+		return addr + "/chat"
+	}
+	for _, test := range []struct {
+		name  string
+		block func(t *testing.T, server string) (addr string)
+		log   string // of the server
+	}{
+		{"nginx without Upgrade", func(t *testing.T, server string) string {
+			return nginx(t, replace(t, location(t, server), `proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection "upgrade";`, ""))
+		}, `handshake refused: .*('upgrade' token not found)`},
+		{"nginx with another Host", func(t *testing.T, server string) string {
+			return nginx(t, replace(t, location(t, server), "$http_host", "$host"))
+		}, `handshake refused: .*(request origin not allowed).* \(Origin "http://127\.0\.0\.1:\d+", Host "127\.0\.0\.1"\)`},
+		{"a TCP proxy that cuts handshakes", func(t *testing.T, server string) string { return cutHandshakes(t, server) }, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			inThreeEngines(t, func(t *testing.T, w *window) {
+				s := startServer(t, "localhost:0")
+				w.must(w.engine.visit("http://" + test.block(t, s.addr) + "/"))
+				get[bool](w, `!!(window.warnings = [], console.warn = (text) => warnings.push(text))`)
+				w.until(blocked)
+				if test.log != "" {
+					s.waitForLog(t, test.log)
+				}
+				w.until("failures > 4") // It keeps trying, and says so all the time.
+				if !get[bool](w, blocked) {
+					t.Errorf("after more attempts the status is %q", get[string](w, `$("status").textContent`))
+				}
+				warnings := get[[]string](w, "warnings")
+				if len(warnings) != 1 || !strings.Contains(warnings[0], "/ws") || !strings.Contains(warnings[0], "Upgrade and Connection headers") || !strings.Contains(warnings[0], "Host") {
+					t.Errorf("the console warns %q, want one line with the address and what to check", warnings)
+				}
+				s.stop(t)
+				w.until(`$("status").textContent == "No connection to the server. Reconnecting…"`)
+			})
+		})
+	}
+}
+
+// cutHandshakes passes TCP connections on to the server at to, and closes those that
+// request /ws.
+func cutHandshakes(t *testing.T, to string) (addr string) {
+	t.Helper()
+	proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(&url.URL{Scheme: "http", Host: to}) }}
+	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/ws" {
+			panic(http.ErrAbortHandler) // closes the connection without a response
+		}
+		proxy.ServeHTTP(w, r)
+	}))
+	t.Cleanup(front.Close)
+	return front.Listener.Addr().String()
+}
+
+// The page does not blame a proxy for a server that is down, and it connects once
+// WebSockets are no longer blocked.
+func TestOnlyABlockedWebSocketIsCalledBlocked(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name   string
+		handle func(http.ResponseWriter, *http.Request, http.Handler)
+		want   string // the status
+	}{
+		{"a server that is down", func(http.ResponseWriter, *http.Request, http.Handler) { panic(http.ErrAbortHandler) },
+			"No connection to the server."},
+		{"a proxy whose server is down", func(w http.ResponseWriter, _ *http.Request, _ http.Handler) { w.WriteHeader(http.StatusBadGateway) },
+			"No connection to the server."},
+		{"a captive portal that redirects", func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
+			http.Redirect(w, r, "http://portal.invalid/", http.StatusFound)
+		}, "Another page is answering instead of the chat. Reload: you may have to log in."},
+		{"a captive portal with a page of its own", func(w http.ResponseWriter, _ *http.Request, _ http.Handler) { fmt.Fprint(w, "Welcome to the hotel") },
+			"No connection to the server."},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			inThreeEngines(t, func(t *testing.T, w *window) {
+				s := startQuick(t, "localhost:0")
+				server := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr})
+				var broken, cut, cutOnce atomic.Bool
+				front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					switch {
+					case broken.Load():
+						test.handle(w, r, server)
+					case r.URL.Path == "/ws" && cutOnce.Swap(false):
+						broken.Store(true)
+						panic(http.ErrAbortHandler)
+					case r.URL.Path == "/ws" && cut.Load():
+						panic(http.ErrAbortHandler)
+					default:
+						server.ServeHTTP(w, r)
+					}
+				}))
+				t.Cleanup(front.Close)
+				w.open(front.Listener.Addr().String())
+				get[bool](w, `(window.statuses = [], new MutationObserver(() => statuses.push($("status").textContent)).observe($("status"), { childList: true }), true)`)
+				// One handshake fails as the trouble begins, and one as it ends: not two in a row.
+				cutOnce.Store(true)
+				get[bool](w, "socket.close() ?? true")
+				w.until("failures > 5")
+				if got, want := get[string](w, `$("status").textContent`), test.want+" Reconnecting…"; got != want {
+					t.Errorf("the status is %q, want %q", got, want)
+				}
+				cutOnce.Store(true)
+				broken.Store(false)
+				w.until("blocked == 1")
+				broken.Store(false)
+				w.until(connected)
+				if got := get[[]string](w, "statuses"); slices.ContainsFunc(got, func(text string) bool { return strings.Contains(text, "WebSocket") }) {
+					t.Errorf("the statuses were %q, want none about WebSockets", got)
+				}
+
+				cut.Store(true)
+				get[bool](w, "socket.close() ?? true")
+				w.until(blocked)
+				cut.Store(false)
+				w.until(connected)
+			})
+		})
+	}
 }

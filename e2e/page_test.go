@@ -131,7 +131,7 @@ func TestItReconnectsWhenTheServerRestarts(t *testing.T) {
 	p.until(`$("status").textContent.includes("The server is restarting")`)
 	s = startServer(t, s.addr)
 	p.until(`$("status").textContent == "Connected"`)
-	p.until(`$("log").lastChild.className == "notice" && ` + lastLine + `.includes("may have been missed")`)
+	p.until(`$("log").lastChild.className == "notice" && ` + lastLine + `.includes("may have missed")`)
 	say(t, s.dial(t), "hello again")
 	p.until(lastLine + ` == "hello again"`)
 }
@@ -145,7 +145,7 @@ func TestItSaysWhyTheConnectionEnded(t *testing.T) {
 		1006: "No connection to the server.",
 		1007: "Disconnected: because.",
 		1009: "Disconnected: because.",
-		1013: "You fell behind and missed messages.",
+		1013: "Your connection was too slow. You missed messages.",
 	} {
 		t.Run(fmt.Sprint(code), func(t *testing.T) {
 			t.Parallel()
@@ -170,7 +170,7 @@ func TestItSaysWhyTheConnectionEnded(t *testing.T) {
 			p.until(fmt.Sprintf(`$("log").innerText.includes(%q)`, want))
 			seen <- struct{}{}
 			p.until(`$("status").textContent == "Connected"`)
-			p.until(`$("log").innerText.includes("may have been missed")`)
+			p.until(`$("log").innerText.includes("may have missed")`)
 		})
 	}
 }
@@ -255,7 +255,7 @@ func TestOfflineItKeepsTheDraftAndSaysWhy(t *testing.T) {
 	p.until(`$("status").textContent.includes("You are offline")`)
 	p.send("kept")
 	p.wantDraft("kept")
-	if got := eval[string](p, `$("counter").textContent + " " + $("msg").getAttribute("aria-invalid")`); got != "Not sent yet true" {
+	if got := eval[string](p, `$("counter").textContent + " " + $("msg").getAttribute("aria-invalid")`); got != "Not sent: not connected true" {
 		t.Errorf("above the input it says %q, want that nothing was sent", got)
 	}
 	p.setOffline(false)
@@ -324,9 +324,9 @@ func TestItShowsWhatMayNotHaveArrived(t *testing.T) {
 	for _, text := range []string{"first", "second", "third", "lost"} {
 		p.send(text)
 	}
-	p.until(`$("log").textContent.includes("may have been missed")`)
-	if got, want := eval[string](p, `[...document.querySelectorAll(".notice .words")].map((e) => e.textContent).filter((e) => e.includes("arrived")).join()`),
-		"This may not have arrived: second,This may not have arrived: lost"; got != want {
+	p.until(`$("log").textContent.includes("may have missed")`)
+	if got, want := eval[string](p, `[...document.querySelectorAll(".notice .words")].map((e) => e.textContent).filter((e) => e.includes("delivered")).join()`),
+		"This may not have been delivered: second,This may not have been delivered: lost"; got != want {
 		t.Errorf("the log says %q, want %q", got, want)
 	}
 }
@@ -494,8 +494,8 @@ func TestAddressesAreLinks(t *testing.T) {
 			t.Errorf("the address in a line of Hebrew: %s", got)
 		}
 
-		get[bool](w, `showLost("https://example.org/") ?? true`)
-		w.until(lastLine + `.includes("arrived: https://example.org/")`)
+		get[bool](w, `showUndelivered("https://example.org/") ?? true`)
+		w.until(lastLine + `.includes("delivered: https://example.org/")`)
 		if get[bool](w, `!!document.querySelector(".notice a")`) {
 			t.Error("there is a link in a notice")
 		}
@@ -569,7 +569,7 @@ func TestOnlyWhatPeopleSayIsANewMessage(t *testing.T) {
 	s.stop(t)
 	p.until(lastLine + ` == "The server is restarting."`)
 	s = startServer(t, s.addr)
-	p.until(lastLine + `.startsWith("Connected again")`)
+	p.until(lastLine + `.startsWith("Reconnected")`)
 	if !eval[bool](p, `$("jump").hidden`) {
 		t.Error("after two notices there is a button for new messages")
 	}
@@ -736,7 +736,7 @@ func TestAxeFindsNothing(t *testing.T) {
 			}
 		}
 		check("empty")
-		eval[bool](p, `append(newLine("message", "Ilse: hello")); append(newLine("message mine", "Grete: hello")); showUnderWay("Grete: on its way"); true`)
+		eval[bool](p, `append(newLine("message", "Ilse: hello")); append(newLine("message mine", "Grete: hello")); showPending("Grete: on its way"); true`)
 		p.until("!batch.hasChildNodes()")
 		check("names, and a line under way")
 		talk(t, s, 100)
@@ -809,7 +809,7 @@ func TestItFitsScreensOfAnyWidth(t *testing.T) {
 			do(p, chromedp.EmulateViewport(size[0], size[1]))
 			p.until(fmt.Sprintf("innerWidth == %d && innerHeight == %d", size[0], size[1]))
 			if got := eval[string](p, `[document.documentElement, ...document.querySelectorAll("*")]
-				.filter((e) => !e.matches("input, .aloud, #form label") && e.scrollWidth > e.clientWidth && getComputedStyle(e).display != "inline" && e.clientWidth)
+				.filter((e) => !e.matches("input, .visually-hidden, #form label") && e.scrollWidth > e.clientWidth && getComputedStyle(e).display != "inline" && e.clientWidth)
 				.map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
 				t.Errorf("%v: too wide: %s", size, got)
 			}
@@ -955,7 +955,7 @@ func testLogin(t *testing.T, w *window, status int) {
 	w.insert("a draft")
 	expired.Store(true)
 	get[bool](w, `socket.close() ?? true`)
-	const advice = `$("status").textContent == "Something else than this chat answers. A reload may help. Reconnecting…"`
+	const advice = `$("status").textContent == "Another page is answering instead of the chat. Reload: you may have to log in. Reconnecting…"`
 	w.until(advice)
 	for n := asked.Load(); asked.Load() < n+3; time.Sleep(pollInterval) { // also as it goes on trying
 		if !get[bool](w, advice) {
@@ -1115,7 +1115,7 @@ func TestScreenshots(t *testing.T) {
 			p.until(`$("log").querySelector(".pending")`)
 			s.signal(t, syscall.SIGKILL)
 			s.wait(t)
-			p.until(`$("log").textContent.includes("may not have arrived")`)
+			p.until(`$("log").textContent.includes("may not have been delivered")`)
 			p.insert("Shall we do the next one on ")
 			shoot("lost")
 			s = startServer(t, s.addr)

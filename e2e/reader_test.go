@@ -94,8 +94,8 @@ func TestALeadingNameIsSetOff(t *testing.T) {
 	}
 	s.stop(t)
 	p.until(`$("log").querySelector(".notice")`)
-	eval[bool](p, `showLost("Ilse: hello"); true`)
-	p.until(`$("log").textContent.includes("arrived")`)
+	eval[bool](p, `showUndelivered("Ilse: hello"); true`)
+	p.until(`$("log").textContent.includes("delivered")`)
 	if got := eval[int](p, `$("log").querySelectorAll(".notice b").length`); got != 0 {
 		t.Error("a notice has a name")
 	}
@@ -158,7 +158,7 @@ func TestMyLinesAndNoticesDifferWithoutColors(t *testing.T) {
 	// A node for each line, and in it the time, if the eye sees one. What it is comes from the
 	// page: a message never starts like a notice.
 	time := regexp.MustCompile(`^\d+:\d\d [AP]M ?\|`)
-	want := []string{"By |Ilse|: hello", "Somebody: |Notice, The server is restarting.", "You, |mine", "Notice, |The server is restarting."}
+	want := []string{"By |Ilse|: hello", "Anonymous: |Notice, The server is restarting.", "You, |mine", "Notice, |The server is restarting."}
 	timed := 0
 	for i := range spoken {
 		if time.MatchString(spoken[i]) {
@@ -190,8 +190,8 @@ func TestTimesAreShownWhereTheMinuteChanges(t *testing.T) {
 		p.untilShown(i + 1)
 	}
 	got := eval[[]string](p, `[...$("log").children].map((line) => line.textContent)`)
-	want := []string{"9:40 AM Somebody: line 0", "Somebody: line 1", "9:41 AM Somebody: line 2", "Somebody: line 3",
-		"Notice, Tuesday, November 24, 2026", "9:40 AM Somebody: line 4", "Somebody: line 5"}
+	want := []string{"9:40 AM Anonymous: line 0", "Anonymous: line 1", "9:41 AM Anonymous: line 2", "Anonymous: line 3",
+		"Notice, Tuesday, November 24, 2026", "9:40 AM Anonymous: line 4", "Anonymous: line 5"}
 	if fmt.Sprintf("%q", got) != fmt.Sprintf("%q", want) {
 		t.Errorf("the log has %q, want %q", got, want)
 	}
@@ -203,7 +203,7 @@ func TestTimesAreShownWhereTheMinuteChanges(t *testing.T) {
 	call(p, emulation.SetTimezoneOverride, emulation.SetTimezoneOverrideParams{TimezoneID: "Asia/Tokyo"})
 	say(t, conn, "arrived")
 	p.untilShown(7)
-	if got, want := eval[string](p, `$("log").lastChild.textContent`), "6:40 PM Somebody: arrived"; got != want {
+	if got, want := eval[string](p, `$("log").lastChild.textContent`), "6:40 PM Anonymous: arrived"; got != want {
 		t.Errorf("in another time zone a line is %q, want %q", got, want)
 	}
 }
@@ -245,7 +245,7 @@ func TestAnEmptyLogDoesNotClaimThatNobodySpoke(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	const shown = `$("empty").offsetHeight ? $("empty").textContent : ""`
-	if got, want := eval[string](p, shown), "Nothing said since you joined."; got != want {
+	if got, want := eval[string](p, shown), "No messages since you joined."; got != want {
 		t.Errorf("an empty log says %q, want %q", got, want)
 	}
 	p.send("hello")
@@ -390,8 +390,8 @@ func TestPrintShowsAllLinesAndNoForm(t *testing.T) {
 	p := openTab(t, s)
 	talk(t, s, 150)
 	p.untilShown(150)
-	eval[bool](p, `showLost("lost"); true`)
-	p.until(`$("log").textContent.includes("arrived: lost")`)
+	eval[bool](p, `showUndelivered("lost"); true`)
+	p.until(`$("log").textContent.includes("delivered: lost")`)
 	call(p, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Media: "print"})
 	if got := eval[float64](p, `$("log").scrollHeight - document.body.getBoundingClientRect().height`); got > 0 {
 		t.Errorf("printed, %v pixels of the log are beyond the page's end", got)
@@ -424,7 +424,7 @@ func TestItNeedsNothingNew(t *testing.T) {
 	p.open("http://" + s.addr + "/")
 	p.send("hello")
 	p.wantLog("message mine: hello")
-	if !eval[bool](p, "askForPage().then((answer) => answer.ok)", chromedp.EvalAwaitPromise) {
+	if !eval[bool](p, "fetchPage().then((answer) => answer.ok)", chromedp.EvalAwaitPromise) {
 		t.Error("the page does not find its server")
 	}
 	p.wantQuietConsole()
@@ -560,7 +560,7 @@ func TestWhatIsInStorageHindersNothing(t *testing.T) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		for _, junk := range []string{"{", "null", `["x"]`, `[{"text":1}]`, "\x00", "\n\n\n", strings.Repeat("x", 100_000), "<b>"} {
-			get[bool](w, fmt.Sprintf(`["name", "msg", "draft", "unheard"].every((what) => [localStorage, sessionStorage].every((storage) =>
+			get[bool](w, fmt.Sprintf(`["name", "msg", "draft", "undelivered"].every((what) => [localStorage, sessionStorage].every((storage) =>
 				["chat " + what, "chat / " + what].every((key) => storage[key] = %q)))`, junk))
 			w.open(s.addr)
 			get[bool](w, `($("name").value = "", $("msg").value = "", true)`)
@@ -671,8 +671,8 @@ func TestALongWordIsBroken(t *testing.T) {
 }
 
 // markedLine is the line under the mark, if a reader sees one.
-const markedLine = `(document.querySelector("#log .mark")?.offsetHeight ?
-	document.querySelector("#log .mark").nextElementSibling.querySelector(".words").textContent : "")`
+const markedLine = `(document.querySelector("#log .marker")?.offsetHeight ?
+	document.querySelector("#log .marker").nextElementSibling.querySelector(".words").textContent : "")`
 
 func TestTheMarkShowsWhereOneLeftOff(t *testing.T) {
 	t.Parallel()
@@ -709,7 +709,7 @@ func TestTheMarkShowsWhereOneLeftOff(t *testing.T) {
 		say(t, conn, "four")
 		w.until(lastLine + ` == "four"`)
 		wantMark("Chat", "one")
-		if got := get[float64](w, `document.querySelector("#log .mark").getBoundingClientRect().width / $("log").lastChild.getBoundingClientRect().width`); got != 1 {
+		if got := get[float64](w, `document.querySelector("#log .marker").getBoundingClientRect().width / $("log").lastChild.getBoundingClientRect().width`); got != 1 {
 			t.Errorf("the mark takes %v of a line's width, want it across", got)
 		}
 
@@ -741,7 +741,7 @@ func TestTheMarkTellsWhichLinesAreGone(t *testing.T) {
 			p.untilShown(1 + lines)
 			wantMark := func(gone int) {
 				t.Helper()
-				want := fmt.Sprintf("mark New since you last looked; the first %d lines are gone 1000", gone)
+				want := fmt.Sprintf("marker New messages (the first %d are no longer shown) 1000", gone)
 				if got := eval[string](p, `[$("log").firstChild.className, $("log").firstChild.textContent, $("log").childElementCount].join(" ")`); got != want {
 					t.Errorf("the log starts with, and has so many elements: %q, want %q", got, want)
 				}
@@ -753,7 +753,7 @@ func TestTheMarkTellsWhichLinesAreGone(t *testing.T) {
 			p.hide()()
 			talk(t, s, 100)
 			p.until("arrived == " + fmt.Sprint(lines+102) + " && !batch.hasChildNodes()")
-			if got := eval[int](p, `document.querySelectorAll(".mark").length`); got != 0 {
+			if got := eval[int](p, `document.querySelectorAll(".marker").length`); got != 0 {
 				t.Error("the mark is still there after the page has been looked at and left")
 			}
 			show = p.hide()
@@ -794,14 +794,14 @@ func TestTheMarksComingAndGoingMoveNothing(t *testing.T) {
 		w.until(lastLine + ` == "That is all." && ` + atEnd)
 		w.pretendHidden(true)
 		discuss(t, s, 50)
-		w.until(lastLine + ` == "That is all." && document.querySelector("#log .mark") && ` + atEnd)
+		w.until(lastLine + ` == "That is all." && document.querySelector("#log .marker") && ` + atEnd)
 		w.pretendHidden(false)
 		w.scroll(-100)
 		want := get[string](w, reading)
 		w.pretendHidden(true) // the mark above goes
 		w.wantPlace(want, "as the mark went")
 		discuss(t, s, 10)
-		w.until(`document.querySelector("#log .mark") && !$("jump").hidden`)
+		w.until(`document.querySelector("#log .marker") && !$("jump").hidden`)
 		w.pretendHidden(false)
 		w.wantPlace(want, "as the mark came")
 	})
@@ -820,11 +820,11 @@ func TestWhatIsCopiedIsWhatWasSaid(t *testing.T) {
 		w.until(lastLine + ` == "mine"`)
 		s.stop(t)
 		w.until(lastLine + ` == "The server is restarting."`)
-		get[bool](w, `showLost("lost") ?? true`)
+		get[bool](w, `showUndelivered("lost") ?? true`)
 		w.until(lastLine + `.includes("lost")`)
 		get[bool](w, `(document.body.append(window.paper = document.createElement("textarea")), true)`)
 		words := func(n int) string { return fmt.Sprintf(`$("log").children[%d].querySelector(".words")`, n) }
-		const all = "Grete: hello\nIlse: see https://example.org/.\nno name\nmine\nThe server is restarting.\nThis may not have arrived: lost"
+		const all = "Grete: hello\nIlse: see https://example.org/.\nno name\nmine\nThe server is restarting.\nThis may not have been delivered: lost"
 		for _, tt := range []struct{ name, from, to, want string }{
 			{"all", `[$("log"), 0]`, `[$("log"), 6]`, all},
 			{"parts of two", `[` + words(0) + `.lastChild, 2]`, `[` + words(1) + `.firstChild.firstChild, 2]`, "hello\nIl"},

@@ -65,12 +65,12 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	lines := []string{"notice: In this room: \u2068Grete\u2069, \u2068Hans\u2069.", "notice: \u2068Grete\u2069 joined", "notice: \u2068Hans\u2069 joined",
 		"message mine: Hans: <b>dinner</b>: in the kitchen", "message: \u2068Grete\u2069 to \u2068Hans\u2069: bring wine"}
 	hans.wantLog(lines...)
-	eval[bool](hans, `Object.defineProperty(document, "hidden", {get: () => true, configurable: true}); mark = document.createElement("div"); true`)
+	eval[bool](hans, `Object.defineProperty(document, "hidden", {get: () => true, configurable: true}); marker = document.createElement("div"); true`)
 	for n := range 3 {
-		eval[bool](hans, `lose(); true`)
+		eval[bool](hans, `reconnectLater(); true`)
 		missed := fmt.Sprint("missed ", n)
 		grete.send(missed)
-		grete.until(`underWay.length == 0`)
+		grete.until(`pending.length == 0`)
 		eval[bool](hans, `connectNow(); true`)
 		hans.until(fmt.Sprintf(`$("log").textContent.includes(%q)`, missed))
 	}
@@ -88,15 +88,15 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 		}
 	}
 	if eval[bool](hans, `$("log").textContent.includes("missed in between")`) {
-		t.Error("the page says that messages may have been missed")
+		t.Error("the page says that messages may have missed")
 	}
 	eval[bool](hans, `delete document.hidden; true`)
 
 	// A reload brings all of it. What may be lost is told of again, though I have said the
 	// same before.
-	eval[bool](hans, `showUnderWay("<b>dinner</b>: in the kitchen"); true`)
+	eval[bool](hans, `showPending("<b>dinner</b>: in the kitchen"); true`)
 	do(hans, chromedp.Reload())
-	hans.until(`$("status")?.textContent == "Connected" && $("log").textContent.includes("missed 2") && $("log").lastChild.textContent.includes("This may not have arrived: <b>dinner")`)
+	hans.until(`$("status")?.textContent == "Connected" && $("log").textContent.includes("missed 2") && $("log").lastChild.textContent.includes("This may not have been delivered: <b>dinner")`)
 
 	// A second login in the same browser changes nobody's name here, and the page says so.
 	if got := eval[string](hans, `$("name").value`); got != "Hans" {
@@ -104,7 +104,7 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	}
 
 	// What was typed or may be lost in one room stays there: it follows into no other.
-	eval[bool](hans, `showUnderWay("for the kitchen"); msg.value = "a draft"; changed(msg); true`)
+	eval[bool](hans, `showPending("for the kitchen"); msg.value = "a draft"; changed(msg); true`)
 	room := func(name string) {
 		do(hans, chromedp.Navigate("http://"+s.addr+"/room/"+name+"/"))
 		hans.until(`$("status")?.textContent == "Connected" && batch.childElementCount == 0`)
@@ -116,7 +116,7 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	hans.send("weeds")
 	hans.until(`$("log").textContent.includes("Hans: weeds")`)
 	room("kitchen")
-	if got := eval[string](hans, `msg.value + ", " + $("log").textContent`); !strings.HasPrefix(got, "a draft, ") || !strings.Contains(got, "This may not have arrived: for the kitchen") {
+	if got := eval[string](hans, `msg.value + ", " + $("log").textContent`); !strings.HasPrefix(got, "a draft, ") || !strings.Contains(got, "This may not have been delivered: for the kitchen") {
 		t.Errorf("back in the kitchen there is %q", got)
 	}
 
@@ -125,17 +125,17 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	grete.send("/kick Hans")
 	hans.until(away)
 	eval[bool](hans, `connectNow(); document.dispatchEvent(new Event("visibilitychange")); dispatchEvent(new Event("online")); true`)
-	hans.until(away + ` && !$("log").textContent.includes("Connected again")`)
+	hans.until(away + ` && !$("log").textContent.includes("Reconnected")`)
 	do(hans, chromedp.Reload())
 	hans.until(`$("status")?.textContent.startsWith("Disconnected: you were removed from this room.")`)
 
 	// A restart is a brief disconnect: the page comes back by itself, each line stands there
 	// once, and what may not have been delivered is named.
-	eval[bool](grete, `showUnderWay("last words"); msg.value = "a draft"; changed(msg); true`)
+	eval[bool](grete, `showPending("last words"); msg.value = "a draft"; changed(msg); true`)
 	addr := s.addr
 	s.stop(t)
 	s = startCommand(t, exec.Command(program, "-addr", addr, "-db", file))
-	grete.until(`$("status").textContent == "Connected" && $("log").textContent.includes("Connected again.") && batch.childElementCount == 0`)
+	grete.until(`$("status").textContent == "Connected" && $("log").textContent.includes("Reconnected.") && batch.childElementCount == 0`)
 	eval[bool](grete, `send("and on")`)
 	grete.until(`$("log").textContent.includes("Grete: and on")`)
 	for _, text := range []string{"dinner", "wine", "missed 0", "and on", "last words"} {
@@ -144,7 +144,7 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 		}
 	}
 	if eval[bool](grete, `$("log").textContent.includes("missed in between") || msg.value != "a draft"`) {
-		t.Error("after the restart the page says that messages may have been missed, or has no draft")
+		t.Error("after the restart the page says that messages may have missed, or has no draft")
 	}
 
 	// Without the database the server knows no cookie: the page leads to the form, which fits
@@ -164,7 +164,7 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 		t.Errorf("the page says %q", got)
 	}
 	grete.until(`batch.childElementCount == 0`)
-	if got := eval[string](grete, `msg.value + ", " + $("log").textContent`); !strings.HasPrefix(got, "a draft, ") || !strings.Contains(got, "This may not have arrived: last words") {
+	if got := eval[string](grete, `msg.value + ", " + $("log").textContent`); !strings.HasPrefix(got, "a draft, ") || !strings.Contains(got, "This may not have been delivered: last words") {
 		t.Errorf("after the restart there are %q", got)
 	}
 }
