@@ -18,7 +18,7 @@ type Hub struct {
 	// From other goroutines to run. After stop, run returns and nothing receives: a sender
 	// that may outlive it, such as an HTTP handler, must also select on stopped, or use do.
 	// A send from run's own goroutine deadlocks: call deliver, queue or drop there.
-	broadcast  chan []byte  // a message for every client, already passed through clean
+	broadcast  chan []byte  // a message for every client, already cleaned; do not change it later
 	register   chan *Client // a client to add
 	unregister chan *Client // a client to drop
 	calls      chan func()  // from do
@@ -47,14 +47,14 @@ func newHub() *Hub {
 
 // run is the hub's goroutine. It returns once the hub has been stopped and every
 // client is done: at once if all peers answer the close frame. A peer that reads nothing
-// delays it by up to writeWait + closeWait.
+// delays it by up to writeWait + closeWait, one that reads slowly by more.
 func (h *Hub) run() {
 	open := make(map[*Client]bool) // registered and not done, dropped or not
 	register, stopped := h.register, h.stopped
 	for stopped != nil || len(open) > 0 {
 		select {
 		case client := <-register:
-			if !client.dropped { // or an application's mistake would send on a closed queue
+			if !client.dropped { // Else send is closed: the application has registered it again.
 				h.clients[client] = true
 				open[client] = true
 			}
@@ -77,7 +77,7 @@ func (h *Hub) run() {
 }
 
 // do runs f on run's goroutine, and returns true when f has returned. Once the hub
-// has been stopped, it returns false without running f. The whole hub waits for f.
+// has been stopped, it returns false without running f. The hub is blocked while f runs.
 //
 // f may use clients, deliver, queue and drop. It must not call do or tell: they
 // deadlock on run's goroutine.

@@ -133,7 +133,7 @@ func BenchmarkFlood(b *testing.B) {
 				var late [3]time.Duration // the longest, in each third of the time
 				heard := 0
 				for at := time.Duration(0); at < length; at = time.Since(start) {
-					talker.say(b, fmt.Sprint("talk at ", at))
+					talker.send(b, fmt.Sprint("talk at ", at))
 					heard += 1 + len(listener.hearUntil(b, fmt.Sprint("talk at ", at)))
 					third := &late[3*at/length]
 					*third = max(*third, time.Since(start)-at)
@@ -254,12 +254,12 @@ func BenchmarkNATS(b *testing.B) {
 			start := time.Now()
 			said := 0
 			for b.Loop() {
-				for range windowSize {
+				for range maxInFlight {
 					nodes[0].front.broadcast <- message
 				}
-				said += windowSize
+				said += maxInFlight
 				for _, listener := range listeners {
-					for range windowSize {
+					for range maxInFlight {
 						if _, err := listener.hear(); err != nil {
 							b.Fatal(err)
 						}
@@ -285,7 +285,7 @@ func BenchmarkDistance(b *testing.B) {
 			node := startNode(b, "nats://"+wire.Addr().String(), "chat")
 			listener := node.dial(b)
 			wire.lengthen(latency)
-			const each = 10 * windowSize
+			const each = 10 * maxInFlight
 			for b.Loop() {
 				go func() {
 					for range each {

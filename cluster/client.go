@@ -38,7 +38,7 @@ const (
 	// maxBatchSize several times as large, and change the figure in home.html.
 	maxMessageSize = 512
 
-	// Maximum size in bytes of a WebSocket message to the peer: below 32 KiB, the
+	// Maximum size in bytes of a batch of messages to the peer: below 32 KiB, the
 	// default read limit of common client libraries.
 	maxBatchSize = 32<<10 - 1
 
@@ -61,7 +61,7 @@ const (
 
 var newline = []byte{'\n'}
 
-// Why the server closes connections: a close code (RFC 6455 section 7.4) and a text.
+// Reasons for which the server closes connections: a close code (RFC 6455 section 7.4) and a text.
 // Codes from 4000 to 4999 are free for applications.
 var (
 	errShuttingDown = &websocket.CloseError{Code: websocket.CloseGoingAway, Text: "server shutting down"}
@@ -75,7 +75,8 @@ var (
 
 // The read buffer is small because every connection keeps one; longer messages are read
 // in pieces. Write buffers come from a pool, and hold a whole batch, so that a batch is
-// one frame. Add your own subprotocols here: Upgrade ignores those in its response header.
+// one frame. Add your own subprotocols here: with Subprotocols set, Upgrade ignores its
+// responseHeader argument's. A peer gets one of them: yours, or heartbeat.
 var upgrader = websocket.Upgrader{
 	ReadBufferSize:  512,
 	WriteBufferSize: maxBatchSize,
@@ -93,8 +94,8 @@ var upgrader = websocket.Upgrader{
 //  5. readPump reads on until the peer has answered, for at most closeWait. Then it
 //     closes conn and tells run that the client is done.
 //
-// After a failed write, closeWait comes first, then steps 2 and 3: what the peer has
-// already sent, a close frame for example, can still be read.
+// If a write fails, the client stays registered for closeWait, so that readPump can still
+// read what the peer has sent, such as a close frame. Then steps 2, 3 and 5 follow.
 type Client struct {
 	hub  *Hub
 	conn *websocket.Conn
@@ -108,10 +109,10 @@ type Client struct {
 	// Owned by run: drop has closed send, so the client must not be registered again.
 	dropped bool
 
-	// Why the connection is closed. The first reason set wins.
+	// The reason for closing the connection. The first one set wins.
 	reason atomic.Pointer[websocket.CloseError]
 
-	// Done when writePump has returned, which readPump waits for.
+	// readPump waits on this for writePump to return.
 	writing sync.WaitGroup
 
 	// Owned by readPump:
@@ -139,6 +140,7 @@ func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
 		handshake.conn.reject(errShuttingDown.Text)
 		return
 	}
+	// Nothing may return from here on: a registered client needs both pumps.
 	handshake.conn.respond()            // If this fails, the pumps get the same error.
 	client.writing.Go(client.writePump) // before readPump, which waits for it
 	go client.readPump()
@@ -171,7 +173,7 @@ func (c *Client) readPump() {
 	// writePump answers a close frame, after what is queued.
 	c.conn.SetCloseHandler(func(int, string) error { return nil })
 	for {
-		// The hub may have taken long to receive the last message: allow pongWait from now.
+		// The hub may have been slow to receive the last message: allow pongWait from now.
 		c.conn.SetReadDeadline(time.Now().Add(pongWait))
 		messageType, r, err := c.conn.NextReader()
 		if err == nil {
@@ -189,7 +191,7 @@ func (c *Client) readPump() {
 // also extends the read deadline.
 func (c *Client) limitRate() {
 	if c.reason.Load() != nil {
-		return // Do not delay the peer's close frame, behind what it has sent.
+		return // No delay: the peer's close frame may follow what it has already sent.
 	}
 	if !c.receiving { // Control frames within a message do not give it more time.
 		c.conn.SetReadDeadline(time.Now().Add(pongWait))
@@ -207,9 +209,9 @@ func (c *Client) limitRate() {
 	time.Sleep(wait)
 }
 
-// receive broadcasts the message in r as one clean line, unless it is blank or the
-// client already has a reason to end. An invalid message gives it one. The error is a
-// read error. (SetReadLimit would close the connection without a text.)
+// receive broadcasts the message in r as one clean line. It ignores blank messages, and
+// all messages once the client has a reason to end; an invalid message is one. It returns
+// read errors only. (SetReadLimit would close the connection without a text.)
 func (c *Client) receive(messageType int, r io.Reader) error {
 	c.limitRate()
 	c.receiving = true
@@ -233,7 +235,7 @@ func (c *Client) receive(messageType int, r io.Reader) error {
 	return nil
 }
 
-// clean makes message one line of valid UTF-8. Control characters, which end lines and
+// clean returns message as one line of valid UTF-8. Control characters, which end lines and
 // drive terminals, become spaces; invalid UTF-8 becomes U+FFFD; surrounding white space
 // is trimmed. Clean the application's own messages too: browsers close the connection
 // on invalid UTF-8.
@@ -269,13 +271,14 @@ func (c *Client) writePump() {
 		c.reason.CompareAndSwap(nil, abnormal(err)) // unless the peer has sent a close frame
 		c.conn.Close()
 	})
-	// Receive until run closes send, so that an application's run without a default case
-	// does not block.
+	// Drain send until run closes it, so that an application that sends to it without a
+	// default case does not block run.
 	for range c.send {
 	}
 }
 
-// writeBatch writes message, and those that have queued up behind it, in one frame.
+// writeBatch writes message, and those that have queued up behind it, in one frame: the
+// peer must split it at newlines. Remove the loop for one message a frame.
 func (c *Client) writeBatch(message []byte) error {
 	c.conn.SetWriteDeadline(time.Now().Add(writeWait))
 	w, err := c.conn.NextWriter(websocket.TextMessage)
@@ -315,7 +318,7 @@ func (c *Client) writeClose() error {
 	return websocket.ErrCloseSent
 }
 
-// end has run drop the client. Only readPump may call it: run keeps receiving until it
+// end asks run to drop the client. Only readPump may call it: run keeps receiving until it
 // has received readPump's done. Other goroutines call drop through do.
 func (c *Client) end(reason *websocket.CloseError) {
 	c.reason.CompareAndSwap(nil, reason)
@@ -358,7 +361,7 @@ func abnormal(err error) *websocket.CloseError {
 	return &websocket.CloseError{Code: websocket.CloseAbnormalClosure, Text: err.Error()}
 }
 
-// linger does a lingering close when frames can no longer be parsed: it discards input
+// linger does a lingering close after a timeout or an invalid frame: it discards input
 // until the peer closes its side, or writePump's timer closes conn. Closing a TCP
 // connection with unread input resets it, and the peer may lose the close frame.
 func (c *Client) linger() {
@@ -374,8 +377,8 @@ func (c *Client) linger() {
 }
 
 // logEnd logs why the client has ended, unless it ended normally. It quotes the reason,
-// as the peer may have chosen the text. The client was disconnected if its first reason
-// came with the end of the connection, and dropped if the server had one before.
+// as the peer may have chosen the text. It says "disconnected" if the peer or the network
+// ended the connection, and "dropped" if the server did.
 func (c *Client) logEnd(reason *websocket.CloseError, closed bool) {
 	first := c.reason.Load()
 	if !websocket.IsUnexpectedCloseError(first, websocket.CloseNormalClosure,

@@ -1,23 +1,19 @@
-// Chat/cluster is the chat server for more than one machine: nodes that are
-// joined by NATS are one room, and what anybody says, everybody hears.
+// Cluster is the chat server for more than one machine: several nodes, joined by NATS, are
+// one room.
 //
 // Usage:
 //
 //	cluster [-addr host:port] [-nats url,...] [-creds file] [-subject name]
 //
-// Each node serves a page for browsers at /, the WebSocket endpoint at /ws, and
-// at /ready what a load balancer asks: whether the node can take clients. It
-// listens once it has joined the others. Without -nats it starts a NATS server
-// of its own, on a loopback port, and logs how a second node joins; that is for
-// trying it, as the room then lives no longer than this node. SIGINT or SIGTERM
-// sends the node's clients away, hands what they have said to NATS, and ends the
-// node with status 0; a second one ends it at once.
+// Each node serves a page for browsers at /, the WebSocket endpoint at /ws, and a readiness
+// probe at /ready. It listens once it has joined the room. Without -nats it starts a NATS
+// server of its own on a loopback port, for trying it out, and logs how a second node joins.
+// SIGINT or SIGTERM starts a graceful shutdown: the node closes its clients' connections,
+// publishes what they have sent, and exits with status 0; a second signal forces it to exit.
 //
-// hub.go, client.go and home.html are those of the chat server for one machine,
-// to the byte; relay.go is what joins its hub to NATS, and nats.go what reaches
-// NATS. This file repeats much of that server's main.go, because a package main
-// cannot be imported, and what a Relay needs stands in the midst of main, run and
-// serve. A test fails when the part about the page, at the end, is not the same.
+// hub.go, client.go and home.html are copies of the chat server's; relay.go joins the hub to
+// NATS, and nats.go connects to NATS. This file repeats much of that server's main.go, as a
+// package main cannot be imported. Tests fail if the copies differ.
 package main
 
 //go:generate cp ../hub.go ../client.go ../home.html .
@@ -90,9 +86,8 @@ func main() {
 	}
 }
 
-// run serves chat on addr, in the room that is called subject, until ctx is
-// done. It returns an error if it cannot join the room, and if it cannot listen
-// there, or no longer can.
+// run joins the room of that subject and serves it on addr until ctx is done. It returns an
+// error if it cannot join the room, or if listening fails, at once or later.
 func run(ctx context.Context, addr, urls, creds, subject string) error {
 	embedded := urls == ""
 	if embedded {
@@ -112,7 +107,7 @@ func run(ctx context.Context, addr, urls, creds, subject string) error {
 	if err != nil {
 		return err
 	}
-	// Listen only now: whoever is connected can say and hear something.
+	// Listen only now, when clients can send and receive.
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
 		return err
@@ -140,8 +135,8 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", serveHome)
 	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) {
-		if relay.full.Load() { // What they say would have to wait here, also when they have gone.
-			http.Error(w, "too much waits for NATS", http.StatusServiceUnavailable)
+		if relay.full.Load() { // Their messages would be queued here, too.
+			http.Error(w, "too many messages are queued for NATS", http.StatusServiceUnavailable)
 			return
 		}
 		serveWs(relay.front, w, r)
@@ -154,7 +149,7 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 		MaxHeaderBytes: maxHeaderSize,
 	}
 	context.AfterFunc(ctx, func() { server.Close() }) // This does not close WebSockets: the hub does.
-	// NATS is sought without end, but for a few errors after which nats.go gives up.
+	// nats.go reconnects without limit, except after a few fatal errors.
 	relay.nc.SetClosedHandler(func(*nats.Conn) { server.Close() })
 	if relay.nc.IsClosed() { // before the handler was set
 		server.Close()
@@ -163,7 +158,7 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	if err == http.ErrServerClosed {
 		err = nil
 		if relay.nc.IsClosed() {
-			err = fmt.Errorf("NATS has sent this node away for good: %w", relay.nc.LastError())
+			err = fmt.Errorf("NATS has closed the connection for good: %w", relay.nc.LastError())
 		}
 	}
 
@@ -178,13 +173,13 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	return err
 }
 
-// serveReady tells a load balancer whether this node can take clients: not while
-// they would hear nothing. Load balancers ask often, so that it logs nothing.
+// serveReady is the readiness probe: 200 while this node receives its own messages from
+// NATS. It logs nothing, as load balancers call it often.
 func serveReady(relay *Relay, w http.ResponseWriter) {
 	if relay.ready.Load() {
 		io.WriteString(w, "ready\n")
 	} else {
-		http.Error(w, "NATS is away, does not bring back what this node says, or accepts only what is shorter", http.StatusServiceUnavailable)
+		http.Error(w, "disconnected from NATS, no echo of this node's messages, or max_payload too small", http.StatusServiceUnavailable)
 	}
 }
 

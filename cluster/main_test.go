@@ -90,10 +90,10 @@ func TestSecondNodeJoinsWithWhatTheFirstLogs(t *testing.T) {
 	arguments[1] = "127.0.0.1:0" // the port that it names may be in use on this machine
 	second := start(t, arguments...)
 	alice, bob := dial(t, url), dial(t, "ws"+second.logged(t, `http(://.*/)`)+"ws")
-	alice.say(t, "hello")
+	alice.send(t, "hello")
 	alice.want(t, "hello")
 	bob.want(t, "hello")
-	bob.say(t, "hello yourself")
+	bob.send(t, "hello yourself")
 	alice.want(t, "hello yourself")
 }
 
@@ -114,7 +114,7 @@ func TestNodesJoinOverTLS(t *testing.T) {
 	t.Setenv("SSL_CERT_FILE", file)
 	p := start(t, "-addr", "127.0.0.1:0", "-nats", url)
 	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
-	c.say(t, "hello")
+	c.send(t, "hello")
 	c.want(t, "hello")
 }
 
@@ -125,7 +125,7 @@ func TestSIGTERMSendsClientsAwayAndEndsWithStatus0(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := start(t, "-addr", "127.0.0.1:0", "-nats", url)
 			c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
-			c.say(t, "hello")
+			c.send(t, "hello")
 			c.want(t, "hello")
 			p.Process.Signal(syscall.SIGTERM)
 			c.wantClose(t, websocket.CloseGoingAway)
@@ -143,8 +143,8 @@ func TestSIGTERMWhileNATSIsAwayEndsWithStatus0(t *testing.T) {
 	p := start(t, "-addr", "127.0.0.1:0", "-nats", nats.ClientURL())
 	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
 	stopNATS(t, nats)
-	p.logged(t, `NATS is away(:)`)
-	c.say(t, "nobody hears this")
+	p.logged(t, `disconnected from NATS(:)`)
+	c.send(t, "nobody hears this")
 	p.Process.Signal(syscall.SIGTERM)
 	c.wantClose(t, websocket.CloseGoingAway)
 	c.Close()
@@ -194,14 +194,14 @@ func TestNodeThatSaysMoreThanNATSAcceptsEndsAndSaysSo(t *testing.T) {
 	p := start(t, "-addr", "127.0.0.1:0", "-nats", nats.ClientURL())
 	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
 	reload(t, nats, &server.Options{MaxPayload: maxMessageSize}) // of which NATS tells nobody
-	c.say(t, strings.Repeat("x", maxMessageSize))
+	c.send(t, strings.Repeat("x", maxMessageSize))
 	c.wantClose(t, websocket.CloseGoingAway)
 	c.Close()
 	status, log := p.wait()
-	if want := "NATS has sent this node away for good: nats: Maximum Payload Violation"; status != 1 || !strings.Contains(log, want) {
+	if want := "NATS has closed the connection for good: nats: Maximum Payload Violation"; status != 1 || !strings.Contains(log, want) {
 		t.Errorf("got status %d and log %q, want status 1 and %q", status, log, want)
 	}
-	if strings.Contains(log, "NATS is away") {
+	if strings.Contains(log, "disconnected from NATS") {
 		t.Errorf("log is %q, want not that anything waits", log)
 	}
 }
@@ -239,7 +239,7 @@ func TestNodeThatWasPausedHearsWhatNATSKeptForIt(t *testing.T) {
 	speaker.front.broadcast <- []byte("afterwards")
 	for _, p := range paused {
 		p.Process.Signal(syscall.SIGTERM)
-		if status, log := p.wait(); status != 0 || strings.Contains(log, "NATS is away") || strings.Contains(log, "missed") {
+		if status, log := p.wait(); status != 0 || strings.Contains(log, "disconnected from NATS") || strings.Contains(log, "missed") {
 			t.Errorf("got status %d and log %q, want that nothing was missed", status, log)
 		}
 	}

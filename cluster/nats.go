@@ -10,11 +10,11 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// connect connects to NATS, for as long as the connection is not closed here.
-// It returns an error if none of the servers can be reached, or none accepts.
+// connect connects to NATS, and keeps reconnecting until the connection is closed here. It
+// returns an error if no server can be reached, or none accepts the connection.
 func connect(urls, creds string) (*nats.Conn, error) {
-	// What is wrong with a URL must not be repeated, as there may be a password in it.
-	// Half of a password could also pass for a host, which errors name.
+	// Errors must not repeat the URL, which may contain a password. A part of the password
+	// could also be parsed as the host, which errors name.
 	for server := range strings.SplitSeq(urls, ",") {
 		u, err := url.Parse(strings.TrimSpace(server))
 		if err != nil || u.Host == "" || u.Path+u.RawQuery+u.Fragment != "" {
@@ -26,14 +26,14 @@ func connect(urls, creds string) (*nats.Conn, error) {
 		nats.Name("chat"),
 		nats.NoCallbacksAfterClientClose(),
 
-		// Without end, also while NATS does not know this node's credentials.
+		// Without limit, also while NATS refuses this node's credentials.
 		nats.MaxReconnects(-1),
 		nats.IgnoreAuthErrorAbort(),
 		nats.ReconnectWait(reconnectWait),
 		nats.ReconnectJitter(reconnectWait, reconnectWait),
 
-		// None: nats.go would send what it holds the moment it is connected,
-		// before other nodes are, and forget it if the connection broke again.
+		// No buffer: nats.go would flush it on reconnect, before other nodes have
+		// reconnected, and lose it if the connection breaks again.
 		nats.ReconnectBufSize(-1),
 	}
 	if creds != "" {

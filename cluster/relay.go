@@ -20,83 +20,77 @@ import (
 )
 
 const (
-	// Messages that wait here while NATS is away, 4 MB, before their senders are
-	// slowed.
-	outboxSize = 8 << 10
+	// Maximum number of messages queued while NATS is unreachable, 4 MB. Then
+	// backpressure delays their senders.
+	outgoingSize = 8 << 10
 
-	// Messages that may be on their way to NATS and back before their senders are
-	// slowed, and those that wait for the hub count, too. They can be lost when the
-	// connection breaks. With more, everybody would hear later when many talk; with
-	// fewer, a distant NATS would slow those who do.
-	windowSize = 32
+	// Maximum number of this node's messages in flight, published and not echoed. Those
+	// queued for the hub count as well. A connection that breaks can lose them. A larger
+	// window would add latency under load; a smaller one limits throughput when NATS is far.
+	maxInFlight = 32
 
-	// Messages from NATS that wait here for the hub before more are lost. As every
-	// node has a window, only a hub that is slower than theirs gets that far behind.
-	inboxSize = 8 << 10
+	// Maximum number of messages from NATS queued for the hub. More are lost: as every node
+	// has a window, only a hub that is slower than those of the senders falls so far behind.
+	incomingSize = 8 << 10
 
-	// Time between two attempts to reach NATS again; as much again is added at
-	// random, so that nodes do not come all at once.
+	// Backoff before reconnecting to NATS; a random time of up to as much again is added.
 	reconnectWait = 250 * time.Millisecond
 
-	// Time for which a node that has NATS back keeps what it has to say, so that
-	// the others have NATS back too and hear it.
+	// Time from reconnecting to publishing, so that the other nodes have reconnected too.
 	settleWait = 8 * reconnectWait
 
-	// Time that the servers of a NATS cluster get to tell each other that a node has
-	// joined, before the node takes clients: it sees only when its own server knows.
-	// They took 26 ms at most, in 4,000 joins at three servers on one machine, half
-	// of them with both cores kept busy.
-	spreadWait = 250 * time.Millisecond
+	// Time allowed for a subscription to propagate through the NATS cluster before the node
+	// accepts clients: it sees only that its own server has it. 26 ms was the maximum in
+	// 4,000 joins at three servers on one machine, half of them with both cores busy.
+	propagationWait = 250 * time.Millisecond
 
-	// Time between two hellos of a node.
-	helloPeriod = 5 * time.Second
+	// Time between two probes of a node.
+	probePeriod = 5 * time.Second
 
-	// Time allowed to NATS to bring back what a node has said. One that takes longer
-	// is as good as away.
+	// Time allowed for an echo. Without one, the node reconnects to NATS.
 	answerWait = 10 * time.Second
 
-	// Time allowed to NATS to take what is left when the node ends.
+	// Time allowed for NATS to accept what is queued when the node stops.
 	drainWait = 5 * time.Second
 
-	// Time between two reports of what went wrong: whoever can make things go
-	// wrong must not be able to fill the log.
+	// Time between two reports in the log, so that other publishers cannot fill it.
 	reportPeriod = time.Second
 
-	// Maximum size in bytes of a subject. NATS closes the connection over one that
-	// does not fit into its line of 4 KiB.
+	// Maximum size in bytes of a subject. NATS closes the connection if it does not fit
+	// into its line of 4 KiB.
 	maxSubjectSize = 255
 
-	// The most that a node's header takes, in bytes, and so what NATS has to accept.
+	// Maximum size in bytes of a node's header, and of a message with it, which NATS must
+	// accept.
 	headerSize  = 128
 	payloadSize = headerSize + maxMessageSize
 
-	// Nodes that are remembered before all are forgotten: a node that restarts is a
-	// new one, and other software can make nodes up.
-	mostNodes = 1 << 10
+	// Number of nodes remembered before all are forgotten: a restarted node is a new one, and
+	// other publishers can invent nodes.
+	maxNodes = 1 << 10
 )
 
-// notBack is what is reported of a node's own messages that it has not heard: NATS
-// may have them or not. To say them again could deliver them twice.
-const notBack = "may have lost a message: it has not come back from NATS"
+// notEchoed reports a node's own messages without an echo: NATS may have delivered them or
+// not. Publishing them again could deliver them twice.
+const notEchoed = "may have lost a message: it has not come back from NATS"
 
-// refused is what is reported of messages that no node can have said.
+// refused reports messages that no node can have published.
 const refused = "refused a message from NATS: it was too long, or not valid UTF-8"
 
-// A Relay makes the hubs of several nodes one room. What a node's clients say
-// goes to NATS, and what NATS says, this node's own messages among it, goes to
-// the node's clients: each message takes the same way once, wherever its sender
-// is.
+// A Relay joins the hubs of several nodes to one room. It publishes what the node's clients
+// send, and delivers to the hub what NATS sends, the node's own messages included: each
+// message takes the same path once, wherever its sender is.
 //
-// A node's own messages come back to it. So it knows that it can say and hear
-// something. While windowSize of them are on their way it says no more: when the
-// hub is behind, those who talk have to wait. Hello is a message without text,
-// which is said only to hear it come back.
+// The echo of a node's own messages proves that it can publish and receive. At most
+// maxInFlight messages are without an echo; then senders wait, so a hub that is behind slows
+// them down: NATS has no backpressure. A probe is a message without text, published only for
+// its echo.
 type Relay struct {
-	// The node's hub, which tells the clients.
+	// The node's hub, which broadcasts to the clients.
 	hub *Hub
 
-	// What clients take for their hub: to join and leave it is to join and leave
-	// hub, but what they broadcast comes here.
+	// The hub that clients use: hub's channels, except for broadcast, which run receives
+	// from.
 	front *Hub
 
 	nc  *nats.Conn
@@ -104,38 +98,35 @@ type Relay struct {
 	log *log.Logger
 
 	// From NATS to run.
-	inbox    chan *nats.Msg
+	incoming chan *nats.Msg
 	statuses chan nats.Status
 
-	// Closed by leave: the clients have left, and nobody says anything any more.
+	// Closed by leave: all clients are done.
 	over chan struct{}
 
 	running sync.WaitGroup // run
 
-	// From run to load balancers and newcomers: what this node says comes back to it;
-	// the outbox is full.
+	// From run to handlers: this node receives its echoes; outgoing is full.
 	ready, full atomic.Bool
 
 	// Owned by run, and before that by join:
-	outbox  [][]byte          // what clients have said, for NATS
-	settled bool              // NATS is there, and has been for settleWait
-	inRoom  bool              // this node has heard itself since it settled
-	silent  int               // reports since it last did, or NATS went or came
-	name    string            // what it calls itself in what it says
-	said    uint64            // how many messages it has said under that name
-	heard   map[string]uint64 // how many each name has said, as far as this node knows
+	outgoing  [][]byte          // messages of clients, to publish
+	settled   bool              // connected to NATS for settleWait
+	inRoom    bool              // an echo has arrived since it settled
+	idleTicks int               // reports since the last echo, or change of the connection
+	name      string            // the node's ID in the headers of its messages
+	published uint64            // number of messages published under that name
+	seen      map[string]uint64 // the same of each node, as far as this one has received
 
 	mu       sync.Mutex
-	troubles map[string]uint64 // since the last report
+	problems map[string]uint64 // since the last report
 }
 
-// join makes hub part of the room that is called subject. When it returns, hub
-// will be told what anybody says in the room from then on. It returns an error
-// if the subject cannot name a room, or NATS does not let this node say and hear
-// something there. What goes wrong later, logger says.
+// join joins hub to the room of that subject: it receives every message published after join
+// returns. It returns an error if the subject is invalid, or if NATS does not let this node
+// publish and subscribe. Later errors go to logger.
 //
-// Whoever calls join runs hub, gives the relay's front to clients, and in the
-// end calls leave.
+// The caller runs hub, passes the relay's front to clients, and finally calls leave.
 func join(hub *Hub, nc *nats.Conn, subject string, logger *log.Logger) (*Relay, error) {
 	if len(subject) > maxSubjectSize || !server.IsValidLiteralSubject(subject) || strings.ContainsFunc(subject, unicode.IsSpace) {
 		return nil, fmt.Errorf("%.40q cannot name a room: a NATS subject of at most %d bytes can, without white space and wildcards",
@@ -148,28 +139,28 @@ func join(hub *Hub, nc *nats.Conn, subject string, logger *log.Logger) (*Relay, 
 		front:    &front,
 		nc:       nc,
 		log:      logger,
-		inbox:    make(chan *nats.Msg, inboxSize),
+		incoming: make(chan *nats.Msg, incomingSize),
 		statuses: nc.StatusChanged(nats.CONNECTED, nats.RECONNECTING),
 		over:     make(chan struct{}),
 		settled:  true,
 		name:     rand.Text(),
-		heard:    make(map[string]uint64),
-		troubles: make(map[string]uint64),
+		seen:     make(map[string]uint64),
+		problems: make(map[string]uint64),
 	}
 	nc.SetErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { r.note(err.Error(), 1) })
 	nc.SetDisconnectErrHandler(func(_ *nats.Conn, err error) {
-		if !nc.IsClosed() { // otherwise serve says why
-			// Without an error it is check that has given up.
-			logger.Printf("NATS is away: %v; what is said meanwhile waits", cmp.Or(err, nats.ErrTimeout))
+		if !nc.IsClosed() { // else serve logs why
+			// Without an error, check has closed the connection.
+			logger.Printf("disconnected from NATS: %v; messages of clients are queued", cmp.Or(err, nats.ErrTimeout))
 		}
 	})
 	nc.SetReconnectHandler(func(*nats.Conn) {
-		// Flush, so that NATS knows again that this node listens. If NATS has gone again,
+		// Flush, so that NATS has the subscription again. If the connection has broken again,
 		// there is no address, or the flush fails.
 		if address := nc.ConnectedAddr(); address != "" && nc.FlushTimeout(answerWait) == nil {
-			logger.Printf("NATS is back: %s; this node has missed what others said meanwhile", address)
+			logger.Printf("reconnected to NATS: %s; messages of other nodes were missed meanwhile", address)
 			if err := accepts(nc); err != nil {
-				logger.Printf("NATS: %v: what is longer is lost", err)
+				logger.Printf("NATS: %v: longer messages are lost", err)
 			}
 		}
 	})
@@ -177,28 +168,27 @@ func join(hub *Hub, nc *nats.Conn, subject string, logger *log.Logger) (*Relay, 
 	if r.sub, err = nc.Subscribe(subject, r.receive); err != nil {
 		return nil, err
 	}
-	// Before NATS answers the flush, it says what it does not allow, and what it
-	// accepts of this node, and brings back the hello.
-	if err := cmp.Or(r.say(nil), nc.FlushTimeout(answerWait), nc.LastError(), accepts(nc)); err != nil {
+	// Before NATS answers the flush, it reports missing permissions and limits, and echoes the
+	// probe.
+	if err := cmp.Or(r.publish(nil), nc.FlushTimeout(answerWait), nc.LastError(), accepts(nc)); err != nil {
 		return nil, err
 	}
 	for late := time.After(answerWait); !r.inRoom; {
 		select {
-		case message := <-r.inbox:
-			r.count(message) // there are no clients yet who could hear it
+		case message := <-r.incoming:
+			r.count(message) // There are no clients yet.
 		case <-late:
-			return nil, errors.New("NATS does not bring back what this node says")
+			return nil, errors.New("NATS does not echo this node's messages")
 		}
 	}
-	time.Sleep(spreadWait)
+	time.Sleep(propagationWait)
 	r.ready.Store(true)
 	r.running.Go(r.run)
 	return r, nil
 }
 
-// accepts returns an error if NATS does not accept the longest message of a node.
-// It knows that when NATS has answered a flush: an account can have a limit of its
-// own.
+// accepts returns an error if NATS does not accept the longest message of a node. Call it
+// after a flush, as an account can have a limit of its own.
 func accepts(nc *nats.Conn) error {
 	if most := nc.MaxPayload(); most < payloadSize {
 		return fmt.Errorf("NATS accepts messages of at most %d bytes, and has to accept %d", most, payloadSize)
@@ -206,9 +196,8 @@ func accepts(nc *nats.Conn) error {
 	return nil
 }
 
-// leave sees what clients have said taken to NATS, for drainWait at most, and
-// closes the connection. Call it once, when they have all left the hub: one
-// that has not is left behind, and what it says is lost.
+// leave publishes what is queued, for at most drainWait, and closes the connection. Call it
+// once, when all clients are done: messages of others are lost.
 func (r *Relay) leave() {
 	close(r.over)
 	defer time.AfterFunc(drainWait, r.nc.Close).Stop()
@@ -216,103 +205,100 @@ func (r *Relay) leave() {
 	r.nc.Close()
 }
 
-// run is the relay's one goroutine. It ends when the clients have left and all
-// that they have said has come back. Once the connection is closed, what has not
-// come back is lost.
+// run is the relay's goroutine. It ends after leave, when all messages have been echoed, or
+// the connection is closed.
 func (r *Relay) run() {
-	ticks, hello := time.Tick(reportPeriod), time.After(helloPeriod)
+	ticks, probe := time.Tick(reportPeriod), time.After(probePeriod)
 	stopped, over := r.front.stopped, r.over
-	for over != nil || len(r.outbox)+r.onTheWay() > 0 && !r.nc.IsClosed() {
-		// Clients wait while the outbox is full. While the node is in the room, one
-		// message, which waits for the window, is enough for that.
+	for over != nil || len(r.outgoing)+r.inFlight() > 0 && !r.nc.IsClosed() {
+		// Backpressure: clients wait while outgoing is full. While the node is in the room, one
+		// message that waits for the window is enough.
 		in := r.front.broadcast
-		if stopped != nil && (len(r.outbox) >= outboxSize || len(r.outbox) > 0 && r.inRoom) {
+		if stopped != nil && (len(r.outgoing) >= outgoingSize || len(r.outgoing) > 0 && r.inRoom) {
 			in = nil // a nil channel is never ready
 		}
 		select {
 		case message := <-in:
-			r.outbox = append(r.outbox, message)
-		case message := <-r.inbox:
+			r.outgoing = append(r.outgoing, message)
+		case message := <-r.incoming:
 			r.deliver(message)
-		case <-r.statuses: // NATS has gone or come
-			r.settled, r.inRoom, r.silent = false, false, 0
-			hello = time.After(settleWait)
-		case <-hello:
-			r.settled, hello = r.nc.IsConnected(), time.After(helloPeriod)
-			r.say(nil)
+		case <-r.statuses: // disconnected or reconnected
+			r.settled, r.inRoom, r.idleTicks = false, false, 0
+			probe = time.After(settleWait)
+		case <-probe:
+			r.settled, probe = r.nc.IsConnected(), time.After(probePeriod)
+			r.publish(nil)
 		case <-ticks:
 			r.check()
 			r.report()
 		case <-stopped:
-			stopped = nil // Each client has at most one more message to say before it can leave.
+			stopped = nil // Each client may broadcast one more message before it is done.
 		case <-over:
 			over = nil
 		}
-		// The hub may be behind with what others say: then the window is smaller, but a
-		// node that is slower than the others can still say one message after the other.
-		window := max(1, windowSize-len(r.inbox))
-		for len(r.outbox) > 0 && r.inRoom && r.onTheWay() < window {
-			if err := r.say(r.outbox[0]); err == nats.ErrMaxPayload {
+		// The window shrinks while the hub is behind, but to no less than one message, so that
+		// a slow node can still publish.
+		window := max(1, maxInFlight-len(r.incoming))
+		for len(r.outgoing) > 0 && r.inRoom && r.inFlight() < window {
+			if err := r.publish(r.outgoing[0]); err == nats.ErrMaxPayload {
 				r.note("lost a message: it is longer than NATS accepts", 1)
 			} else if err != nil {
 				break
 			}
-			r.outbox = r.outbox[1:]
+			r.outgoing = r.outgoing[1:]
 		}
-		r.full.Store(len(r.outbox) >= outboxSize)
+		r.full.Store(len(r.outgoing) >= outgoingSize)
 	}
-	r.note(notBack, r.said-r.heard[r.name])
-	r.note("lost a message: NATS had not taken it when this node ended", uint64(len(r.outbox)))
+	r.note(notEchoed, r.published-r.seen[r.name])
+	r.note("lost a message: NATS had not accepted it when this node stopped", uint64(len(r.outgoing)))
 	r.report()
 }
 
-// say says message in the room; without text it is hello. The header says which
-// node says it, and how many messages this has said before, so that others can
-// count what they miss. An error means that NATS has not got all of it.
-func (r *Relay) say(message []byte) error {
-	header := nats.Header{"Node": {r.name}, "Said": {fmt.Sprint(r.said)}}
+// publish publishes message; without text it is a probe. The header has the node, and how
+// many messages it has published before, so that others can count what they miss. After an
+// error, NATS has not received all of it.
+func (r *Relay) publish(message []byte) error {
+	header := nats.Header{"Node": {r.name}, "Said": {fmt.Sprint(r.published)}}
 	err := r.nc.PublishMsg(&nats.Msg{Subject: r.sub.Subject, Header: header, Data: message})
 	if err == nil && len(message) > 0 {
-		r.said++
+		r.published++
 	}
 	return err
 }
 
-// onTheWay returns how many of this node's messages have not come back.
-func (r *Relay) onTheWay() int {
-	return int(r.said - r.heard[r.name])
+// inFlight returns how many of this node's messages have not been echoed.
+func (r *Relay) inFlight() int {
+	return int(r.published - r.seen[r.name])
 }
 
-// check gives up a connection on which nothing comes back: NATS may be gone
-// without a word, or no longer let this node say or hear anything. run calls it
-// every reportPeriod, and it counts its calls instead of asking the clock: a node
-// that has been paused first gets to hear what NATS has kept for it.
+// check reconnects if no echo arrives: the connection may be half-open, or permissions
+// withdrawn. run calls it every reportPeriod. It counts calls instead of time, so that a node
+// that was paused first receives what NATS has buffered for it.
 func (r *Relay) check() {
-	r.silent++
-	late := r.silent > int(answerWait/reportPeriod)
+	r.idleTicks++
+	late := r.idleTicks > int(answerWait/reportPeriod)
 	r.ready.Store(r.inRoom && !late && accepts(r.nc) == nil)
-	if late && r.settled && len(r.inbox) == 0 { // what is late may be in the inbox
+	if late && r.settled && len(r.incoming) == 0 { // The echo may be in incoming.
 		r.nc.ForceReconnect()
 	}
 }
 
-// receive takes one message from NATS to run. nats.go calls it, in a goroutine of
-// its own. What is longer than a node's messages does not get into the inbox, so
-// that the inbox is bounded in bytes, too.
+// receive passes a message from NATS to run. nats.go calls it, in a goroutine of its own. It
+// refuses longer messages than nodes publish, so that incoming is bounded in bytes, too.
 func (r *Relay) receive(message *nats.Msg) {
 	if len(message.Data) > maxMessageSize || message.Size() > maxSubjectSize+payloadSize {
 		r.note(refused, 1)
 		return
 	}
 	select {
-	case r.inbox <- message:
+	case r.incoming <- message:
 	default:
-		r.note("lost a message from NATS: too many waited for the hub", 1)
+		r.note("lost a message from NATS: slow consumer, the hub is behind", 1)
 	}
 }
 
-// deliver takes one message from NATS to the hub. Other software may talk on
-// the subject, so that what clients may not say is refused here again.
+// deliver passes a message from NATS to the hub. Other software may publish on the subject,
+// so it validates and cleans the message as readPump does.
 func (r *Relay) deliver(message *nats.Msg) {
 	if !r.count(message) {
 		return
@@ -330,66 +316,64 @@ func (r *Relay) deliver(message *nats.Msg) {
 	}
 	select {
 	case r.hub.broadcast <- line:
-	case <-r.over: // nobody is left to hear it
+	case <-r.over: // no clients are left
 	}
 }
 
-// count reports whether message is new: one that a NATS server has kept back may
-// come after later ones. It notes how many messages of the same node have not
-// come: those between the last one that came and this one. Other software does
-// not number its messages, or makes numbers up.
+// count reports whether message is new: one that a NATS server has delayed may arrive after
+// later ones. It notes how many messages of the same node are missing between the last one
+// and this one. Other publishers may send no number, or a false one.
 func (r *Relay) count(message *nats.Msg) (isNew bool) {
 	name := message.Header.Get("Node")
-	// A node takes twenty years to say 2^40 messages, and what is made up below that
-	// adds up to a number that can be read.
+	// A node takes twenty years to publish 2^40 messages, and sums of false numbers below
+	// that stay readable.
 	before, err := strconv.ParseUint(message.Header.Get("Said"), 10, 40)
 	if err != nil || len(name) > headerSize {
 		return true
 	}
-	already, known := r.heard[name]
+	already, known := r.seen[name]
 	if known && before < already {
 		return false
 	}
 	after := before + uint64(min(1, len(message.Data)))
 	missed := "missed a message"
 	if name == r.name {
-		if after > r.said {
-			// Somebody else speaks under this name. The others take what this node says
-			// next for old, and what is on its way, too: so it takes another.
-			r.note("took another name: somebody else spoke under this node's", 1)
-			r.note(notBack, r.said-already)
-			r.name, r.said = rand.Text(), 0
-			r.heard[r.name] = 0
+		if after > r.published {
+			// Another publisher uses this name. Other nodes would ignore this node's next
+			// messages as old: so it takes another name.
+			r.note("took another name: another publisher uses this node's", 1)
+			r.note(notEchoed, r.published-already)
+			r.name, r.published = rand.Text(), 0
+			r.seen[r.name] = 0
 			return true
 		}
-		missed = notBack
-		r.inRoom, r.silent = r.settled, 0 // it may have waited here since NATS went
+		missed = notEchoed
+		r.inRoom, r.idleTicks = r.settled, 0 // It may have been queued since before a disconnect.
 	}
 	if known {
 		r.note(missed, before-already)
-	} else if len(r.heard) > mostNodes {
-		maps.DeleteFunc(r.heard, func(name string, _ uint64) bool { return name != r.name })
+	} else if len(r.seen) > maxNodes {
+		maps.DeleteFunc(r.seen, func(name string, _ uint64) bool { return name != r.name })
 	}
-	r.heard[name] = after
+	r.seen[name] = after
 	return true
 }
 
-// note has the next report say that what happened n times. Any goroutine may
-// call it.
+// note adds n occurrences of what to the next report. Any goroutine may call it.
 func (r *Relay) note(what string, n uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if n > 0 {
-		r.troubles[what] += n
+		r.problems[what] += n
 	}
 }
 
-// report logs what went wrong since it was last called.
+// report logs the problems since its last call.
 func (r *Relay) report() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for what, n := range r.troubles {
+	for what, n := range r.problems {
 		r.log.Printf("NATS: %d × %s", n, what)
 	}
-	clear(r.troubles)
+	clear(r.problems)
 }

@@ -167,7 +167,7 @@ func dial(t testing.TB, url string) *client {
 	return &client{Conn: conn}
 }
 
-func (c *client) say(t testing.TB, message string) {
+func (c *client) send(t testing.TB, message string) {
 	t.Helper()
 	if err := c.WriteMessage(websocket.TextMessage, []byte(message)); err != nil {
 		t.Fatal(err)
@@ -335,7 +335,7 @@ func TestEverybodyOnEveryNodeHearsWhatAnybodySaysOnce(t *testing.T) {
 	}
 	for n, speaker := range clients {
 		line := fmt.Sprint("from client ", n)
-		speaker.say(t, line)
+		speaker.send(t, line)
 		for _, listener := range clients {
 			listener.want(t, line)
 		}
@@ -372,11 +372,11 @@ func TestRoomsOfOtherNamesAreOtherRooms(t *testing.T) {
 	s := natsServer(t)
 	here, there := startNode(t, s.ClientURL(), "chat"), startNode(t, s.ClientURL(), "chat.other")
 	alice, bob := here.dial(t), there.dial(t)
-	alice.say(t, "here")
+	alice.send(t, "here")
 	alice.want(t, "here")
-	bob.say(t, "there")
+	bob.send(t, "there")
 	bob.want(t, "there")
-	alice.say(t, "still here")
+	alice.send(t, "still here")
 	alice.want(t, "still here")
 }
 
@@ -435,7 +435,7 @@ func TestWhatIsSaidWhileNATSIsAwayIsDeliveredOnReturn(t *testing.T) {
 	awaitNoNATS(t, nodes)
 	for i, c := range clients {
 		for _, line := range numbered(fmt.Sprint(i), each) {
-			c.say(t, line)
+			c.send(t, line)
 		}
 	}
 	restart()
@@ -461,10 +461,10 @@ func TestWhatIsSaidWhileNATSIsAwayIsDeliveredOnReturn(t *testing.T) {
 	}
 	group.Wait()
 	for _, node := range nodes {
-		node.log.wait(t, "NATS is back", 1)
+		node.log.wait(t, "reconnected to NATS", 1)
 	}
 	wantNothingLost(t, nodes)
-	clients[0].say(t, "as before")
+	clients[0].send(t, "as before")
 	clients[1].want(t, "as before")
 }
 
@@ -477,7 +477,7 @@ func TestNATSIsSoughtWithoutEndAlsoWhileItRefusesTheNode(t *testing.T) {
 	refusing := natsWith(t, &server.Options{Port: port, Authorization: "a token"})
 	nodes[0].log.wait(t, "× "+nats.ErrAuthorization.Error(), 2) // a second apart: several attempts
 	stopNATS(t, refusing)()
-	listener.say(t, "back again")
+	listener.send(t, "back again")
 	listener.want(t, "back again")
 	if got := nodes[0].nc.Opts.MaxReconnect; got >= 0 {
 		t.Errorf("nats.go makes %d attempts, want no end", got)
@@ -485,7 +485,7 @@ func TestNATSIsSoughtWithoutEndAlsoWhileItRefusesTheNode(t *testing.T) {
 }
 
 func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
-	const total = outboxSize + 1000
+	const total = outgoingSize + 1000
 	s, nodes := startRoom(t, 2)
 	near, far := nodes[0].dial(t), nodes[1].dial(t)
 	restart := stopNATS(t, s)
@@ -501,12 +501,12 @@ func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
 		}
 	}()
 	waitUntilSlowed(t, &taken)
-	if got, most := taken.Load(), int64(outboxSize); got > most {
+	if got, most := taken.Load(), int64(outgoingSize); got > most {
 		t.Errorf("%d messages wait, want at most %d", got, most)
 	}
 
 	// This one has to wait behind them, and is not cut.
-	near.say(t, "patient")
+	near.send(t, "patient")
 	restart()
 	var group sync.WaitGroup
 	for _, c := range []*client{near, far} {
@@ -538,10 +538,10 @@ func TestNobodyComesWhileTheOutboxIsFull(t *testing.T) {
 	restart := stopNATS(t, s)
 	awaitNoNATS(t, nodes)
 	nodes[0].dial(t) // As long as there is room, anybody may come.
-	for range outboxSize {
+	for range outgoingSize {
 		nodes[0].front.broadcast <- message
 	}
-	eventually(t, "the outbox is full", nodes[0].full.Load)
+	eventually(t, "the outgoing is full", nodes[0].full.Load)
 
 	// Whoever came, said something and went would leave a connection behind that
 	// waits for NATS.
@@ -552,7 +552,7 @@ func TestNobodyComesWhileTheOutboxIsFull(t *testing.T) {
 		}
 	}
 	restart()
-	eventually(t, "the outbox has room", func() bool { return !nodes[0].full.Load() })
+	eventually(t, "the outgoing has room", func() bool { return !nodes[0].full.Load() })
 	nodes[0].dial(t)
 }
 
@@ -569,7 +569,7 @@ func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *test
 			sub:      new(nats.Subscription),
 			over:     make(chan struct{}),
 			log:      log.Default(),
-			troubles: make(map[string]uint64),
+			problems: make(map[string]uint64),
 		}
 		go hub.run()
 		relay.running.Go(relay.run)
@@ -578,7 +578,7 @@ func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *test
 		go server.Serve(pipes)
 		defer server.Close()
 
-		for range outboxSize {
+		for range outgoingSize {
 			front.broadcast <- message
 		}
 		start := time.Now()
@@ -590,7 +590,7 @@ func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *test
 				gaveUp <- time.Since(start)
 			}()
 		}
-		held.say(t, "held up")
+		held.send(t, "held up")
 		time.Sleep(time.Hour)
 		if len(gaveUp) != 1 {
 			t.Fatalf("%d clients gave up, want the one that is held up", len(gaveUp))
@@ -604,7 +604,7 @@ func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *test
 		<-gaveUp
 		hub.stop()
 		relay.leave()
-		if got := string(relay.outbox[len(relay.outbox)-1]); got != "held up" {
+		if got := string(relay.outgoing[len(relay.outgoing)-1]); got != "held up" {
 			t.Errorf("%q is the last one that waits, want what the client said", got)
 		}
 	})
@@ -632,9 +632,9 @@ func TestConnectionIsGivenUpOnlyIfNothingThatMayBeLateWaits(t *testing.T) {
 	}
 	for _, test := range tests {
 		before := nc.Stats().Reconnects
-		r := &Relay{nc: nc, inbox: make(chan *nats.Msg, 1), settled: test.settled, inRoom: test.settled, silent: test.silent}
+		r := &Relay{nc: nc, incoming: make(chan *nats.Msg, 1), settled: test.settled, inRoom: test.settled, idleTicks: test.silent}
 		for range test.waiting {
-			r.inbox <- new(nats.Msg)
+			r.incoming <- new(nats.Msg)
 		}
 		r.check()
 		if got := r.ready.Load(); got != test.ready {
@@ -875,8 +875,8 @@ func TestNodeSpeaksAMomentAfterNATSIsBack(t *testing.T) {
 	awaitNoNATS(t, nodes)
 	nodes[0].front.broadcast <- []byte("said while NATS was away")
 	restart()
-	nodes[0].log.wait(t, "NATS is back", 1)
-	nodes[1].log.wait(t, "NATS is back", 1)
+	nodes[0].log.wait(t, "reconnected to NATS", 1)
+	nodes[1].log.wait(t, "reconnected to NATS", 1)
 	back := time.Now()
 	listener.want(t, "said while NATS was away")
 	if waited := time.Since(back); waited < settleWait/2 {
@@ -884,7 +884,7 @@ func TestNodeSpeaksAMomentAfterNATSIsBack(t *testing.T) {
 	}
 
 	nodes[0].nc.ForceReconnect()
-	nodes[0].log.wait(t, "NATS is back", 2)
+	nodes[0].log.wait(t, "reconnected to NATS", 2)
 	back = time.Now()
 	eventually(t, "the moment is over", func() bool { return time.Since(back) > settleWait })
 	before := time.Now()
@@ -912,7 +912,7 @@ func TestWhatANodeMissesIsCountedOnceOthersSpeakAgain(t *testing.T) {
 	}
 	eventually(t, "NATS cuts the node off", func() bool { return s.NumSlowConsumers() > 0 })
 	wire.blocked[fromNATS].Unlock()
-	far.log.wait(t, "this node has missed what others said meanwhile", 1)
+	far.log.wait(t, "messages of other nodes were missed meanwhile", 1)
 	near.front.broadcast <- []byte("end")
 	heard := listener.hearUntil(t, "end")
 	far.log.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total-len(heard)), 1)
@@ -929,7 +929,7 @@ func TestNATSThatDoesNotAnswerIsLeft(t *testing.T) {
 	}
 	talking.front.broadcast <- []byte("never arrives")
 	for i, node := range []*node{talking, silent} {
-		node.log.wait(t, "NATS is away: "+nats.ErrTimeout.Error(), 1) // answerWait later
+		node.log.wait(t, "disconnected from NATS: "+nats.ErrTimeout.Error(), 1) // answerWait later
 		wires[i].mend()
 	}
 	talking.front.broadcast <- []byte("arrives")
@@ -950,14 +950,14 @@ func TestNodesOnOneNATSClusterAreOneRoomThatOutlivesAServer(t *testing.T) {
 	}
 	everybodyHears := func(line string) {
 		t.Helper()
-		clients[0].say(t, line)
+		clients[0].send(t, line)
 		for _, c := range clients {
 			c.want(t, line)
 		}
 	}
 	everybodyHears("hello")
 	stopNATS(t, servers[0])
-	nodes[0].log.wait(t, "NATS is back", 1)
+	nodes[0].log.wait(t, "reconnected to NATS", 1)
 	everybodyHears("still here")
 }
 
@@ -1028,7 +1028,7 @@ func natsWith(t testing.TB, options *server.Options) *server.Server {
 }
 
 func TestShutdownTakesWhatClientsSaidToNATSFirst(t *testing.T) {
-	const total = outboxSize
+	const total = outgoingSize
 	_, nodes := startRoom(t, 2)
 	leaver, listener := nodes[0].dial(t), nodes[1].dial(t)
 	want := numbered("last words", total)
@@ -1082,13 +1082,13 @@ func TestShutdownWithoutNATSLetsSendersGoAndLogsHowMuchIsLost(t *testing.T) {
 	var taken atomic.Int64
 	var group sync.WaitGroup
 	group.Go(func() {
-		for range 2*outboxSize + 1 {
+		for range 2*outgoingSize + 1 {
 			nodes[0].front.broadcast <- []byte("nobody hears this")
 			taken.Add(1)
 		}
 	})
 	waitUntilSlowed(t, &taken)
-	leaver.say(t, "nor this")
+	leaver.send(t, "nor this")
 	stopping := time.Now()
 	nodes[0].stop()
 	if took := time.Since(stopping); took > drainWait+shutdownWait {
@@ -1098,21 +1098,21 @@ func TestShutdownWithoutNATSLetsSendersGoAndLogsHowMuchIsLost(t *testing.T) {
 	group.Wait()
 	got := nodes[0].log.String()
 	lost := int(taken.Load())
-	want := fmt.Sprintf("%d × lost a message: NATS had not taken it when this node ended", lost)
-	withLeavers := fmt.Sprintf("%d × lost a message: NATS had not taken it when this node ended", lost+1) // if it was read before the end
+	want := fmt.Sprintf("%d × lost a message: NATS had not accepted it when this node stopped", lost)
+	withLeavers := fmt.Sprintf("%d × lost a message: NATS had not accepted it when this node stopped", lost+1) // if it was read before the end
 	if !strings.Contains(got, want) && !strings.Contains(got, withLeavers) {
 		t.Errorf("log is %q, want %q or one more in it", got, want)
 	}
 }
 
-// waitUntilSlowed waits until the front takes no more, as its outbox is full.
+// waitUntilSlowed waits until the front takes no more, as its outgoing is full.
 func waitUntilSlowed(t testing.TB, taken *atomic.Int64) {
 	t.Helper()
 	before := int64(-1)
-	eventually(t, "a full outbox slows senders", func() bool {
+	eventually(t, "a full outgoing slows senders", func() bool {
 		time.Sleep(50 * time.Millisecond)
 		now := taken.Load()
-		slowed := now >= outboxSize && now == before
+		slowed := now >= outgoingSize && now == before
 		before = now
 		return slowed
 	})
@@ -1146,7 +1146,7 @@ func TestRollingRestartLosesNothingForAClientOfTheOtherNode(t *testing.T) {
 		group.Wait()
 		nodes[round%2] = startNode(t, s.ClientURL(), "chat")
 		again := nodes[round%2].dial(t)
-		again.say(t, "back")
+		again.send(t, "back")
 		again.want(t, "back")
 
 		heard := from(who, listener.hearUntil(t, "back"))
@@ -1199,21 +1199,21 @@ func TestNATSThatGoesAgainAtOnceIsNotBack(t *testing.T) {
 	wire.hangUps = hangUps
 	wire.mu.Unlock()
 	wire.mend()
-	node.log.wait(t, "NATS is back: 127.0.0.1:", 1)
-	c.say(t, "hello")
+	node.log.wait(t, "reconnected to NATS: 127.0.0.1:", 1)
+	c.send(t, "hello")
 	c.want(t, "hello")
 	if got := node.nc.Stats().Reconnects; got < hangUps+1 {
 		t.Errorf("connected %d times, want %d in vain and one that lasts", got, hangUps)
 	}
 	log := node.log.String()
 	// The handler for the last one in vain may have waited until the one that lasts.
-	if strings.Contains(log, "back: ;") || strings.Count(log, "NATS is back") > 2 {
+	if strings.Contains(log, "NATS: ;") || strings.Count(log, "reconnected to NATS") > 2 {
 		t.Errorf("log is %q, want that NATS is back, and where, only when it is", log)
 	}
 }
 
 func TestSendersWaitAlsoForWhatOthersSay(t *testing.T) {
-	const others = inboxSize / 2
+	const others = incomingSize / 2
 	s := natsServer(t)
 	relay, _ := joinWithoutHub(t, s.ClientURL())
 	nc := otherSoftware(t, s)
@@ -1221,7 +1221,7 @@ func TestSendersWaitAlsoForWhatOthersSay(t *testing.T) {
 		nc.Publish("chat", []byte(line))
 	}
 	nc.Flush()
-	awaitAll(t, relay) // are in the inbox
+	awaitAll(t, relay) // are in the incoming
 
 	taken := 0
 	for heard := 0; heard < others/2; {
@@ -1247,11 +1247,11 @@ func TestWindowIsForWhatHasNotComeBack(t *testing.T) {
 	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
 	listener := startNode(t, s.ClientURL(), "chat").dial(t)
 	wire.cut(fromNATS)
-	lines := numbered("said", 2*windowSize)
-	for _, line := range lines[:windowSize+1] {
+	lines := numbered("said", 2*maxInFlight)
+	for _, line := range lines[:maxInFlight+1] {
 		near.front.broadcast <- []byte(line)
 	}
-	listener.want(t, lines[:windowSize]...)
+	listener.want(t, lines[:maxInFlight]...)
 	select {
 	case near.front.broadcast <- []byte("more"):
 		t.Error("a message is taken that goes beyond the window and the one that waits for it")
@@ -1260,8 +1260,8 @@ func TestWindowIsForWhatHasNotComeBack(t *testing.T) {
 
 	// Those that have arrived are not said again.
 	wire.mend()
-	near.log.wait(t, fmt.Sprintf("%d × may have lost a message", windowSize), 1)
-	listener.want(t, lines[windowSize])
+	near.log.wait(t, fmt.Sprintf("%d × may have lost a message", maxInFlight), 1)
+	listener.want(t, lines[maxInFlight])
 }
 
 // joinWithoutHub returns a relay whose hub does not run, so that it takes
@@ -1284,7 +1284,7 @@ func awaitAll(t testing.TB, relay *Relay) {
 }
 
 func TestWhatANodeIsTooSlowForIsCountedInTheLog(t *testing.T) {
-	const total = inboxSize + 1000
+	const total = incomingSize + 1000
 	s := natsServer(t)
 	slow, book := joinWithoutHub(t, s.ClientURL())
 	fast := startNode(t, s.ClientURL(), "chat")
@@ -1298,7 +1298,7 @@ func TestWhatANodeIsTooSlowForIsCountedInTheLog(t *testing.T) {
 	listener.hearUntil(t, lines[total-1])
 	awaitAll(t, slow) // have come, or been dropped
 	slow.mu.Lock()
-	dropped := slow.troubles["lost a message from NATS: too many waited for the hub"]
+	dropped := slow.problems["lost a message from NATS: slow consumer, the hub is behind"]
 	slow.mu.Unlock()
 	if dropped == 0 {
 		t.Fatal("nothing was dropped")
@@ -1316,7 +1316,7 @@ func TestWhatANodeIsTooSlowForIsCountedInTheLog(t *testing.T) {
 	for line := ""; line != "end"; heard++ {
 		line = string(<-slow.hub.broadcast)
 	}
-	book.wait(t, fmt.Sprintf("NATS: %d × lost a message from NATS: too many waited for the hub\n", dropped), 1)
+	book.wait(t, fmt.Sprintf("NATS: %d × lost a message from NATS: slow consumer, the hub is behind\n", dropped), 1)
 	book.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total+1-heard), 1)
 }
 
@@ -1349,16 +1349,16 @@ func TestMessageThatComesAfterLaterOnesIsOldAndNoGap(t *testing.T) {
 		if got := relay.count(message); got != test.fresh {
 			t.Errorf("%s: new is %t, want %t", test.name, got, test.fresh)
 		}
-		if got := relay.troubles["missed a message"]; got != test.missed {
+		if got := relay.problems["missed a message"]; got != test.missed {
 			t.Errorf("%s: %d missed, want %d", test.name, got, test.missed)
 		}
-		clear(relay.troubles)
+		clear(relay.problems)
 	}
 }
 
 // countingRelay returns a relay that can count messages, and do nothing else.
 func countingRelay() *Relay {
-	return &Relay{name: "mine", heard: make(map[string]uint64), troubles: make(map[string]uint64)}
+	return &Relay{name: "mine", seen: make(map[string]uint64), problems: make(map[string]uint64)}
 }
 
 // numberedBy returns the header of a message of node, which had said as many before.
@@ -1372,7 +1372,7 @@ func TestWhatANATSServerKeptBackIsNotDeliveredLate(t *testing.T) {
 	servers, wires := natsCluster(t, true)
 	near, far := startNode(t, servers[2].ClientURL(), "chat"), startNode(t, servers[0].ClientURL(), "chat")
 	talker, listener := near.dial(t), far.dial(t)
-	talker.say(t, "before")
+	talker.send(t, "before")
 	listener.want(t, "before")
 	talker.want(t, "before")
 
@@ -1387,7 +1387,7 @@ func TestWhatANATSServerKeptBackIsNotDeliveredLate(t *testing.T) {
 	}
 	near.nc.SetServerPool([]string{servers[0].ClientURL()})
 	near.nc.ForceReconnect()
-	near.log.wait(t, "NATS is back", 1)
+	near.log.wait(t, "reconnected to NATS", 1)
 	near.front.broadcast <- []byte("afterwards")
 	listener.want(t, "afterwards")
 
@@ -1408,24 +1408,24 @@ func TestWhatANATSServerKeptBackIsNotDeliveredLate(t *testing.T) {
 
 func TestOtherSoftwareCannotMakeTheNodeCountWithoutEnd(t *testing.T) {
 	relay := countingRelay()
-	relay.said = 1
+	relay.published = 1
 	relay.count(&nats.Msg{Header: numberedBy(relay.name, 0), Data: message})
-	for n := range 3 * mostNodes {
+	for n := range 3 * maxNodes {
 		relay.count(&nats.Msg{Header: numberedBy(fmt.Sprint(n), 1)})
 	}
-	if got := len(relay.heard); got > mostNodes+1 {
-		t.Errorf("remembers %d nodes, want at most %d and itself", got, mostNodes)
+	if got := len(relay.seen); got > maxNodes+1 {
+		t.Errorf("remembers %d nodes, want at most %d and itself", got, maxNodes)
 	}
-	if got := relay.onTheWay(); got != 0 {
+	if got := relay.inFlight(); got != 0 {
 		t.Errorf("%d of its own messages are on their way, want none", got)
 	}
-	clear(relay.heard)
+	clear(relay.seen)
 	for _, said := range []string{"", "1 2", "-1", "1.5", "99999999999999999999", "x"} {
-		if message := (&nats.Msg{Header: numberedBy("other", said)}); !relay.count(message) || len(relay.heard) > 0 {
+		if message := (&nats.Msg{Header: numberedBy("other", said)}); !relay.count(message) || len(relay.seen) > 0 {
 			t.Errorf("a message with the number %q is counted, or not delivered", said)
 		}
 	}
-	if relay.count(&nats.Msg{Header: numberedBy(strings.Repeat("x", headerSize+1), 1)}); len(relay.heard) > 0 {
+	if relay.count(&nats.Msg{Header: numberedBy(strings.Repeat("x", headerSize+1), 1)}); len(relay.seen) > 0 {
 		t.Error("remembers a node whose name is too long")
 	}
 }
@@ -1468,7 +1468,7 @@ func TestNodeInWhoseNameSomebodyElseSpeaksIsHeard(t *testing.T) {
 			listener.want(t, test.text) // Anybody may say a line.
 		}
 		near.log.wait(t, "1 × took another name", n+1)
-		lines := numbered(test.name, 2*windowSize)
+		lines := numbered(test.name, 2*maxInFlight)
 		for _, line := range lines {
 			near.front.broadcast <- []byte(line)
 		}
@@ -1497,12 +1497,12 @@ func TestMadeUpNumbersStayReadableInTheLog(t *testing.T) {
 
 func TestWhatIsOnItsWayWhenTheNameChangesIsCounted(t *testing.T) {
 	relay := countingRelay()
-	relay.said, relay.heard["mine"] = 7, 4
+	relay.published, relay.seen["mine"] = 7, 4
 	relay.count(&nats.Msg{Header: numberedBy("mine", 100)})
-	if relay.name == "mine" || relay.onTheWay() != 0 {
-		t.Errorf("name is %q with %d on their way, want another one with none", relay.name, relay.onTheWay())
+	if relay.name == "mine" || relay.inFlight() != 0 {
+		t.Errorf("name is %q with %d on their way, want another one with none", relay.name, relay.inFlight())
 	}
-	if got := relay.troubles[notBack]; got != 3 {
+	if got := relay.problems[notEchoed]; got != 3 {
 		t.Errorf("%d may be lost, want 3", got)
 	}
 
@@ -1512,9 +1512,9 @@ func TestWhatIsOnItsWayWhenTheNameChangesIsCounted(t *testing.T) {
 			t.Errorf("its own number %d is old, want that its clients hear it", n)
 		}
 	}
-	relay.said = 2
+	relay.published = 2
 	relay.count(&nats.Msg{Header: numberedBy(relay.name, 2)})
-	if got := relay.troubles[notBack]; got != 5 {
+	if got := relay.problems[notEchoed]; got != 5 {
 		t.Errorf("%d may be lost, want that the first two under the new name count, too", got)
 	}
 }
@@ -1530,7 +1530,7 @@ func TestInboxIsBoundedInBytesAndLongMessagesTakeNoRoomInIt(t *testing.T) {
 		return m.HeapAlloc
 	}
 	before := memory()
-	const long, lines = inboxSize + 1000, inboxSize / 2
+	const long, lines = incomingSize + 1000, incomingSize / 2
 	for n := range long {
 		nc.Publish("chat", make([]byte, 16<<10)) // 144 MiB in all
 		if n%100 == 0 {
@@ -1685,8 +1685,8 @@ func TestWhatNATSNoLongerAcceptsIsToldAndHoldsNothingUp(t *testing.T) {
 	address := s.Addr().(*net.TCPAddr)
 	stopNATS(t, s)
 	eventually(t, "the node knows that NATS is away", node.nc.IsReconnecting)
-	c.say(t, strings.Repeat("x", maxMessageSize))
-	c.say(t, "short")
+	c.send(t, strings.Repeat("x", maxMessageSize))
+	c.send(t, "short")
 	natsWith(t, &server.Options{Port: address.Port, MaxPayload: maxMessageSize})
 	c.want(t, "short")
 	node.log.wait(t, "NATS accepts messages of at most 512 bytes, and has to accept 640", 1)
@@ -1751,7 +1751,7 @@ func TestNodeThatWasNotAllowedToHearHearsAgain(t *testing.T) {
 	reload(t, s, allowed("chat", "chat")) // of which NATS tells nobody
 	eventually(t, "the node is not ready", func() bool { return !node.ready.Load() })
 	eventually(t, "the node is ready", node.ready.Load)
-	c.say(t, "hello")
+	c.send(t, "hello")
 	c.want(t, "hello")
 }
 
@@ -1763,7 +1763,7 @@ func TestWhatIsSaidWhileNATSDoesNotAllowItWaits(t *testing.T) {
 	reload(t, s, allowed("nothing", "chat"))
 	eventually(t, "the node is not ready", func() bool { return !node.ready.Load() })
 	node.log.wait(t, "permissions violation", 1)
-	c.say(t, "hello")
+	c.send(t, "hello")
 	reload(t, s, allowed("chat", "chat"))
 	c.want(t, "hello")
 	eventually(t, "the node is ready", node.ready.Load)

@@ -158,7 +158,10 @@ func TestHAProxyBalancesOnlyToReadyNodes(t *testing.T) {
 			func(t *testing.T, two *server, _ *forwarder) { two.signal(t, syscall.SIGSTOP) },
 			func(t *testing.T, two *server, _ *forwarder) { two.signal(t, syscall.SIGCONT) }},
 		{"has lost NATS",
-			func(t *testing.T, two *server, wire *forwarder) { wire.cut(); two.waitForLog(t, "NATS is (away)") },
+			func(t *testing.T, two *server, wire *forwarder) {
+				wire.cut()
+				two.waitForLog(t, "disconnected from (NATS)")
+			},
 			func(_ *testing.T, _ *server, wire *forwarder) { wire.mend() }},
 	} {
 		t.Run(trouble.name, func(t *testing.T) {

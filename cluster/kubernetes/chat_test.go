@@ -4,6 +4,8 @@ package kubernetes
 
 import (
 	"os"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -13,8 +15,40 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// ending is the time that a node takes for its clients and for NATS, in seconds.
-const ending = 10
+// stopTime returns the longest time in seconds that a node takes to stop after
+// SIGTERM, as its constants give it: shutdownWait for the clients, drainWait for NATS.
+func stopTime(t *testing.T) int64 {
+	t.Helper()
+	total := int64(0)
+	for file, name := range map[string]string{"../main.go": "shutdownWait", "../relay.go": "drainWait"} {
+		total += number(t, file, `\b`+name+` += (\d+) \* time\.Second\n`)
+	}
+	return total
+}
+
+// number returns the number that the only match of expression in file captures.
+func number(t *testing.T, file, expression string) int64 {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	matches := regexp.MustCompile(expression).FindAllSubmatch(text, -1)
+	if len(matches) != 1 {
+		t.Fatalf("%s: got %d matches of %s, want 1", file, len(matches), expression)
+	}
+	n, err := strconv.ParseInt(string(matches[0][1]), 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func TestDockerStopOfTheREADMEWaitsForTheNode(t *testing.T) {
+	if got, want := number(t, "../README.md", `docker stop --time (\d+)`), stopTime(t); got <= want {
+		t.Errorf("README.md has docker stop wait %d s, want more than the node's %d s", got, want)
+	}
+}
 
 func TestManifestIsWhatKubernetesKnowsAndHoldsTogether(t *testing.T) {
 	manifest, err := os.ReadFile("chat.yaml")
@@ -69,8 +103,9 @@ func TestManifestIsWhatKubernetesKnowsAndHoldsTogether(t *testing.T) {
 	if env := node.Env[0]; node.Args[3] != "$("+env.Name+")" {
 		t.Errorf("-nats is %q, want what %s holds", node.Args[3], env.Name)
 	}
-	preStop := node.Lifecycle.PreStop.Sleep.Seconds
-	if grace := *pod.Spec.TerminationGracePeriodSeconds; grace < preStop+ending {
-		t.Errorf("grace is %d s, want at least %d and the node's %d", grace, preStop, ending)
+	// The grace period starts with preStop.
+	preStop, stop := node.Lifecycle.PreStop.Sleep.Seconds, stopTime(t)
+	if grace := *pod.Spec.TerminationGracePeriodSeconds; grace <= preStop+stop {
+		t.Errorf("terminationGracePeriodSeconds is %d, want more than preStop's %d s and the node's %d s", grace, preStop, stop)
 	}
 }
