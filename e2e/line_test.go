@@ -695,3 +695,18 @@ func TestOnlyABlockedWebSocketIsCalledBlocked(t *testing.T) {
 		})
 	}
 }
+
+// While the browser is offline, the status says that, and blames no proxy.
+func TestOfflineNoProxyIsBlamed(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	do(p, chromedp.Navigate("http://"+cutHandshakes(t, s.addr)+"/"))
+	p.until(blocked)
+	p.setOffline(true)
+	p.until(`$("status").textContent == "You are offline. Reconnecting…"`)
+	eval[bool](p, `connectNow(); true`) // as when the tab becomes visible
+	p.until(`$("status").textContent == "You are offline. Reconnecting…"`)
+	p.setOffline(false)
+	p.until(blocked)
+}
