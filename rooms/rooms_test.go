@@ -1263,7 +1263,7 @@ func TestDiffsAreTheWholeDifference(t *testing.T) {
 func TestCodeStaysSmall(t *testing.T) {
 	for names, limit := range map[string]int{"rooms.go room.go": 350, "store.go": 200, "names.go": 30} {
 		lines := 0
-		for _, name := range strings.Fields(names) {
+		for name := range strings.FieldsSeq(names) {
 			text, err := os.ReadFile(name)
 			if err != nil {
 				t.Fatal(err)
