@@ -93,7 +93,7 @@ func TestCopyWithAMainOfItsOwn(t *testing.T) {
 	t.Parallel()
 	_, setup := recipe(t, "## Use it in your project")
 	_, shutdown := recipe(t, "### Graceful shutdown in your own main")
-	run := regexp.MustCompile(`go func\(\) \{ hub\.run\(\); .*`).FindString(shutdown)
+	run, shutdown, _ := strings.Cut(shutdown, "<-ctx.Done()")
 	s := startCopy(t, `
 --- main.go
 -	return serve(ctx, listener)
@@ -104,7 +104,6 @@ func TestCopyWithAMainOfItsOwn(t *testing.T) {
 +
 +func serveOwn(ctx context.Context, listener net.Listener) error {
 +	mux := http.NewServeMux()
-+	ended := make(chan struct{})
 +	`+strings.ReplaceAll(replace(t, setup, "go hub.run()", run), "\n", "\n+")+`
 +	mux.HandleFunc("/slow", func(w http.ResponseWriter, r *http.Request) {
 +		log.Print("a slow request")
@@ -113,7 +112,7 @@ func TestCopyWithAMainOfItsOwn(t *testing.T) {
 +	})
 +	server := &http.Server{Handler: mux}
 +	go server.Serve(listener)
-+	`+strings.ReplaceAll(shutdown, "\n", "\n+")+`
++	<-ctx.Done()`+strings.ReplaceAll(shutdown, "\n", "\n+")+`
 +	return nil
 +}
 `)
@@ -309,12 +308,12 @@ func TestCopyWithPresenceAndMetrics(t *testing.T) {
 	t.Parallel()
 	auth, _ := recipe(t, "### Authentication: log in before the upgrade")
 	announce, list := recipe(t, "### Presence and metrics: count, list, announce joins and leaves")
-	declare := regexp.MustCompile(`drops := .*`).FindString(announce)
+	declare := regexp.MustCompile(`var drops = .*`).FindString(announce)
 	s := startCopy(t, auth, logIn, announce, `
 --- drops.go
 +package main
 +
-+var `+replace(t, declare, ":=", "=")+`
++`+declare+`
 `, add(`mux.Handle("/debug/vars", expvar.Handler())`), handle("/users", `
 	connected, clients := 0, []*Client(nil)
 	`+list+`
@@ -391,6 +390,9 @@ func TestCopyWithTypedJSON(t *testing.T) {
 	conn := s.dial(t)
 	say(t, conn, "{\n\t\"type\": \"chat\",\n\t\"text\": \"a\\nb\"\n}")
 	wantLines(t, conn, `{  "type": "chat",  "text": "a\nb" }`)
+	say(t, conn, " ") // A blank message is ignored.
+	say(t, conn, `{"type":"chat"}`)
+	wantLines(t, conn, `{"type":"chat"}`)
 	for _, message := range []string{`{"type": "shout"}`, `hello`} {
 		conn := s.dial(t)
 		say(t, conn, message)
