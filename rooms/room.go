@@ -19,6 +19,9 @@ import (
 // connection of a user replaces the oldest, which may be dead.
 const maxUsers, maxTabs = 100, 10
 
+// Maximum number of users that a room remembers as kicked.
+const maxKicked = 1000
+
 // A user leaves when all their connections have been closed for awayTime, so a page
 // reload or a brief disconnect is not announced. A room without users closes after
 // roomLife: then only the database has it.
@@ -238,6 +241,7 @@ func (h *Hub) receive(client *Client, line string) {
 		h.notify(client, line, "You cannot remove yourself.")
 	default:
 		h.kicked = append(h.kicked, user.ID)
+		h.kicked = h.kicked[max(0, len(h.kicked)-maxKicked):]
 		h.notify(client, line, "Done.")
 		h.remove(user, "kicked by "+sender.Name)
 		for _, other := range slices.Clone(user.clients) { // leave removes each from the list
@@ -265,7 +269,7 @@ func (h *Hub) publish(line Line) {
 		kept = &h.private
 	}
 	*kept = append(*kept, line)
-	if len(*kept) > historySize {
+	for len(*kept) > historySize { // more than one if the constant has been lowered
 		h.forgotten = max(h.forgotten, (*kept)[0].N)
 		*kept = (*kept)[1:]
 	}

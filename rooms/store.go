@@ -22,7 +22,7 @@ const commitDelay, retryDelay = 100 * time.Millisecond, time.Second
 const storeQueueSize = 1024
 
 // Time for which a room is kept after its last user has left, and maximum number of rooms
-// kept, which bounds the size of the file.
+// kept, to which those that are open and not saved yet add.
 const keepTime, maxKeptRooms = 30 * 24 * time.Hour, 1000
 
 var errTooManyRooms = &websocket.CloseError{Code: 4503, Text: "the server keeps too many rooms"}
@@ -84,7 +84,7 @@ func openStore(file string) (*Store, error) {
 // setUp creates the tables and the key if they do not exist.
 func (s *Store) setUp(t *tx) {
 	t.exec(schema)
-	t.exec(`INSERT INTO server SELECT ?, 1 WHERE NOT EXISTS (SELECT * FROM server)`, rand.Text())
+	t.exec(`INSERT INTO server SELECT ?, 0 WHERE NOT EXISTS (SELECT * FROM server)`, rand.Text())
 	t.query(func() {}, []any{&s.key}, `SELECT cookie_key FROM server`)
 	t.exec(skipLost)
 	t.exec(`UPDATE server SET clean = 0`)
@@ -180,7 +180,7 @@ func (s *Store) read(name string) (Record, *websocket.CloseError) {
 	var kept int
 	var list, message string
 	err := s.transaction(func(t *tx) {
-		t.query(func() {}, []any{&kept}, `SELECT count(*) FROM rooms`)
+		t.query(func() {}, []any{&kept}, `SELECT count(*) FROM rooms WHERE used >= ?`, time.Now().Add(-keepTime).Unix())
 		t.query(func() { record.kicked, record.used = strings.Fields(list), time.Unix(used, 0) },
 			[]any{&record.id, &record.owner, &list, &used, &record.last, &record.forgotten, &record.lost},
 			`SELECT id, owner, kicked, used, last, forgotten, lost FROM rooms WHERE fold = ? AND used >= ?`,
@@ -196,7 +196,7 @@ func (s *Store) read(name string) (Record, *websocket.CloseError) {
 	switch {
 	case err != nil:
 		return record, &websocket.CloseError{Code: websocket.CloseInternalServerErr, Text: "cannot read the room: " + err.Error()}
-	case record.id == "" && kept+len(s.unsaved) >= maxKeptRooms:
+	case record.id == "" && kept >= maxKeptRooms:
 		return record, errTooManyRooms
 	}
 	record.id = cmp.Or(record.id, rand.Text())

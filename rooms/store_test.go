@@ -147,6 +147,9 @@ func restart(t *testing.T, rounds int, signal syscall.Signal) {
 		var talk sync.WaitGroup
 		for n, cookie := range cookies[1:] {
 			p := w.dial(cookie, "kitchen")
+			if p == nil {
+				break
+			}
 			talk.Go(func() {
 				for i := 0; p.WriteMessage(websocket.TextMessage, fmt.Appendf(nil, "%d %d %d", round, n, i)) == nil; i++ {
 				}
