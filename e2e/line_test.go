@@ -650,48 +650,47 @@ func TestOnlyABlockedWebSocketIsCalledBlocked(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			inThreeEngines(t, func(t *testing.T, w *window) {
-				s := startQuick(t, "localhost:0")
-				server := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr})
-				var broken, cut, cutOnce atomic.Bool
-				front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-					switch {
-					case broken.Load():
-						test.handle(w, r, server)
-					case r.URL.Path == "/ws" && cutOnce.Swap(false):
-						broken.Store(true)
-						panic(http.ErrAbortHandler)
-					case r.URL.Path == "/ws" && cut.Load():
-						panic(http.ErrAbortHandler)
-					default:
-						server.ServeHTTP(w, r)
-					}
-				}))
-				t.Cleanup(front.Close)
-				w.open(front.Listener.Addr().String())
-				get[bool](w, `(window.statuses = [], new MutationObserver(() => statuses.push($("status").textContent)).observe($("status"), { childList: true }), true)`)
-				// One handshake fails as the trouble begins, and one as it ends: not two in a row.
-				cutOnce.Store(true)
-				get[bool](w, "socket.close() ?? true")
-				w.until("failures > 5")
-				if got, want := get[string](w, `$("status").textContent`), test.want+" Reconnecting…"; got != want {
-					t.Errorf("the status is %q, want %q", got, want)
+			w := &window{t, &chrome{tab: newTab(t)}}
+			s := startQuick(t, "localhost:0")
+			server := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr})
+			var broken, cut, cutOnce atomic.Bool
+			front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				switch {
+				case broken.Load():
+					test.handle(w, r, server)
+				case r.URL.Path == "/ws" && cutOnce.Swap(false):
+					broken.Store(true)
+					panic(http.ErrAbortHandler)
+				case r.URL.Path == "/ws" && cut.Load():
+					panic(http.ErrAbortHandler)
+				default:
+					server.ServeHTTP(w, r)
 				}
-				cutOnce.Store(true)
-				broken.Store(false)
-				w.until("blocked == 1")
-				broken.Store(false)
-				w.until(connected)
-				if got := get[[]string](w, "statuses"); slices.ContainsFunc(got, func(text string) bool { return strings.Contains(text, "WebSocket") }) {
-					t.Errorf("the statuses were %q, want none about WebSockets", got)
-				}
+			}))
+			t.Cleanup(front.Close)
+			w.open(front.Listener.Addr().String())
+			get[bool](w, `(window.statuses = [], new MutationObserver(() => statuses.push($("status").textContent)).observe($("status"), { childList: true }), true)`)
+			// One handshake fails as the trouble begins, and one as it ends: not two in a row.
+			cutOnce.Store(true)
+			get[bool](w, "socket.close() ?? true")
+			w.until("failures > 5")
+			if got, want := get[string](w, `$("status").textContent`), test.want+" Reconnecting…"; got != want {
+				t.Errorf("the status is %q, want %q", got, want)
+			}
+			cutOnce.Store(true)
+			broken.Store(false)
+			w.until("blocked == 1")
+			broken.Store(false)
+			w.until(connected)
+			if got := get[[]string](w, "statuses"); slices.ContainsFunc(got, func(text string) bool { return strings.Contains(text, "WebSocket") }) {
+				t.Errorf("the statuses were %q, want none about WebSockets", got)
+			}
 
-				cut.Store(true)
-				get[bool](w, "socket.close() ?? true")
-				w.until(blocked)
-				cut.Store(false)
-				w.until(connected)
-			})
+			cut.Store(true)
+			get[bool](w, "socket.close() ?? true")
+			w.until(blocked)
+			cut.Store(false)
+			w.until(connected)
 		})
 	}
 }
