@@ -221,6 +221,10 @@ func TestNodeThatWasPausedHearsWhatNATSKeptForIt(t *testing.T) {
 	}
 	for _, p := range paused {
 		p.Process.Signal(syscall.SIGSTOP)
+		// Until it has stopped, it may be writing, and the write times out during the pause.
+		if _, err := syscall.Wait4(p.Process.Pid, nil, syscall.WUNTRACED, nil); err != nil {
+			t.Fatal(err)
+		}
 	}
 	lines := numbered("while they are paused", each)
 	for _, line := range lines {
