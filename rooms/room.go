@@ -158,19 +158,17 @@ func (h *Hub) welcome(client *Client, user *User) {
 	if client.request.RoomID != h.id {
 		after = 0 // The number is from another room of that name.
 	}
+	lines := slices.DeleteFunc(slices.Concat(h.history, h.private), func(l Line) bool { return l.N <= after || !l.isFor(client) })
+	slices.SortFunc(lines, func(a, b Line) int { return cmp.Compare(a.N, b.N) })
 	welcome := Line{Kind: "welcome", User: user.Name, RoomID: h.id, Time: time.Now()}
-	welcome.Missed = 0 < after && after < h.forgotten || after == 0 && len(h.history) > 0 && h.history[0].N < h.lost
+	welcome.Missed = 0 < after && after < h.forgotten || after == 0 && len(lines) > 0 && lines[0].N < h.lost
 	for _, other := range h.users {
 		welcome.Users = append(welcome.Users, other.Name)
 	}
 	slices.Sort(welcome.Users)
 	h.queue(client, welcome.encode())
-	lines := slices.Concat(h.history, h.private)
-	slices.SortFunc(lines, func(a, b Line) int { return cmp.Compare(a.N, b.N) })
 	for _, line := range lines {
-		if line.N > after && line.isFor(client) {
-			h.queue(client, line.message)
-		}
+		h.queue(client, line.message)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -164,7 +165,7 @@ func TestReconnectReceivesWhatItMissedOnce(t *testing.T) {
 				t.Errorf("after break %d Hans receives %q, want %q", n, got, want)
 			}
 			if back.welcome.Missed || back.last < hans.last {
-				t.Errorf("after break %d, hello is %+v", n, back.welcome)
+				t.Errorf("after disconnect %d the welcome is %+v", n, back.welcome)
 			}
 			hans = back
 		}
@@ -247,7 +248,7 @@ func TestPrivateMessagesDoNotDisplaceTheHistory(t *testing.T) {
 // A queue holds the whole history, and more that is sent meanwhile.
 func TestQueueHoldsTheWholeHistory(t *testing.T) {
 	if waits := 1 + 2*historySize; waits > sendQueueSize*4/5 {
-		t.Errorf("%d lines of %d may wait for who comes", waits, sendQueueSize)
+		t.Errorf("up to %d lines are queued for a client that joins, and the queue holds %d", waits, sendQueueSize)
 	}
 }
 
@@ -347,30 +348,38 @@ func TestConfusableRoomNamesAreOneRoom(t *testing.T) {
 // A room that closes while clients join must not refuse them, nor leave one of them in
 // another hub than the next.
 func TestClientCanJoinWhileTheRoomCloses(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w := startPiped(t)
-		cookies := []string{w.logIn("Grete"), w.logIn("Hans")}
-		for n := range 200 {
-			var peers [2]*peer
-			var both sync.WaitGroup
-			for i := range peers {
-				both.Go(func() { peers[i] = w.dial(cookies[i], "kitchen") })
-			}
-			both.Wait()
-			peers[0].received()
-			peers[1].received()
-			peers[0].send("here")
-			peers[0].want("message Grete: here")
-			peers[1].want("message Grete: here")
-			peers[0].leave()
-			peers[1].leave()
-			// At the moment of the last sweep, before it or after it as it happens.
-			time.Sleep(awayTime + roomLife + time.Duration(n%3)*time.Second)
-			if t.Failed() {
-				return
-			}
+	repeat(t, func(t *testing.T) { synctest.Test(t, testJoinWhileClosing) })
+}
+
+func testJoinWhileClosing(t *testing.T) {
+	w := startPiped(t)
+	cookies := []string{w.logIn("Grete"), w.logIn("Hans")}
+	for range 200 {
+		var peers [2]*peer
+		var both sync.WaitGroup
+		for i := range peers {
+			both.Go(func() { peers[i] = w.dial(cookies[i], "kitchen") })
 		}
-	})
+		if rand.N(2) == 0 {
+			both.Go(func() { w.get(cookies[0], "/room/kitchen/ws") }) // a handshake that fails
+		}
+		both.Wait()
+		peers[0].received()
+		peers[1].received()
+		peers[0].send("here")
+		peers[0].want("message Grete: here")
+		peers[1].want("message Grete: here")
+		peers[0].leave()
+		peers[1].leave()
+		// At the moment at which the room closes, before it or after it as it happens.
+		time.Sleep(awayTime + roomLife + time.Duration(rand.N(3))*time.Second)
+		if rand.N(2) == 0 {
+			time.Sleep(rand.N(time.Second))
+		}
+		if t.Failed() {
+			return
+		}
+	}
 }
 
 func TestStoppedHubDoesNotRemoveTheNextOfItsRoom(t *testing.T) {
@@ -380,7 +389,7 @@ func TestStoppedHubDoesNotRemoveTheNextOfItsRoom(t *testing.T) {
 	ending.Room = Room{rooms: rooms, Record: Record{name: "kitchen"}} // no user was ever in it
 	ending.expire()
 	if rooms.hubs["kitchen"] != next {
-		t.Error("the room that is ending has removed the next one")
+		t.Error("the stopped hub has removed the next one")
 	}
 }
 
@@ -605,7 +614,7 @@ func TestNameIsFreeOnceItsUserHasLeft(t *testing.T) {
 	})
 }
 
-// A user is an ID, and keeps its name in a room, whatever a later cookie says.
+// A user is an ID, and keeps its name in a room, also if a later cookie has another.
 func TestUserHasOneNameInARoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
@@ -682,10 +691,10 @@ func TestLongestLinesAreSentWhole(t *testing.T) {
 		w.join("Late", "kitchen").wantClose(errRoomFull)
 		p = w.dial(cookie, "kitchen")
 		if p.received(); len(p.welcome.Users) != maxUsers {
-			t.Errorf("the hello has %d names", len(p.welcome.Users))
+			t.Errorf("the welcome has %d names", len(p.welcome.Users))
 		}
-		if hello := len(p.welcome.encode()); hello > maxLineSize {
-			t.Errorf("the hello has %d bytes", hello)
+		if size := len(p.welcome.encode()); size > maxLineSize {
+			t.Errorf("the welcome has %d bytes", size)
 		}
 		p.send(text + "x")
 		p.wantClose(errTooBig)
@@ -824,7 +833,7 @@ func TestNewClientReceivesTheHistory(t *testing.T) {
 		hans := w.join("Hans", "kitchen")
 		hans.want(append(want[10:], "join Hans")...)
 		if hans.welcome.Missed {
-			t.Error("Hans is told that he missed something, as he comes for the first time")
+			t.Error("the welcome says missed to a user that is new")
 		}
 	})
 }
@@ -851,7 +860,7 @@ func TestJoinDuringAFloodReceivesEachLineOnce(t *testing.T) {
 	newcomers.Wait()
 }
 
-// So have the lines of a client that reconnects, unless its welcome says missed.
+// The same for a client that reconnects, unless its welcome says missed.
 func TestReconnectDuringAFloodReceivesEachLineOnce(t *testing.T) {
 	const breaks = 100
 	w := startTCP(t)
@@ -1028,7 +1037,7 @@ func TestOnlyTheHostCanKick(t *testing.T) {
 		time.Sleep(awayTime + time.Second)
 		refused(uwe, "/kick Hans", "Only the host, Hans, can remove users.")
 		refused(hans, "/kick Hans", self)
-		w.join("Grete", "kitchen").leave() // A name does not make one who opened it.
+		w.join("Grete", "kitchen").leave() // The owner is known by ID, not by name.
 		refused(hans, "/kick nobody", "There is no user with that name in this room.")
 		time.Sleep(awayTime + time.Second)
 		grete = w.dial(cookie, "kitchen")
@@ -1044,7 +1053,7 @@ func TestOnlyTheHostCanKick(t *testing.T) {
 		w.join("Jens", "kitchen")
 		refused(ursel, "/kick Hans", "There is no user with that name in this room.")
 		pau1 := w.join("Pau1", "kitchen")
-		refused(ursel, "/kick Paul", "There is no user with that name in this room.") // who looks like him
+		refused(ursel, "/kick Paul", "There is no user with that name in this room.") // a confusable name
 		refused(ursel, "/to Paul for him alone", "There is no user with that name in this room.")
 		pau1.leave()
 		ursel.send("/kick JENS")
@@ -1305,7 +1314,7 @@ type world struct {
 
 func startTCP(t testing.TB) *world { t.Helper(); return startTCPOn(t, newFile(t)) }
 
-// startTCPOn starts a site whose database is in file.
+// startTCPOn starts a server whose database is in file.
 func startTCPOn(t testing.TB, file string) *world {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -1317,7 +1326,7 @@ func startTCPOn(t testing.TB, file string) *world {
 	return w
 }
 
-// startPiped starts a site whose connections are pipes, for a synctest bubble.
+// startPiped starts a server whose connections are pipes, for a synctest bubble.
 func startPiped(t testing.TB) *world { t.Helper(); return startPipedOn(t, newFile(t)) }
 
 func startPipedOn(t testing.TB, file string) *world {
@@ -1375,7 +1384,7 @@ func program(t *testing.T, variable, file string) *exec.Cmd {
 	return cmd
 }
 
-// startProgram starts the program. It returns its site, and its log after the first line.
+// startProgram starts the program, and returns its log after the first line.
 func startProgram(t *testing.T, variable, file string) (*world, *exec.Cmd, *bufio.Reader) {
 	t.Helper()
 	cmd := program(t, variable, file)
@@ -1388,12 +1397,17 @@ func startProgram(t *testing.T, variable, file string) (*world, *exec.Cmd, *bufi
 	}
 	log := bufio.NewReader(stderr)
 	line, err := log.ReadString('\n')
-	address := regexp.MustCompile(`listening on http://(.*)/`).FindStringSubmatch(line)
-	if address == nil {
+	if !strings.Contains(line, "listening on") {
 		t.Fatalf("it logs %q, %v, want where it listens", line, err)
 	}
-	connect := func() (net.Conn, error) { return net.Dial("tcp", address[1]) }
-	return &world{newRooms("key", nil), t, "http://" + address[1], connect, nil}, cmd, log
+	return startedProgram(t, line), cmd, log
+}
+
+// startedProgram returns the world of a program that has logged where it listens.
+func startedProgram(t *testing.T, line string) *world {
+	address := regexp.MustCompile(`listening on http://(.*)/`).FindStringSubmatch(line)[1]
+	connect := func() (net.Conn, error) { return net.Dial("tcp", address) }
+	return &world{newRooms("key", nil), t, "http://" + address, connect, nil}
 }
 
 // newFile returns the path of a file for a database.
@@ -1458,12 +1472,12 @@ func (w *world) try(cookie, room string, query ...string) (*peer, *http.Response
 	return newPeer(w.t, conn), response, nil
 }
 
-// dial does, too, and reports an error. Any goroutine may call it.
+// dial does the same, and reports an error. Any goroutine may call it.
 func (w *world) dial(cookie, room string, query ...string) *peer {
 	w.t.Helper()
 	p, response, err := w.try(cookie, room, query...)
 	if err != nil {
-		w.t.Errorf("no way into the %s: %v, %v", room, err, response)
+		w.t.Errorf("cannot join the room %s: %v, %v", room, err, response)
 	}
 	return p
 }
@@ -1471,7 +1485,7 @@ func (w *world) dial(cookie, room string, query ...string) *peer {
 // join connects a new user to a room.
 func (w *world) join(name, room string) *peer { w.t.Helper(); return w.dial(w.logIn(name), room) }
 
-// comeBack connects who has been there as p.
+// reconnect connects the user of p again, to receive what p has missed.
 func (w *world) reconnect(cookie, room string, p *peer) *peer {
 	w.t.Helper()
 	back := w.dial(cookie, room, fmt.Sprintf("?room=%s&after=%d", p.welcome.RoomID, p.last))
@@ -1481,23 +1495,23 @@ func (w *world) reconnect(cookie, room string, p *peer) *peer {
 	return back
 }
 
-// rush connects, too, and sends text as soon as the handshake is answered.
+// dialAndSend connects, and sends text as soon as the handshake response arrives.
 func (w *world) dialAndSend(cookie, room, text string) *peer {
 	w.t.Helper()
 	conn, response, err := w.dialer().Dial("ws://pipe/room/"+room+"/ws", http.Header{"Cookie": {cookie}})
 	if err != nil {
-		w.t.Fatalf("no way into the %s: %v, %v", room, err, response)
+		w.t.Fatalf("cannot join the room %s: %v, %v", room, err, response)
 	}
 	conn.WriteMessage(websocket.TextMessage, []byte(text))
 	return newPeer(w.t, conn)
 }
 
-// knock connects, reads what comes at once, and then answers nothing, nor closes.
+// dialSilent connects, reads one message, and then neither answers nor closes.
 func (w *world) dialSilent(cookie, room string) {
 	w.t.Helper()
 	conn, response, err := w.dialer().Dial("ws://pipe/room/"+room+"/ws", http.Header{"Cookie": {cookie}})
 	if err != nil {
-		w.t.Fatalf("no way to the %s: %v, %v", room, err, response)
+		w.t.Fatalf("cannot join the room %s: %v, %v", room, err, response)
 	}
 	w.t.Cleanup(func() { conn.Close() })
 	conn.SetCloseHandler(func(int, string) error { return nil })
@@ -1513,7 +1527,7 @@ func (w *world) wantStatus(cookie, room string, want int) {
 		return
 	}
 	if reason, _ := io.ReadAll(response.Body); len(reason) == 0 {
-		w.t.Errorf("status %d comes without a reason", want)
+		w.t.Errorf("status %d has no reason", want)
 	}
 }
 
@@ -1523,7 +1537,7 @@ func (w *world) room(name string) *Hub {
 	return w.hubs[fold(name)]
 }
 
-// wantRooms checks which rooms there are when nothing happens any more.
+// wantRooms checks which rooms are open once all goroutines are idle.
 func (w *world) wantRooms(want ...string) {
 	w.t.Helper()
 	synctest.Wait()
@@ -1538,8 +1552,7 @@ func (w *world) wantRooms(want ...string) {
 	}
 }
 
-// flood has a copy's own code say lines in a room without end, until the function that
-// it returns is called.
+// flood broadcasts in a room without end, until the function that it returns is called.
 func (w *world) flood(room string) (stop func()) {
 	hub, over := w.room(room), make(chan struct{})
 	var flood sync.WaitGroup
@@ -1555,21 +1568,21 @@ func (w *world) flood(room string) (stop func()) {
 	return func() { close(over); flood.Wait() }
 }
 
-// A peer is a client's side of a connection. It reads all the time, as a browser does.
+// A peer is the client's side of a connection. It always reads, as a browser does.
 type peer struct {
 	*websocket.Conn
 	t     testing.TB
-	ended chan struct{} // closed when there is nothing more to read
-	err   error         // why, once ended is closed
+	ended chan struct{} // closed when a read has failed
+	err   error         // of that read
 
 	mu      sync.Mutex
 	lines   []Line
-	news    chan struct{} // holds something when there are new lines
-	welcome *Line         // once anything has been taken
-	room    string        // and last are those of the connection before, if there was one
-	last    int64         // the number of the last line that has been taken
-	largest int           // message, in bytes
-	longest int           // line
+	news    chan struct{} // receives when there are new lines
+	welcome *Line         // set by takeLines
+	room    string        // with last, of the previous connection
+	last    int64         // the number of the last line that takeLines has returned
+	largest int           // size of the largest message
+	longest int           // size of the longest line
 }
 
 func newPeer(t testing.TB, conn *websocket.Conn) *peer {
@@ -1614,22 +1627,22 @@ func (p *peer) leave() {
 func (p *peer) send(text string) {
 	p.t.Helper()
 	if err := p.WriteMessage(websocket.TextMessage, []byte(text)); err != nil {
-		p.t.Errorf("saying %.99q failed with %v", text, err)
+		p.t.Errorf("sending %.99q fails with %v", text, err)
 	}
 }
 
-// takeLines returns the lines that have come since it was last called, but for the hello,
-// which has to be the first, and checks that they have a time, and numbers in order.
+// takeLines returns the lines received since its last call, without the welcome. It checks
+// that the welcome is the first, and that each line has a time, and numbers increase.
 func (p *peer) takeLines() (lines []Line) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, line := range p.lines {
 		if (line.Kind == "welcome") != (p.welcome == nil) {
-			p.t.Errorf("%v comes where there should be one hello, and it first", line)
+			p.t.Errorf("receives %v, want one welcome, as the first line", line)
 		}
 		switch numbered := line.Kind != "welcome" && line.Kind != "notice"; {
 		case line.Time.IsZero() || numbered != (line.N > 0) || numbered && line.N <= p.last:
-			p.t.Errorf("%+v comes behind number %d", line, p.last)
+			p.t.Errorf("receives %+v after number %d", line, p.last)
 		case numbered:
 			p.last = line.N
 		}
@@ -1646,7 +1659,7 @@ func (p *peer) takeLines() (lines []Line) {
 	return lines
 }
 
-// take does so, and puts each line into words.
+// take returns the same as text.
 func (p *peer) take() (words []string) {
 	for _, line := range p.takeLines() {
 		text := line.Kind
@@ -1667,13 +1680,13 @@ func (p *peer) take() (words []string) {
 	return words
 }
 
-// heard does so when nothing happens any more, in a synctest bubble.
+// received does so once all goroutines of the synctest bubble are idle.
 func (p *peer) received() []string { synctest.Wait(); return p.take() }
 
-// documents does as heard, and returns the lines as they are.
+// receivedLines does the same, and returns lines.
 func (p *peer) receivedLines() []Line { synctest.Wait(); return p.takeLines() }
 
-// want checks that these lines have come, and no others.
+// want checks that p has received these lines, and no others.
 func (p *peer) want(want ...string) {
 	p.t.Helper()
 	if got := p.received(); !slices.Equal(got, want) {
@@ -1681,7 +1694,7 @@ func (p *peer) want(want ...string) {
 	}
 }
 
-// more waits for new lines, and reports whether any have come.
+// more waits for new lines, and reports whether there are any.
 func (p *peer) more() bool {
 	p.t.Helper()
 	select {
@@ -1692,12 +1705,12 @@ func (p *peer) more() bool {
 		defer p.mu.Unlock()
 		return len(p.lines) > 0
 	case <-time.After(patience):
-		p.t.Errorf("nothing comes within %v", patience)
+		p.t.Errorf("receives nothing within %v", patience)
 		return false
 	}
 }
 
-// until waits for a line, the first of these, and returns all up to the batch with it.
+// until waits for the first of these lines, and returns all lines received until then.
 func (p *peer) until(want ...string) (lines []string) {
 	p.t.Helper()
 	for p.more() {
@@ -1706,12 +1719,12 @@ func (p *peer) until(want ...string) (lines []string) {
 			return lines
 		}
 	}
-	p.t.Errorf("nothing comes any more before %q", want)
+	p.t.Errorf("the connection has ended, want %q", want)
 	return lines
 }
 
-// row waits for so many lines, which have to follow on number after one by one, unless
-// the welcome says that some are missing, and returns the last of their numbers.
+// row waits for count lines, and returns the number of the last. It checks that they follow
+// number after without a gap, unless the welcome says that some are missing.
 func (p *peer) row(after int64, count int) int64 {
 	p.t.Helper()
 	for count > 0 {
@@ -1722,7 +1735,7 @@ func (p *peer) row(after int64, count int) int64 {
 		}
 		for _, line := range lines {
 			if after > 0 && line.N != after+1 {
-				p.t.Errorf("number %d comes behind %d", line.N, after)
+				p.t.Errorf("number %d follows %d", line.N, after)
 				return 0
 			}
 			after = line.N
@@ -1748,7 +1761,7 @@ func (p *peer) wantClose(want *websocket.CloseError) (lines []string) {
 	if !errors.As(p.err, &got) || *got != *want {
 		p.t.Errorf("the connection ends with %v, want %v", p.err, want)
 	}
-	// A client that is refused has no hello.
+	// A client that is refused receives no welcome.
 	p.mu.Lock()
 	none := len(p.lines) == 0
 	p.mu.Unlock()

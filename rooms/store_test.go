@@ -289,6 +289,54 @@ func TestChatGoesOnWhileTheDatabaseFailsAndAllIsSavedAfterwards(t *testing.T) {
 	})
 }
 
+// On a disk that is full, which a limit on the size of files stands for, the chat goes on,
+// and everything is saved as soon as there is space.
+func TestFullDiskLosesNothing(t *testing.T) {
+	t.Parallel()
+	file := newFile(t)
+	w, cmd, log := startProgram(t, "CHAT_KEY=key", file)
+	limit := func(bytes string) {
+		t.Helper()
+		if out, err := exec.Command("prlimit", "--pid", fmt.Sprint(cmd.Process.Pid), "--fsize="+bytes+":").CombinedOutput(); err != nil {
+			t.Fatalf("prlimit: %v: %s", err, out)
+		}
+	}
+	logged := func(want string) {
+		t.Helper()
+		for {
+			if line, err := log.ReadString('\n'); err != nil {
+				t.Fatalf("the log ends with %v, want %q", err, want)
+			} else if strings.Contains(line, want) {
+				return
+			}
+		}
+	}
+	cookie := w.logIn("Grete")
+	grete := w.dial(cookie, "kitchen")
+	grete.until("join Grete")
+	limit("4096")
+	for n := range historySize {
+		grete.send(fmt.Sprint("while the disk is full ", n, strings.Repeat(" x", 100)))
+	}
+	logged("rooms.db: ")
+	hans := w.join("Hans", "kitchen")
+	hans.until("join Hans")
+	w.join("Uwe", "garden").until("join Uwe")
+	grete.send("dinner")
+	hans.until("message Grete: dinner")
+	limit("unlimited")
+	logged("saved all changes")
+	cmd.Process.Kill() // without another commit
+	cmd.Wait()
+
+	w, _, _ = startProgram(t, "CHAT_KEY=key", file)
+	lines := w.join("Ursel", "kitchen").until("join Ursel")
+	if want := []string{"join Hans", "message Grete: dinner", "join Ursel"}; len(lines) != historySize+1 || !slices.Equal(lines[len(lines)-3:], want) {
+		t.Errorf("after a restart there are %d lines that end with %q, want %d and %q", len(lines), lines[len(lines)-3:], historySize+1, want)
+	}
+	w.join("Ursel", "garden").until("join Uwe")
+}
+
 func TestShutdownWhileTheDatabaseFailsIsAnErrorAndThenACrash(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		file := newFile(t)
@@ -315,6 +363,7 @@ func TestWelcomeTellsThatACrashMayHaveLostLines(t *testing.T) {
 		w := startPipedOn(t, file)
 		cookie := w.logIn("Grete")
 		grete := w.dial(cookie, "kitchen")
+		grete.send("/to Grete a note")
 		grete.received()
 		time.Sleep(2 * commitDelay)
 		fillDisk(t, w.store, true)
@@ -344,6 +393,10 @@ func TestWelcomeTellsThatACrashMayHaveLostLines(t *testing.T) {
 		uwe := w.join("Uwe", "kitchen")
 		if uwe.received(); uwe.welcome.Missed {
 			t.Error("a newcomer is told of lines that are older than the history")
+		}
+		again := w.dial(cookie, "kitchen")
+		if got := again.received(); got[0] != "private Grete > Grete: a note" || !again.welcome.Missed {
+			t.Errorf("Grete receives %q first, and is not told that lines are missing after it", got[0])
 		}
 	})
 }
@@ -449,8 +502,10 @@ func TestFullQueueIsBackpressure(t *testing.T) {
 	})
 }
 
-// 100 rooms of 200 lines each, whose clients all come at once after a restart.
-func TestAllRoomsOpenAtOnce(t *testing.T) {
+// The clients of 100 rooms, with 200 lines each, all join at once after a restart.
+func TestAllRoomsOpenAtOnce(t *testing.T) { repeat(t, testAllRoomsOpenAtOnce) }
+
+func testAllRoomsOpenAtOnce(t *testing.T) {
 	file := newFile(t)
 	store, err := openStore(file)
 	if err != nil {
