@@ -2,6 +2,8 @@ package e2e
 
 import (
 	"fmt"
+	"net/http"
+	"net/url"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -9,6 +11,7 @@ import (
 
 	"github.com/chromedp/chromedp"
 	"github.com/chromedp/chromedp/kb"
+	"github.com/gorilla/websocket"
 )
 
 // enterRoom logs in on the page that p shows, or at / of a server, and waits until
@@ -23,15 +26,22 @@ func (p *tab) enterRoom(name, room string) {
 	p.until(`$("status")?.textContent == "Connected"`)
 }
 
-// In rooms/: two people in one room, a third in another, a kick, and a restart.
-func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
-	t.Parallel()
-	program, file := filepath.Join(t.TempDir(), "rooms"), filepath.Join(t.TempDir(), "rooms.db")
+// buildRooms returns the path of the program of rooms/.
+func buildRooms(t *testing.T) string {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "rooms")
 	build := exec.Command("go", "build", "-o", program, ".")
 	build.Dir = "../rooms"
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
+	return program
+}
+
+// In rooms/: two people in one room, a third in another, a kick, and a restart.
+func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
+	t.Parallel()
+	program, file := buildRooms(t), filepath.Join(t.TempDir(), "rooms.db")
 	s := startCommand(t, exec.Command(program, "-addr", "127.0.0.1:0", "-db", file))
 	var tabs []*tab
 	for _, who := range [][2]string{{"Grete", "kitchen"}, {"Hans", "kitchen"}, {"Uwe", "garden"}} {
@@ -87,8 +97,8 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 			t.Errorf("%q stands in the log %d times", text, n)
 		}
 	}
-	if eval[bool](hans, `$("log").textContent.includes("missed in between")`) {
-		t.Error("the page says that messages may have missed")
+	if eval[bool](hans, `$("log").textContent.includes("may have missed")`) {
+		t.Error("the page says that messages may have been missed")
 	}
 	eval[bool](hans, `delete document.hidden; true`)
 
@@ -143,8 +153,8 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 			t.Errorf("after the restart %q stands in the log %d times", text, n)
 		}
 	}
-	if eval[bool](grete, `$("log").textContent.includes("missed in between") || msg.value != "a draft"`) {
-		t.Error("after the restart the page says that messages may have missed, or has no draft")
+	if eval[bool](grete, `$("log").textContent.includes("may have missed") || msg.value != "a draft"`) {
+		t.Error("after the restart the page says that messages may have been missed, or has no draft")
 	}
 
 	// Without the database the server knows no cookie: the page leads to the form, which fits
@@ -166,5 +176,52 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	grete.until(`batch.childElementCount == 0`)
 	if got := eval[string](grete, `msg.value + ", " + $("log").textContent`); !strings.HasPrefix(got, "a draft, ") || !strings.Contains(got, "This may not have been delivered: last words") {
 		t.Errorf("after the restart there are %q", got)
+	}
+}
+
+func TestRoomsPageTellsAMissingLoginAFullRoomAndTooManyRoomsApart(t *testing.T) {
+	t.Parallel()
+	s := startCommand(t, exec.Command(buildRooms(t), "-addr", "127.0.0.1:0", "-db", filepath.Join(t.TempDir(), "rooms.db")))
+	join := func(name, room string) {
+		t.Helper()
+		client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+		response, err := client.PostForm("http://"+s.addr+"/", url.Values{"name": {name}, "room": {room}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		conn, _, err := websocket.DefaultDialer.Dial("ws://"+s.addr+"/room/"+room+"/ws", http.Header{"Cookie": {response.Header.Get("Set-Cookie")}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+	}
+	for n := range 100 {
+		join(fmt.Sprint("User-", n), "crowd")
+	}
+	for n := range 99 {
+		join("Hans", fmt.Sprint("room", n))
+	}
+
+	// form returns the words of the login form, how wide its error mark is, and its room.
+	form := func(p *tab) string {
+		t.Helper()
+		p.until(`document.querySelector("[name=name]")`)
+		return eval[string](p, `(() => {
+			const reason = document.querySelector("[role=status]");
+			return [reason.textContent, getComputedStyle(reason).borderLeftWidth, document.querySelector("[name=room]").value].join(", ");
+		})()`)
+	}
+	p := newTab(t)
+	do(p, chromedp.Navigate("http://"+s.addr+"/room/crowd/"))
+	if got := form(p); got != "Choose a name and a room., 0px, crowd" {
+		t.Errorf("without a login the page says %q", got)
+	}
+	p.insert("Grete")
+	p.press(kb.Enter)
+	p.until(`$("status")?.textContent == "Disconnected: this room is full." && state == "ended"`)
+	do(p, chromedp.Navigate("http://"+s.addr+"/room/onemore/"))
+	if got := form(p); got != "The server has too many open rooms., 4px, onemore" {
+		t.Errorf("for a room too many the page says %q", got)
 	}
 }
