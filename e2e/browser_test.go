@@ -313,8 +313,8 @@ func (c *chrome) resize(width, height int) error {
 	return nil
 }
 
-// wantQuietConsole checks that the browser has had nothing to complain about.
-func (p *tab) wantQuietConsole() {
+// wantEmptyConsole checks that the browser has had nothing to complain about.
+func (p *tab) wantEmptyConsole() {
 	p.t.Helper()
 	eval[bool](p, `console.log("end"); true`)
 	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {

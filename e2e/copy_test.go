@@ -117,7 +117,7 @@ func TestCopyWithAMainOfItsOwn(t *testing.T) {
 +}
 `)
 	conn := s.dial(t)
-	say(t, conn, "hello")
+	send(t, conn, "hello")
 	wantLines(t, conn, "hello")
 	answer := make(chan string)
 	go func() { answer <- s.get(t, "/slow") }()
@@ -163,9 +163,9 @@ func TestCopyWithAHubForEachRoom(t *testing.T) {
 +}
 `)
 	kitchen, garden := s.dialTo(t, "/kitchen/ws"), s.dialTo(t, "/garden/ws")
-	say(t, kitchen, "soup")
+	send(t, kitchen, "soup")
 	wantLines(t, kitchen, "soup")
-	say(t, garden, "roses")
+	send(t, garden, "roses")
 	wantLines(t, garden, "roses")
 
 	s.signal(t, syscall.SIGTERM)
@@ -216,12 +216,12 @@ func TestCopyThatRepliesToOneClient(t *testing.T) {
 	reply, _ := recipe(t, "### Send to one client")
 	s := startCopy(t, reply)
 	asker, other := s.dial(t), s.dial(t)
-	say(t, asker, "/time")
+	send(t, asker, "/time")
 	_, message, err := asker.ReadMessage()
 	if _, parseErr := time.Parse(time.TimeOnly, string(message)); err != nil || parseErr != nil {
 		t.Errorf("got %q, %v, want the time", message, err)
 	}
-	say(t, asker, "thanks")
+	send(t, asker, "thanks")
 	wantLines(t, other, "thanks")
 }
 
@@ -262,7 +262,7 @@ func TestCopyWithLogIn(t *testing.T) {
 		if err != nil {
 			t.Fatalf("by %s: %v", name, err)
 		}
-		say(t, conn, "hello")
+		send(t, conn, "hello")
 		wantLines(t, conn, "grete: hello")
 		leave(t, conn)
 	}
@@ -294,10 +294,10 @@ func TestCopyThatSendsToSomeClients(t *testing.T) {
 	hans := s.dialTo(t, "/ws?user=hans&room=kitchen")
 	s.get(t, "/grete")
 	s.get(t, "/kitchen")
-	say(t, tab1, "from tab 1")
+	send(t, tab1, "from tab 1")
 	wantLines(t, tab2, "Your taxi is here.", "Soup is ready.", "from tab 1")
 	wantLines(t, hans, "Soup is ready.", "from tab 1")
-	say(t, hans, "from hans")
+	send(t, hans, "from hans")
 	wantLines(t, tab1, "Your taxi is here.", "from hans")
 }
 
@@ -331,7 +331,7 @@ func TestCopyWithPresenceAndMetrics(t *testing.T) {
 	if got := strings.Join(users, " "); got != "2 grete hans" {
 		t.Errorf("got the users %q, want 2 grete hans", got)
 	}
-	send(t, hans, []byte("binary"))
+	sendBinary(t, hans, []byte("binary"))
 	wantEnd(t, hans, websocket.CloseUnsupportedData)
 	wantLines(t, grete, "hans joined", "hans left")
 	var vars struct{ Drops map[string]int }
@@ -388,14 +388,14 @@ func TestCopyWithTypedJSON(t *testing.T) {
 	typed, _ := recipe(t, "### JSON with types")
 	s := startCopy(t, typed)
 	conn := s.dial(t)
-	say(t, conn, "{\n\t\"type\": \"chat\",\n\t\"text\": \"a\\nb\"\n}")
+	send(t, conn, "{\n\t\"type\": \"chat\",\n\t\"text\": \"a\\nb\"\n}")
 	wantLines(t, conn, `{  "type": "chat",  "text": "a\nb" }`)
-	say(t, conn, " ") // A blank message is ignored.
-	say(t, conn, `{"type":"chat"}`)
+	send(t, conn, " ") // A blank message is ignored.
+	send(t, conn, `{"type":"chat"}`)
 	wantLines(t, conn, `{"type":"chat"}`)
 	for _, message := range []string{`{"type": "shout"}`, `hello`} {
 		conn := s.dial(t)
-		say(t, conn, message)
+		send(t, conn, message)
 		wantEnd(t, conn, 4400)
 	}
 }
@@ -409,10 +409,10 @@ func TestCopyWithOtherLimits(t *testing.T) {
 	message := strings.Repeat("x", 64<<10)
 	const n = 500 // more than the slow client's queue and TCP take
 	for range n {
-		say(t, sender, message)
+		send(t, sender, message)
 		wantLines(t, sender, message)
 	}
-	say(t, sender, message+"x")
+	send(t, sender, message+"x")
 	wantEnd(t, sender, websocket.CloseMessageTooBig)
 
 	received := 0
@@ -526,7 +526,7 @@ func TestCopyWithGin(t *testing.T) {
 	}
 	s := startCommand(t, exec.Command(buildIn(t, dir), "-addr", ownHost("localhost:0")))
 	conn := s.dial(t)
-	say(t, conn, "hello")
+	send(t, conn, "hello")
 	wantLines(t, conn, "hello")
 	if got := s.get(t, "/ws"); !strings.Contains(got, "Bad Request") {
 		t.Errorf("without an upgrade the answer is %q", got)
@@ -588,16 +588,16 @@ func TestCopyWithRoomsInOneHub(t *testing.T) {
 +		c.hub.do(func() { c.hub.deliver(c.hub.rooms[c.room], line) })
 `, strings.ReplaceAll(countClients, "clients", "rooms"))
 	cook, guest, gardener := s.dialTo(t, "/ws?room=kitchen"), s.dialTo(t, "/ws?room=kitchen"), s.dialTo(t, "/ws?room=garden")
-	say(t, cook, "soup")
+	send(t, cook, "soup")
 	wantLines(t, cook, "soup")
-	say(t, gardener, "roses")
+	send(t, gardener, "roses")
 	wantLines(t, gardener, "roses")
 	leave(t, gardener)
 	if got := s.get(t, "/rooms"); got != "1" {
 		t.Errorf("there are %s rooms, want only the kitchen", got)
 	}
 	leave(t, cook)
-	say(t, guest, "more soup")
+	send(t, guest, "more soup")
 	wantLines(t, guest, "soup", "more soup")
 }
 
@@ -666,7 +666,7 @@ func TestCopyWithAMapOfUsers(t *testing.T) {
 	if got := s.get(t, "/users"); got != "[hans]" {
 		t.Errorf("got the users %s, want Hans", got)
 	}
-	say(t, hans, "alone")
+	send(t, hans, "alone")
 	wantLines(t, hans, "alone")
 
 	go discard(hans)
@@ -693,14 +693,14 @@ func TestCopyInWhichTheLastConnectionOfAUserWins(t *testing.T) {
 		conn.Close()
 		t.Fatal("a foreign origin is accepted")
 	}
-	say(t, first, "still here")
+	send(t, first, "still here")
 	wantLines(t, first, "still here")
 
 	second := s.dialTo(t, "/ws?user=grete")
 	wantEnd(t, first, 4001)
 	third := s.dialTo(t, "/ws?user=grete")
 	wantEnd(t, second, 4001)
-	say(t, third, "here")
+	send(t, third, "here")
 	wantLines(t, third, "here")
 }
 
@@ -739,7 +739,7 @@ func TestCopyWithASecondChannel(t *testing.T) {
 	grete, hans := s.dial(t), s.dial(t)
 	io.WriteString(console, "We close at six.\n")
 	wantLines(t, grete, "Operator: We close at six.")
-	say(t, grete, "So soon?")
+	send(t, grete, "So soon?")
 	wantLines(t, grete, "So soon?")
 	wantLines(t, hans, "Operator: We close at six.", "So soon?")
 
@@ -770,13 +770,13 @@ func TestCopyThatRepliesDropsASlowClient(t *testing.T) {
 	slow, talker := s.dial(t), s.dial(t)
 	go ask(slow)
 	for start := time.Now(); s.get(t, "/clients") != "1"; {
-		say(t, talker, "Well?")
+		send(t, talker, "Well?")
 		wantLines(t, talker, "Well?")
 		if time.Since(start) > patience {
 			t.Fatal("the slow client is not dropped")
 		}
 	}
-	say(t, talker, "?")
+	send(t, talker, "?")
 	wantLines(t, talker, strings.Repeat("Yes. ", 100))
 	wantEnd(t, slow, websocket.CloseTryAgainLater)
 }
@@ -836,7 +836,7 @@ func TestCopyWithOneJSONDocumentAMessage(t *testing.T) {
 	}
 	const n = 120
 	for i := range n {
-		say(t, talker, fmt.Sprintf("{\n\t\"n\": %d\n}", i))
+		send(t, talker, fmt.Sprintf("{\n\t\"n\": %d\n}", i))
 	}
 	for _, conn := range []*websocket.Conn{talker, reader} {
 		for i := range n {
@@ -877,7 +877,7 @@ func TestCopyWithCompressedBinaryMessagesOf8MiB(t *testing.T) {
 	talker, reader := s.dialCompressing(t), s.dialCompressing(t)
 	image := make([]byte, 8<<20)
 	rand.NewChaCha8([32]byte{}).Read(image[:len(image)/2])
-	send(t, talker, image)
+	sendBinary(t, talker, image)
 	for _, conn := range []*websocket.Conn{talker, reader} {
 		conn.SetReadDeadline(time.Now().Add(patience))
 		if kind, got, err := conn.ReadMessage(); kind != websocket.BinaryMessage || !bytes.Equal(got, image) {
@@ -885,12 +885,12 @@ func TestCopyWithCompressedBinaryMessagesOf8MiB(t *testing.T) {
 		}
 	}
 	// The limit applies to the uncompressed size.
-	send(t, talker, make([]byte, len(image)+1))
+	sendBinary(t, talker, make([]byte, len(image)+1))
 	wantEnd(t, talker, websocket.CloseMessageTooBig)
 
 	const n = 20
 	for range n {
-		send(t, reader, []byte("\xff\n"))
+		sendBinary(t, reader, []byte("\xff\n"))
 	}
 	for range n {
 		if _, got, err := reader.ReadMessage(); string(got) != "\xff\n" {
@@ -910,7 +910,7 @@ func TestCopyOfUpstreamWithCompressionLetsAnySizePass(t *testing.T) {
 	// The sender itself, as upstream may register another client later than its handshake.
 	conn := s.dialCompressing(t)
 	const limit = 512
-	send(t, conn, bytes.Repeat([]byte("x"), 100*limit))
+	sendBinary(t, conn, bytes.Repeat([]byte("x"), 100*limit))
 	conn.SetReadDeadline(time.Now().Add(patience))
 	if _, got, err := conn.ReadMessage(); len(got) <= limit {
 		t.Errorf("upstream broadcasts %d bytes, %v", len(got), err)
@@ -931,8 +931,8 @@ func (s *server) dialCompressing(t *testing.T) *websocket.Conn {
 	return conn
 }
 
-// send sends one binary message.
-func send(t *testing.T, conn *websocket.Conn, message []byte) {
+// sendBinary sends one binary message.
+func sendBinary(t *testing.T, conn *websocket.Conn, message []byte) {
 	t.Helper()
 	if err := conn.WriteMessage(websocket.BinaryMessage, message); err != nil {
 		t.Fatal(err)
@@ -988,7 +988,7 @@ func TestCopyInAPackageOfItsOwn(t *testing.T) {
 	}
 	s := startCommand(t, exec.Command(buildIn(t, dir), "-addr", ownHost("localhost:0")))
 	conn := s.dial(t)
-	say(t, conn, "hello")
+	send(t, conn, "hello")
 	wantLines(t, conn, "hello")
 	s.signal(t, syscall.SIGTERM)
 	wantEnd(t, conn, websocket.CloseGoingAway)
@@ -1221,7 +1221,7 @@ func wantLines(t *testing.T, conn *websocket.Conn, want ...string) {
 func wantEnd(t *testing.T, conn *websocket.Conn, code int) {
 	t.Helper()
 	conn.SetReadDeadline(time.Now().Add(patience))
-	wantGoodbye(t, discard(conn), code)
+	wantClose(t, discard(conn), code)
 }
 
 // leave does the closing handshake.

@@ -26,14 +26,14 @@ import (
 
 const connected = `$("status")?.textContent == "Connected"`
 
-func TestEveryEngineSendsAndShowsWhatIsSaid(t *testing.T) {
+func TestFirefoxAndWebKitSendAndShowMessages(t *testing.T) {
 	t.Parallel()
-	inEveryEngine(t, func(t *testing.T, w *window) {
+	inFirefoxAndWebKit(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		w.send("hello 🐢")
 		w.until(lastLine + ` == "hello 🐢" && $("log").lastChild.className == "message mine"`)
-		say(t, s.dial(t), "<b>hi</b>")
+		send(t, s.dial(t), "<b>hi</b>")
 		w.until(lastLine + ` == "<b>hi</b>" && $("log").lastChild.className == "message"`)
 
 		limit := strings.Repeat("🐢", 128)
@@ -45,9 +45,9 @@ func TestEveryEngineSendsAndShowsWhatIsSaid(t *testing.T) {
 	})
 }
 
-func TestEveryEngineKeepsTheDraftAndComesBack(t *testing.T) {
+func TestFirefoxAndWebKitKeepTheDraftAndReconnect(t *testing.T) {
 	t.Parallel()
-	inEveryEngine(t, func(t *testing.T, w *window) {
+	inFirefoxAndWebKit(t, func(t *testing.T, w *window) {
 		s := startQuick(t, "localhost:0")
 		w.open(s.addr)
 		s.stop(t)
@@ -63,7 +63,7 @@ func TestEveryEngineKeepsTheDraftAndComesBack(t *testing.T) {
 		// Firefox makes a WebSocket wait longer each time that one has failed.
 		s.signal(t, syscall.SIGKILL)
 		s.wait(t)
-		awaitTries(t, s.addr, 8)
+		awaitRequests(t, s.addr, 8)
 		startQuick(t, s.addr)
 		start := time.Now()
 		w.until(connected)
@@ -75,9 +75,9 @@ func TestEveryEngineKeepsTheDraftAndComesBack(t *testing.T) {
 	})
 }
 
-func TestEveryEngineKeepsTheDraftOfAPageThatIsLeft(t *testing.T) {
+func TestFirefoxAndWebKitKeepTheDraftAcrossNavigation(t *testing.T) {
 	t.Parallel()
-	inEveryEngine(t, func(t *testing.T, w *window) {
+	inFirefoxAndWebKit(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		w.insert("half a thought")
@@ -91,11 +91,11 @@ func TestEveryEngineKeepsTheDraftOfAPageThatIsLeft(t *testing.T) {
 	})
 }
 
-func TestEveryEngineNoticesADeadLine(t *testing.T) {
+func TestFirefoxAndWebKitDetectAHalfOpenConnection(t *testing.T) {
 	t.Parallel()
-	inEveryEngine(t, func(t *testing.T, w *window) {
+	inFirefoxAndWebKit(t, func(t *testing.T, w *window) {
 		s := startQuick(t, "localhost:0")
-		addr, cut := wire(t, s.addr)
+		addr, cut := silentProxy(t, s.addr)
 		w.open(addr)
 		beats := dial(t, &websocket.Dialer{Subprotocols: []string{"heartbeat"}}, "ws://"+s.addr+"/ws")
 		for range 2 {
@@ -118,31 +118,31 @@ func TestEveryEngineNoticesADeadLine(t *testing.T) {
 	})
 }
 
-func TestEveryEngineKeepsTheReadersPlace(t *testing.T) {
+func TestFirefoxAndWebKitKeepTheReadPosition(t *testing.T) {
 	t.Parallel()
-	inEveryEngine(t, func(t *testing.T, w *window) {
+	inFirefoxAndWebKit(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		w.resize(700, 500)
-		discuss(t, s, 1000)
+		sendVaried(t, s, 1000)
 		w.until(lastLine + ` == "That is all." && ` + atEnd)
 		w.until(`$("log").childElementCount == 1000`)
 
 		w.scroll(-1500)
-		want := get[string](w, reading)
+		want := get[string](w, readPosition)
 		for _, size := range [][2]int{{500, 700}, {700, 500}} {
 			w.resize(size[0], size[1])
-			w.wantPlace(want, fmt.Sprintf("in a window of %v", size))
+			w.wantReadPosition(want, fmt.Sprintf("in a window of %v", size))
 		}
-		discuss(t, s, 4500)
+		sendVaried(t, s, 4500)
 		w.until(lastLine + ` == "That is all." && $("log").childElementCount == 5000`)
-		w.wantPlace(want, "as the oldest lines went")
+		w.wantReadPosition(want, "as the oldest lines went")
 	})
 }
 
-// discuss has clients say n lines of various lengths, and then one that that was
+// sendVaried has clients say n lines of various lengths, and then one that that was
 // all.
-func discuss(t *testing.T, s *server, n int) {
+func sendVaried(t *testing.T, s *server, n int) {
 	t.Helper()
 	listener := s.dial(t)
 	heard := make(chan struct{})
@@ -163,10 +163,10 @@ func discuss(t *testing.T, s *server, n int) {
 			talker = s.dial(t)
 			go discard(talker)
 		}
-		say(t, talker, fmt.Sprintf("Line %d,%s", i, strings.Repeat(" and so it goes on", i%20)))
+		send(t, talker, fmt.Sprintf("Line %d,%s", i, strings.Repeat(" and so it goes on", i%20)))
 	}
 	<-heard
-	say(t, listener, "That is all.")
+	send(t, listener, "That is all.")
 }
 
 // rest waits for two frames: what a browser does after a change is done then, and it
@@ -176,19 +176,19 @@ func (w *window) rest() {
 	get[bool](w, "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
 }
 
-// wantPlace checks that the reader's place is want, once the page has come to
+// wantReadPosition checks that the reader's place is want, once the page has come to
 // rest.
-func (w *window) wantPlace(want, when string) {
+func (w *window) wantReadPosition(want, when string) {
 	w.t.Helper()
 	w.rest()
-	if got := get[string](w, reading); got != want {
+	if got := get[string](w, readPosition); got != want {
 		w.t.Errorf("%s, what is read moved from %q to %q", when, want, got)
 	}
 }
 
-func TestEveryEngineKeepsUpWithAThousandLinesASecond(t *testing.T) {
+func TestFirefoxAndWebKitKeepUpWithAThousandLinesASecond(t *testing.T) {
 	t.Parallel()
-	inEveryEngine(t, func(t *testing.T, w *window) {
+	inFirefoxAndWebKit(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		get[bool](w, `(window.flushes = 0, window.pageFlush = flush, flush = () => { flushes++; pageFlush(); }, true)`)
@@ -208,16 +208,16 @@ func TestEveryEngineKeepsUpWithAThousandLinesASecond(t *testing.T) {
 	})
 }
 
-func TestEveryEngineSatisfiesAxe(t *testing.T) {
+func TestAxeFindsNoViolationsInFirefoxAndWebKit(t *testing.T) {
 	t.Parallel()
 	axe, err := os.ReadFile("node_modules/axe-core/axe.min.js")
 	if err != nil {
 		t.Fatalf("no axe-core: %v\nRun npm ci in this folder", err)
 	}
-	inEveryEngine(t, func(t *testing.T, w *window) {
+	inFirefoxAndWebKit(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
-		discuss(t, s, 100)
+		sendVaried(t, s, 100)
 		w.until(lastLine + ` == "That is all."`)
 		w.send("mine")
 		w.until(lastLine + ` == "mine"`)
@@ -232,9 +232,9 @@ func TestEveryEngineSatisfiesAxe(t *testing.T) {
 	})
 }
 
-func TestTheConsolesOfAllEnginesStayQuiet(t *testing.T) {
+func TestFirefoxAndWebKitLogNothingToTheConsole(t *testing.T) {
 	t.Parallel()
-	inEveryEngine(t, func(t *testing.T, w *window) {
+	inFirefoxAndWebKit(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		switch e := w.engine.(type) {
 		case *firefox:
@@ -253,7 +253,7 @@ func TestTheConsolesOfAllEnginesStayQuiet(t *testing.T) {
 			url := fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
 				if n == 1 {
 					conn := upgrade()
-					say(t, conn, "hello")
+					send(t, conn, "hello")
 					conn.Close()
 				}
 			})
@@ -329,9 +329,9 @@ var quick = sync.OnceValues(func() (string, error) {
 	return path, nil
 })
 
-// awaitTries listens at addr until n requests have come, and answers each like a
+// awaitRequests listens at addr until n requests have come, and answers each like a
 // proxy whose server is away.
-func awaitTries(t *testing.T, addr string, n int32) {
+func awaitRequests(t *testing.T, addr string, n int32) {
 	t.Helper()
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {

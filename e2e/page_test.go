@@ -40,15 +40,15 @@ const (
 	lastLine = `$("log").lastChild?.querySelector(".words")?.textContent`
 
 	// A line in the middle of the log, and where it stands.
-	beingRead = `(() => {
+	middleLine = `(() => {
 		const line = document.elementFromPoint(20, 200).closest("#log > div");
 		return line.textContent + " at " + line.getBoundingClientRect().top;
 	})()`
 )
 
-// countWaits makes timers run 20 times as fast, and notes the waits for those that
+// recordBackoffs makes timers run 20 times as fast, and notes the waits for those that
 // lead to a try, also if it begins by asking whether the server is there.
-const countWaits = `
+const recordBackoffs = `
 	const realTimeout = setTimeout, realFetch = fetch;
 	var waits = [], asked = 0;
 	fetch = (...args) => { asked++; return realFetch(...args); };
@@ -83,14 +83,14 @@ func fakeServer(t testing.TB, s *server, talk func(n int, upgrade func() *websoc
 }
 
 // talk has clients say n lines at once: so many clients that none is slowed down.
-func talk(t testing.TB, s *server, n int) {
+func sendLines(t testing.TB, s *server, n int) {
 	t.Helper()
 	const burst = 100
 	for i := 0; i < n; i += burst {
 		conn := s.dial(t)
 		go discard(conn)
 		for j := i; j < min(i+burst, n); j++ {
-			say(t, conn, fmt.Sprintf("One of many lines, number %d", j))
+			send(t, conn, fmt.Sprintf("One of many lines, number %d", j))
 		}
 	}
 }
@@ -120,7 +120,7 @@ func flood(t testing.TB, s *server, lines, perSecond int) (done chan struct{}) {
 	return done
 }
 
-func TestItReconnectsWhenTheServerRestarts(t *testing.T) {
+func TestPageReconnectsWhenTheServerRestarts(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
@@ -132,11 +132,11 @@ func TestItReconnectsWhenTheServerRestarts(t *testing.T) {
 	s = startServer(t, s.addr)
 	p.until(`$("status").textContent == "Connected"`)
 	p.until(`$("log").lastChild.className == "notice" && ` + lastLine + `.includes("may have missed")`)
-	say(t, s.dial(t), "hello again")
+	send(t, s.dial(t), "hello again")
 	p.until(lastLine + ` == "hello again"`)
 }
 
-func TestItSaysWhyTheConnectionEnded(t *testing.T) {
+func TestStatusExplainsTheCloseCode(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	for code, want := range map[int]string{
@@ -175,13 +175,13 @@ func TestItSaysWhyTheConnectionEnded(t *testing.T) {
 	}
 }
 
-func TestItTriesSoonThenLessOften(t *testing.T) {
+func TestReconnectsUseExponentialBackoffWithJitter(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	var firsts []float64
 	for range 2 {
 		p := newTab(t)
-		p.beforePage(countWaits)
+		p.beforePage(recordBackoffs)
 		url := fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
 			if n == 1 {
 				upgrade().Close()
@@ -206,7 +206,7 @@ func TestItTriesSoonThenLessOften(t *testing.T) {
 	}
 }
 
-func TestItGivesUpATryThatHangs(t *testing.T) {
+func TestHangingHandshakeTimesOut(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
@@ -225,7 +225,7 @@ func TestItGivesUpATryThatHangs(t *testing.T) {
 	}
 }
 
-func TestItHasOneConnectionAtATime(t *testing.T) {
+func TestPageHasOneConnectionAtATime(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
@@ -247,7 +247,7 @@ func TestItHasOneConnectionAtATime(t *testing.T) {
 	}
 }
 
-func TestOfflineItKeepsTheDraftAndSaysWhy(t *testing.T) {
+func TestDraftIsKeptWhileOffline(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
@@ -270,7 +270,7 @@ func TestOfflineItKeepsTheDraftAndSaysWhy(t *testing.T) {
 	p.wantDraft("")
 }
 
-func TestVisibleAgainItConnectsAtOnce(t *testing.T) {
+func TestTabReconnectsAtOnceWhenItBecomesVisible(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
@@ -284,7 +284,7 @@ func TestVisibleAgainItConnectsAtOnce(t *testing.T) {
 	p.until(`$("status").textContent == "Connected"`)
 }
 
-func TestADraftWaitsForTheServer(t *testing.T) {
+func TestDraftIsKeptWhileTheServerIsDown(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
@@ -300,7 +300,7 @@ func TestADraftWaitsForTheServer(t *testing.T) {
 	p.wantDraft("")
 }
 
-func TestItShowsWhatMayNotHaveArrived(t *testing.T) {
+func TestUndeliveredMessagesAreShown(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
@@ -331,7 +331,7 @@ func TestItShowsWhatMayNotHaveArrived(t *testing.T) {
 	}
 }
 
-func TestTheLimitCountsBytes(t *testing.T) {
+func TestMessageLimitCountsBytes(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
@@ -390,7 +390,7 @@ func TestBlankDraftsAreNotSent(t *testing.T) {
 	}
 }
 
-func TestMessagesAreTextAndKeepToThemselves(t *testing.T) {
+func TestMessagesAreShownAsTextWithinTheirLines(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
@@ -408,7 +408,7 @@ func TestMessagesAreTextAndKeepToThemselves(t *testing.T) {
 	}
 	conn := s.dial(t)
 	for _, text := range hostile {
-		say(t, conn, text)
+		send(t, conn, text)
 	}
 	p.until(fmt.Sprintf(`$("log").childElementCount == %d`, len(hostile)))
 	texts := eval[[]string](p, `[...$("log").children].map((line) => line.lastChild.textContent)`)
@@ -443,9 +443,9 @@ func TestMessagesAreTextAndKeepToThemselves(t *testing.T) {
 	}
 }
 
-func TestAddressesAreLinks(t *testing.T) {
+func TestURLsAreLinks(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		conn := s.dial(t)
@@ -472,7 +472,7 @@ func TestAddressesAreLinks(t *testing.T) {
 			{"javascript:alert(1) ftp://example.org/ data:text/html,x file:///x //example.org/ www.example.org xhttp://example.org/", nil},
 			{"http:// https://. http:/x https:x https://)", nil},
 		} {
-			say(t, conn, tt.line)
+			send(t, conn, tt.line)
 			w.until(fmt.Sprintf(lastLine+" == %q", tt.line))
 			got := get[[]string](w, `[...$("log").lastChild.querySelectorAll("a")].map((a) => a.textContent)`)
 			if !slices.Equal(got, tt.want) {
@@ -503,14 +503,14 @@ func TestAddressesAreLinks(t *testing.T) {
 }
 
 // In the test above nothing is followed.
-func TestALinkOpensItsAddressInANewTab(t *testing.T) {
+func TestLinkOpensInANewTabWithoutAReferrer(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	asked := make(chan http.Header, 10)
 	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { asked <- r.Header }))
 	t.Cleanup(other.Close)
 	p := openTab(t, s)
-	say(t, s.dial(t), "see "+other.URL+"/x.")
+	send(t, s.dial(t), "see "+other.URL+"/x.")
 	p.until(`$("log").querySelector("a")`)
 	w := &window{t, &chrome{tab: p}}
 	w.click(`document.querySelector("#log a")`)
@@ -523,49 +523,49 @@ func TestALinkOpensItsAddressInANewTab(t *testing.T) {
 		t.Fatal("the link was not followed")
 	}
 	p.until(`$("status").textContent == "Connected" && sockets.length == 1`)
-	p.wantQuietConsole()
+	p.wantEmptyConsole()
 }
 
-func TestTheLogStaysWhereTheReaderPutIt(t *testing.T) {
+func TestLogKeepsItsScrollPosition(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
-	talk(t, s, 300)
+	sendLines(t, s, 300)
 	p.untilShown(300)
 	p.until(atEnd)
 
 	p.scroll("-1000")
-	want := eval[string](p, beingRead)
+	want := eval[string](p, middleLine)
 	if !eval[bool](p, `$("jump").hidden`) {
 		t.Error("there is a button for new messages before there are any")
 	}
-	say(t, s.dial(t), "new")
+	send(t, s.dial(t), "new")
 	p.until(lastLine + ` == "new"`)
 	p.until(`!$("jump").hidden`)
-	if got := eval[string](p, beingRead); got != want {
+	if got := eval[string](p, middleLine); got != want {
 		t.Errorf("what is read moved from %q to %q", want, got)
 	}
 
 	do(p, chromedp.Click(chromedp.ID("jump")))
 	p.until(atEnd + ` && $("jump").hidden`)
-	say(t, s.dial(t), "newer")
+	send(t, s.dial(t), "newer")
 	p.until(lastLine + ` == "newer" && ` + atEnd)
 
 	p.scroll("-1000")
-	say(t, s.dial(t), "newest")
+	send(t, s.dial(t), "newest")
 	p.until(`!$("jump").hidden`)
 	p.press(kb.End) // the log has had the focus since the click
 	p.until(atEnd + ` && $("jump").hidden`)
 }
 
-func TestOnlyWhatPeopleSayIsANewMessage(t *testing.T) {
+func TestNoticesAreNotNewMessages(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
-	talk(t, s, 100)
+	sendLines(t, s, 100)
 	p.untilShown(100)
 	p.scroll("-500")
-	want := eval[string](p, beingRead)
+	want := eval[string](p, middleLine)
 	s.stop(t)
 	p.until(lastLine + ` == "The server is restarting."`)
 	s = startServer(t, s.addr)
@@ -573,18 +573,18 @@ func TestOnlyWhatPeopleSayIsANewMessage(t *testing.T) {
 	if !eval[bool](p, `$("jump").hidden`) {
 		t.Error("after two notices there is a button for new messages")
 	}
-	say(t, s.dial(t), "new")
+	send(t, s.dial(t), "new")
 	p.until(`!$("jump").hidden`)
-	if got := eval[string](p, beingRead); got != want {
+	if got := eval[string](p, middleLine); got != want {
 		t.Errorf("what is read moved from %q to %q", want, got)
 	}
 }
 
-func TestTheLogDropsOldLinesNotWhatIsRead(t *testing.T) {
+func TestLogDropsOldLinesButNotThoseInView(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
-	talk(t, s, 1500)
+	sendLines(t, s, 1500)
 	p.untilShown(1500)
 	wantLines := func(want int) {
 		t.Helper()
@@ -595,38 +595,38 @@ func TestTheLogDropsOldLinesNotWhatIsRead(t *testing.T) {
 	wantLines(1000)
 
 	p.scroll(`-$("log").scrollHeight`)
-	want := eval[string](p, beingRead)
-	talk(t, s, 1500)
+	want := eval[string](p, middleLine)
+	sendLines(t, s, 1500)
 	p.untilShown(3000)
 	wantLines(2500)
-	if got := eval[string](p, beingRead); got != want {
+	if got := eval[string](p, middleLine); got != want {
 		t.Errorf("the oldest line, while it was read, moved from %s to %s", want, got)
 	}
 
 	do(p, chromedp.Click(chromedp.ID("jump")))
 	p.until(atEnd)
 	p.scroll("-1000")
-	want = eval[string](p, beingRead)
-	talk(t, s, 4100)
+	want = eval[string](p, middleLine)
+	sendLines(t, s, 4100)
 	p.untilShown(7100)
 	wantLines(5000)
-	if got := eval[string](p, beingRead); got != want {
+	if got := eval[string](p, middleLine); got != want {
 		t.Errorf("as the oldest lines went, what was read moved from %s to %s", want, got)
 	}
 
 	do(p, chromedp.Click(chromedp.ID("jump")))
 	p.until(atEnd)
-	say(t, s.dial(t), "end")
+	send(t, s.dial(t), "end")
 	p.until(lastLine + ` == "end" && ` + atEnd)
 	wantLines(1000)
 }
 
-func TestAHiddenTabLosesNothingAndKeepsItInBounds(t *testing.T) {
+func TestHiddenTabCountsAllMessagesAndLimitsItsLines(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	show := p.hide()
-	talk(t, s, 7000)
+	sendLines(t, s, 7000)
 	p.until("arrived == 7000")
 	if got := eval[string](p, "document.title"); got != "(7000) Chat" {
 		t.Errorf("title %q, want it to count what is new", got)
@@ -645,24 +645,24 @@ func TestAHiddenTabLosesNothingAndKeepsItInBounds(t *testing.T) {
 	}
 }
 
-func TestUnderLoadTheReaderCanLeaveTheEnd(t *testing.T) {
+func TestScrollPositionIsKeptUnderLoad(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	done := flood(t, s, 3000, 1000)
 	p.until(`$("log").childElementCount > 500`)
 	p.scroll("-300")
-	want := eval[string](p, beingRead)
+	want := eval[string](p, middleLine)
 	<-done
 	p.untilShown(3000)
-	if got := eval[string](p, beingRead); got != want {
+	if got := eval[string](p, middleLine); got != want {
 		t.Errorf("what is read moved from %s to %s", want, got)
 	}
 }
 
-func TestItKeepsUpWithAThousandLinesASecond(t *testing.T) {
+func TestPageKeepsUpWithAThousandLinesASecond(t *testing.T) {
 	t.Parallel()
-	p, used, late := rush(t)
+	p, used, late := showFlood(t)
 	t.Logf("the last line was shown %v after it was sent", late)
 	if got := used("LayoutCount"); got > 100 {
 		t.Errorf("10,000 lines were laid out %.0f times, want it done in batches", got)
@@ -677,7 +677,7 @@ func TestItKeepsUpWithAThousandLinesASecond(t *testing.T) {
 
 func BenchmarkPageAtAThousandLinesASecond(b *testing.B) {
 	for b.Loop() {
-		_, used, late := rush(b)
+		_, used, late := showFlood(b)
 		b.ReportMetric(used("TaskDuration"), "main-thread-s")
 		b.ReportMetric(used("ScriptDuration"), "script-s")
 		b.ReportMetric(used("LayoutDuration"), "layout-s")
@@ -686,11 +686,11 @@ func BenchmarkPageAtAThousandLinesASecond(b *testing.B) {
 	}
 }
 
-// rush has a page show 10,000 lines in ten seconds. It returns the page, how
+// showFlood has a page show 10,000 lines in ten seconds. It returns the page, how
 // much its main thread has used of a metric of Chromium's meanwhile, in seconds
 // of processor time where it is a duration, and how long after the last line was
 // sent the page showed it.
-func rush(t testing.TB) (p *tab, used func(metric string) float64, late time.Duration) {
+func showFlood(t testing.TB) (p *tab, used func(metric string) float64, late time.Duration) {
 	t.Helper()
 	const lines = 10_000
 	s := startServer(t, "localhost:0")
@@ -716,7 +716,7 @@ func rush(t testing.TB) (p *tab, used func(metric string) float64, late time.Dur
 	return p, func(metric string) float64 { return after[metric] - before[metric] }, late
 }
 
-func TestAxeFindsNothing(t *testing.T) {
+func TestAxeFindsNoViolations(t *testing.T) {
 	t.Parallel()
 	axe, err := os.ReadFile("node_modules/axe-core/axe.min.js")
 	if err != nil {
@@ -739,11 +739,11 @@ func TestAxeFindsNothing(t *testing.T) {
 		eval[bool](p, `append(newLine("message", "Ilse: hello")); append(newLine("message mine", "Grete: hello")); showPending("Grete: on its way"); true`)
 		p.until("!batch.hasChildNodes()")
 		check("names, and a line under way")
-		talk(t, s, 100)
+		sendLines(t, s, 100)
 		p.untilShown(100)
 		p.scroll("-500")
 		p.insert(strings.Repeat("x", 500))
-		say(t, s.dial(t), "new")
+		send(t, s.dial(t), "new")
 		p.until(`!$("jump").hidden`)
 		check("scrolled up, near the limit")
 		p.insert(strings.Repeat("x", 500))
@@ -755,7 +755,7 @@ func TestAxeFindsNothing(t *testing.T) {
 	}
 }
 
-func TestTheKeyboardAloneSuffices(t *testing.T) {
+func TestPageIsUsableByKeyboardAlone(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
@@ -772,7 +772,7 @@ func TestTheKeyboardAloneSuffices(t *testing.T) {
 	p.until(lastLine + ` == "hello"`)
 	p.press(kb.Tab)
 	wantFocus("Send")
-	talk(t, s, 100)
+	sendLines(t, s, 100)
 	p.untilShown(101)
 	shiftTab := func() { do(p, chromedp.KeyEvent(kb.Tab, chromedp.KeyModifiers(chromedp.ModifierShift))) }
 	shiftTab()
@@ -780,7 +780,7 @@ func TestTheKeyboardAloneSuffices(t *testing.T) {
 	wantFocus("log")
 	p.press(kb.Home)
 	p.until(`$("log").scrollTop == 0`)
-	say(t, s.dial(t), "new")
+	send(t, s.dial(t), "new")
 	p.until(`!$("jump").hidden`)
 	p.press(kb.Tab)
 	wantFocus("jump")
@@ -791,12 +791,12 @@ func TestTheKeyboardAloneSuffices(t *testing.T) {
 	wantFocus("msg")
 }
 
-func TestItFitsScreensOfAnyWidth(t *testing.T) {
+func TestLayoutFitsScreensOfAnyWidth(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
-	say(t, s.dial(t), strings.Repeat("w", 500))
-	talk(t, s, 100)
+	send(t, s.dial(t), strings.Repeat("w", 500))
+	sendLines(t, s, 100)
 	p.untilShown(101)
 	p.fill("name", strings.Repeat("W", 32))
 	p.fill("msg", strings.Repeat("w", 520))
@@ -833,11 +833,11 @@ func TestItFitsScreensOfAnyWidth(t *testing.T) {
 	}
 }
 
-func TestTheLogHasTwoLinesInTheSmallestWindow(t *testing.T) {
+func TestLogHasTwoLinesInTheSmallestWindow(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
-	talk(t, s, 100)
+	sendLines(t, s, 100)
 	p.untilShown(100)
 	s.stop(t)
 	p.until(`$("status").textContent == "The server is restarting. Reconnecting…"`)
@@ -861,7 +861,7 @@ func TestTheLogHasTwoLinesInTheSmallestWindow(t *testing.T) {
 
 // A browser that does not know dvh gets the height of what it shows, not that which there
 // would be without its bar.
-func TestWithoutDvhTheFormIsInSight(t *testing.T) {
+func TestFormIsVisibleWithoutDvh(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
@@ -871,7 +871,7 @@ func TestWithoutDvhTheFormIsInSight(t *testing.T) {
 	eval[bool](p, `const style = document.querySelector("style");
 		style.textContent = style.textContent.replaceAll(/\d+dvh/g, "none").replaceAll("100vh", "calc(100vh + 80px)"); true`)
 	p.until(`$("form").getBoundingClientRect().bottom == innerHeight`)
-	talk(t, s, 100)
+	sendLines(t, s, 100)
 	p.untilShown(100)
 	if got := eval[string](p, `[$("form").getBoundingClientRect().bottom - innerHeight, document.documentElement.scrollHeight - innerHeight].join()`); got != "0,0" {
 		t.Errorf("form and page end so many pixels below the window: %s, want 0,0", got)
@@ -880,9 +880,9 @@ func TestWithoutDvhTheFormIsInSight(t *testing.T) {
 
 // Of the three engines none can be told to drop a file. What replaces the page is what a
 // browser does if the page leaves the event to it.
-func TestWhatIsDroppedReplacesNothing(t *testing.T) {
+func TestDroppedContentDoesNotReplaceThePage(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		for _, tt := range []struct {
@@ -906,7 +906,7 @@ func TestWhatIsDroppedReplacesNothing(t *testing.T) {
 	})
 }
 
-func TestTextThatIsDroppedOnTheInputGoesIn(t *testing.T) {
+func TestTextDroppedOnTheInputIsInserted(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	for _, id := range []string{"log", "msg"} {
@@ -924,12 +924,12 @@ func TestTextThatIsDroppedOnTheInputGoesIn(t *testing.T) {
 }
 
 // A proxy wants a login again, here or somewhere else: what answers is not the chat.
-func TestWhenSomethingElseAnswersItAdvisesToReload(t *testing.T) {
+func TestExpiredLoginAtAProxyAdvisesToReload(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{http.StatusFound, http.StatusUnauthorized} {
 		t.Run(fmt.Sprint(status), func(t *testing.T) {
 			t.Parallel()
-			inThreeEngines(t, func(t *testing.T, w *window) { testLogin(t, w, status) })
+			inAllEngines(t, func(t *testing.T, w *window) { testLogin(t, w, status) })
 		})
 	}
 }
@@ -969,13 +969,13 @@ func testLogin(t *testing.T, w *window, status int) {
 	}
 }
 
-func TestNothingMoves(t *testing.T) {
+func TestReducedMotionStopsAllMotion(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	p.media("prefers-reduced-motion", "reduce")
 	p.open("http://" + s.addr + "/")
-	say(t, s.dial(t), "hello")
+	send(t, s.dial(t), "hello")
 	p.until(`$("log").hasChildNodes()`)
 	if got := eval[string](p, `[...document.querySelectorAll("*")].filter((e) => {
 		const s = getComputedStyle(e);
@@ -985,7 +985,7 @@ func TestNothingMoves(t *testing.T) {
 	}
 }
 
-func TestItSaysThatItNeedsJavaScript(t *testing.T) {
+func TestPageSaysThatItNeedsJavaScript(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
@@ -996,7 +996,7 @@ func TestItSaysThatItNeedsJavaScript(t *testing.T) {
 	}
 }
 
-func TestTheConsoleStaysQuiet(t *testing.T) {
+func TestPageLogsNothingToTheConsole(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
@@ -1004,14 +1004,14 @@ func TestTheConsoleStaysQuiet(t *testing.T) {
 	p.until(lastLine + ` == "hello"`)
 	do(p, chromedp.Navigate("http://"+s.addr+"/?a#b"))
 	p.until(`$("status").textContent == "Connected"`)
-	p.wantQuietConsole()
+	p.wantEmptyConsole()
 	// A headless browser asks for no icon, others would ask the server.
 	if got := eval[string](p, `document.querySelector("link[rel=icon]").href`); !strings.HasPrefix(got, "data:") {
 		t.Errorf("the icon is at %q, want it in the page", got)
 	}
 }
 
-func TestItWorksOverTLSUnderAPath(t *testing.T) {
+func TestPageWorksOverTLSUnderAPath(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
@@ -1026,10 +1026,10 @@ func TestItWorksOverTLSUnderAPath(t *testing.T) {
 	p.open(front.URL + "/team/chat/")
 	p.send("over TLS")
 	p.until(lastLine + ` == "over TLS"`)
-	p.wantQuietConsole()
+	p.wantEmptyConsole()
 }
 
-func TestThePolicyAllowsThePageAndNothingElse(t *testing.T) {
+func TestContentSecurityPolicyAllowsOnlyThePage(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s) // its own script runs
@@ -1103,7 +1103,7 @@ func TestScreenshots(t *testing.T) {
 					if mine, ok := strings.CutPrefix(text, "Grete: "); ok {
 						p.send(mine)
 					} else {
-						say(t, conn, text)
+						send(t, conn, text)
 					}
 					p.until(fmt.Sprintf(lastLine+` == %q && !$("log").querySelector(".pending")`, text))
 					eval[bool](p, "later += 25_000; true")
@@ -1122,7 +1122,7 @@ func TestScreenshots(t *testing.T) {
 			p.until(`$("status").textContent == "Connected" && !batch.hasChildNodes()`)
 			show := p.hide()
 			for _, text := range afterwards {
-				say(t, s.dial(t), text)
+				send(t, s.dial(t), text)
 				p.until(fmt.Sprintf("batch.lastChild?.lastChild?.textContent == %q", text))
 				eval[bool](p, "later += 40_000; true")
 			}
@@ -1140,11 +1140,11 @@ func TestScreenshots(t *testing.T) {
 			p.setOffline(false)
 			p.until(`$("status").textContent == "Connected"`)
 			eval[bool](p, `$("msg").value = ""; showLength(); true`)
-			talk(t, s, 60)
+			sendLines(t, s, 60)
 			p.until(lastLine + `.startsWith("One of many lines")`)
 			p.until("!batch.hasChildNodes()")
 			p.scroll("-400")
-			say(t, s.dial(t), "news")
+			send(t, s.dial(t), "news")
 			p.until(`!$("jump").hidden`)
 			shoot("jump")
 		}

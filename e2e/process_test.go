@@ -29,8 +29,8 @@ func readAll(conn *websocket.Conn) (lines []string, err error) {
 	}
 }
 
-// wantGoodbye checks that err is a close with this code and a reason.
-func wantGoodbye(t *testing.T, err error, code int) {
+// wantClose checks that err is a close with this code and a reason.
+func wantClose(t *testing.T, err error, code int) {
 	t.Helper()
 	var goodbye *websocket.CloseError
 	if !errors.As(err, &goodbye) || goodbye.Code != code || goodbye.Text == "" {
@@ -109,7 +109,7 @@ func TestDroppedClientReadsTheCloseCode(t *testing.T) {
 			conn := s.dial(t)
 			tt.misbehave(t, s, conn)
 			conn.SetReadDeadline(time.Now().Add(patience))
-			wantGoodbye(t, discard(conn), tt.code)
+			wantClose(t, discard(conn), tt.code)
 			s.waitForLog(t, fmt.Sprintf(`dropped: "websocket: close %d\b`, tt.code))
 		})
 	}
@@ -122,7 +122,7 @@ func TestGracefulShutdownSendsWhatIsQueuedAnd1001(t *testing.T) {
 			s := startServer(t, "localhost:0")
 			reader, talker := s.dial(t), s.dial(t)
 			for i := range 100 {
-				say(t, talker, fmt.Sprint(i))
+				send(t, talker, fmt.Sprint(i))
 			}
 			for n := 0; n < 100; { // Then all are queued for reader, too.
 				_, message, err := talker.ReadMessage()
@@ -134,9 +134,9 @@ func TestGracefulShutdownSendsWhatIsQueuedAnd1001(t *testing.T) {
 			start := time.Now()
 			s.signal(t, sig)
 			_, err := readAll(talker)
-			wantGoodbye(t, err, 1001)
+			wantClose(t, err, 1001)
 			lines, err := readAll(reader)
-			wantGoodbye(t, err, 1001)
+			wantClose(t, err, 1001)
 			if len(lines) != 100 {
 				t.Errorf("the client reads %d lines before the close frame, want 100", len(lines))
 			}
@@ -196,7 +196,7 @@ func TestCloseFrameOfAShutdownReachesAllClients(t *testing.T) {
 			s.signal(t, syscall.SIGTERM)
 			s.wantExit(t, start, tt.limit)
 			for range conns {
-				wantGoodbye(t, <-ends, 1001)
+				wantClose(t, <-ends, 1001)
 			}
 		})
 	}
@@ -255,7 +255,7 @@ func TestClientsStayConnectedWhenFileDescriptorsRunOut(t *testing.T) {
 	}
 	s.waitForLog(t, "too many open files")
 
-	say(t, talker, "still here")
+	send(t, talker, "still here")
 	talker.SetReadDeadline(time.Now().Add(patience))
 	if _, message, err := talker.ReadMessage(); err != nil || string(message) != "still here" {
 		t.Fatalf("a connected client reads %q and %v", message, err)
@@ -264,7 +264,7 @@ func TestClientsStayConnectedWhenFileDescriptorsRunOut(t *testing.T) {
 		conn.Close()
 	}
 	newcomer := s.dial(t)
-	say(t, newcomer, "finally")
+	send(t, newcomer, "finally")
 	if _, message, err := talker.ReadMessage(); err != nil || string(message) != "finally" {
 		t.Errorf("a connected client reads %q and %v from a new one", message, err)
 	}

@@ -115,7 +115,7 @@ func TestProxyConfigurationsOfTheREADMEsWork(t *testing.T) {
 			} {
 				conn := join()
 				conn.WriteMessage(violation.kind, []byte(violation.text))
-				wantGoodbye(t, discard(conn), violation.want)
+				wantClose(t, discard(conn), violation.want)
 			}
 
 			for origin, want := range map[string]int{"http://" + addr: 101, "http://example.com": 403} {
@@ -139,8 +139,8 @@ func TestProxyConfigurationsOfTheREADMEsWork(t *testing.T) {
 				join()
 			}
 			two.stop(t)
-			wantGoodbye(t, discard(idle), websocket.CloseGoingAway)
-			wantGoodbye(t, discard(busy), websocket.CloseGoingAway)
+			wantClose(t, discard(idle), websocket.CloseGoingAway)
+			wantClose(t, discard(busy), websocket.CloseGoingAway)
 		})
 	}
 }
@@ -178,7 +178,7 @@ func TestHAProxyBalancesOnlyToReadyNodes(t *testing.T) {
 				t.Helper()
 				for n := range clients {
 					line := fmt.Sprint("from ", n)
-					say(t, dial(t, websocket.DefaultDialer, "ws://"+addr+"/ws"), line)
+					send(t, dial(t, websocket.DefaultDialer, "ws://"+addr+"/ws"), line)
 					if _, got, err := listener.ReadMessage(); err != nil || string(got) != line {
 						t.Fatalf("a client of the ready node reads %q and %v, want %q from a client behind the proxy", got, err, line)
 					}

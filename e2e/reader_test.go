@@ -34,7 +34,7 @@ func (p *tab) fill(id, text string) {
 	p.insert(text)
 }
 
-func TestANameStandsBeforeWhatIsSaid(t *testing.T) {
+func TestNamePrefixesMessages(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
@@ -60,7 +60,7 @@ func TestANameStandsBeforeWhatIsSaid(t *testing.T) {
 	}
 }
 
-func TestANameCounts(t *testing.T) {
+func TestNameCountsTowardsTheMessageLimit(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	p.fill("msg", strings.Repeat("x", 505))
@@ -78,7 +78,7 @@ func TestANameCounts(t *testing.T) {
 	p.wantLog("message mine: שרה: " + strings.Repeat("x", 504))
 }
 
-func TestALeadingNameIsSetOff(t *testing.T) {
+func TestLeadingNameIsBold(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
@@ -86,7 +86,7 @@ func TestALeadingNameIsSetOff(t *testing.T) {
 	lines := []string{"Ilse: hello", "<i>Tom</i>: a: b", "שרה: שלום", "no name here", "http://localhost/", ": none", long + ": too long", "10:15 it is"}
 	conn := s.dial(t)
 	for _, line := range lines {
-		say(t, conn, line)
+		send(t, conn, line)
 	}
 	p.untilShown(len(lines))
 	if got, want := eval[string](p, `[...$("log").querySelectorAll("b")].map((b) => b.textContent).join()`), "Ilse,<i>Tom</i>,שרה"; got != want {
@@ -101,13 +101,13 @@ func TestALeadingNameIsSetOff(t *testing.T) {
 	}
 }
 
-func TestMyLinesAndNoticesDifferWithoutColors(t *testing.T) {
+func TestOwnMessagesAndNoticesDifferWithoutColors(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	conn := s.dial(t)
-	say(t, conn, "Ilse: hello")
-	say(t, conn, "Notice, The server is restarting.")
+	send(t, conn, "Ilse: hello")
+	send(t, conn, "Notice, The server is restarting.")
 	p.untilShown(2)
 	p.send("mine")
 	p.wantLog("message: Ilse: hello", "message: Notice, The server is restarting.", "message mine: mine")
@@ -175,7 +175,7 @@ func TestMyLinesAndNoticesDifferWithoutColors(t *testing.T) {
 	}
 }
 
-func TestTimesAreShownWhereTheMinuteChanges(t *testing.T) {
+func TestTimeIsShownWhenTheMinuteChanges(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
@@ -186,7 +186,7 @@ func TestTimesAreShownWhereTheMinuteChanges(t *testing.T) {
 	conn := s.dial(t)
 	for i, later := range []string{"0", "59_000", "60_000", "61_000", "24 * 3600_000", "24 * 3600_000 + 1000"} {
 		eval[bool](p, "later = "+later+"; true")
-		say(t, conn, fmt.Sprint("line ", i))
+		send(t, conn, fmt.Sprint("line ", i))
 		p.untilShown(i + 1)
 	}
 	got := eval[[]string](p, `[...$("log").children].map((line) => line.textContent)`)
@@ -201,14 +201,14 @@ func TestTimesAreShownWhereTheMinuteChanges(t *testing.T) {
 
 	// Whoever travels sees the time of where they are.
 	call(p, emulation.SetTimezoneOverride, emulation.SetTimezoneOverrideParams{TimezoneID: "Asia/Tokyo"})
-	say(t, conn, "arrived")
+	send(t, conn, "arrived")
 	p.untilShown(7)
 	if got, want := eval[string](p, `$("log").lastChild.textContent`), "6:40 PM Anonymous: arrived"; got != want {
 		t.Errorf("in another time zone a line is %q, want %q", got, want)
 	}
 }
 
-func TestTheCounterIsDescribedNotAnnounced(t *testing.T) {
+func TestCounterIsADescriptionNotALiveRegion(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	if eval[bool](p, `!!$("counter").closest("output, [role], [aria-live]:not([aria-live=off])")`) {
@@ -219,7 +219,7 @@ func TestTheCounterIsDescribedNotAnnounced(t *testing.T) {
 	}
 }
 
-func TestWhoHasNotJoinedIsToldNothingOfTheRoom(t *testing.T) {
+func TestEmptyRoomIsNotClaimedBeforeThePageJoins(t *testing.T) {
 	t.Parallel()
 	const claim = `getComputedStyle($("empty")).display`
 	s := startServer(t, "localhost:0")
@@ -241,7 +241,7 @@ func TestWhoHasNotJoinedIsToldNothingOfTheRoom(t *testing.T) {
 	})
 }
 
-func TestAnEmptyLogDoesNotClaimThatNobodySpoke(t *testing.T) {
+func TestEmptyLogSaysNoMessagesSinceYouJoined(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	const shown = `$("empty").offsetHeight ? $("empty").textContent : ""`
@@ -255,14 +255,14 @@ func TestAnEmptyLogDoesNotClaimThatNobodySpoke(t *testing.T) {
 	}
 }
 
-func TestHalfACharacterIsSentAsWhatWillComeBack(t *testing.T) {
+func TestUnpairedSurrogateIsSentAsReplacementCharacter(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	eval[bool](p, `$("msg").value = "\ud83d half"; $("form").requestSubmit(); true`)
 	p.wantLog("message mine: \ufffd half")
 }
 
-func TestADraftSurvivesAReloadAndTheWayBack(t *testing.T) {
+func TestDraftSurvivesReloadAndBackNavigation(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	page := "http://" + s.addr + "/"
@@ -287,7 +287,7 @@ func TestADraftSurvivesAReloadAndTheWayBack(t *testing.T) {
 	}
 }
 
-func TestItWorksWhereStorageIsDenied(t *testing.T) {
+func TestPageWorksWhenStorageIsDenied(t *testing.T) {
 	t.Parallel()
 	p := newTab(t)
 	p.beforePage(denied)
@@ -297,19 +297,19 @@ func TestItWorksWhereStorageIsDenied(t *testing.T) {
 	p.send("hello")
 	p.wantLog("message mine: Grete: hello")
 	eval[bool](p, `dispatchEvent(new Event("pagehide"))`)
-	p.wantQuietConsole()
+	p.wantEmptyConsole()
 }
 
 // reading is the line that is read, and where it stands: the first line that began
 // in sight when the page was first asked. In another shape an earlier line may
 // begin in sight, too, depending on the fonts.
-const reading = `(() => {
+const readPosition = `(() => {
 	const top = $("log").getBoundingClientRect().top;
 	window.reading ??= [...$("log").children].find((line) => line.getBoundingClientRect().top >= top);
 	return window.reading.textContent.slice(0, 20) + " at " + Math.round(window.reading.getBoundingClientRect().top - top);
 })()`
 
-func TestWhatIsReadStaysWhenAPhoneIsTurned(t *testing.T) {
+func TestReadPositionSurvivesRotation(t *testing.T) {
 	// Where lines break, and what is then out of sight, depends on the font.
 	for _, font := range []string{"16px sans-serif", "15px serif", "20px serif"} {
 		t.Run(font, func(t *testing.T) { t.Parallel(); testTurns(t, font) })
@@ -325,7 +325,7 @@ func testTurns(t *testing.T, font string) {
 	for i := range 2 {
 		conn := s.dial(t)
 		for j := range 100 {
-			say(t, conn, fmt.Sprintf("%d %s", i*100+j, strings.Repeat("and on it goes ", j%20)))
+			send(t, conn, fmt.Sprintf("%d %s", i*100+j, strings.Repeat("and on it goes ", j%20)))
 		}
 	}
 	p.untilShown(200)
@@ -341,14 +341,14 @@ func testTurns(t *testing.T, font string) {
 	turn(360, 640)
 	p.until(atEnd)
 	p.scroll("-9000")
-	want := eval[string](p, reading)
+	want := eval[string](p, readPosition)
 	for range 3 {
 		turn(640, 360)
-		if got := eval[string](p, reading); got != want {
+		if got := eval[string](p, readPosition); got != want {
 			t.Errorf("turned, the phone shows %q, want %q", got, want)
 		}
 		turn(360, 640)
-		if got := eval[string](p, reading); got != want {
+		if got := eval[string](p, readPosition); got != want {
 			t.Errorf("turned back, the phone shows %q, want %q", got, want)
 		}
 	}
@@ -357,27 +357,27 @@ func testTurns(t *testing.T, font string) {
 	}
 }
 
-func TestZoomedTheReaderStaysAtTheEnd(t *testing.T) {
+func TestLogStaysAtTheEndWhenZoomed(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
-	talk(t, s, 100)
+	sendLines(t, s, 100)
 	p.untilShown(100)
 	p.until(atEnd)
 	for _, size := range []string{"18px", "20px", "32px", "16px"} {
 		// Chromium tells of the scrolling first, and of the new size after that.
 		eval[bool](p, `document.documentElement.style.fontSize = "`+size+`"; $("log").dispatchEvent(new Event("scroll"))`)
 		p.until(atEnd)
-		say(t, s.dial(t), "at "+size)
+		send(t, s.dial(t), "at "+size)
 		p.until(lastLine + ` == "at ` + size + `" && ` + atEnd)
 	}
 }
 
-func TestToSpeakIsToGoToTheEnd(t *testing.T) {
+func TestSendingScrollsToTheEnd(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
-	talk(t, s, 100)
+	sendLines(t, s, 100)
 	p.untilShown(100)
 	p.scroll("-1000")
 	p.send("here I am")
@@ -388,7 +388,7 @@ func TestPrintShowsAllLinesAndNoForm(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
-	talk(t, s, 150)
+	sendLines(t, s, 150)
 	p.untilShown(150)
 	eval[bool](p, `showUndelivered("lost"); true`)
 	p.until(`$("log").textContent.includes("delivered: lost")`)
@@ -406,7 +406,7 @@ func TestPrintShowsAllLinesAndNoForm(t *testing.T) {
 
 // The oldest that the page is to look right in are Chrome 109, Safari 16 and
 // Firefox 115: here is what they lack, and one would like to use.
-func TestItNeedsNothingNew(t *testing.T) {
+func TestPageWorksInTheOldestSupportedBrowsers(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
@@ -427,7 +427,7 @@ func TestItNeedsNothingNew(t *testing.T) {
 	if !eval[bool](p, "fetchPage().then((answer) => answer.ok)", chromedp.EvalAwaitPromise) {
 		t.Error("the page does not find its server")
 	}
-	p.wantQuietConsole()
+	p.wantEmptyConsole()
 	style := eval[string](p, `document.querySelector("style").textContent`)
 	if got := regexp.MustCompile(`anywhere|light-dark|color-mix|oklch|@layer|@container|@scope|@property|&|text-wrap|field-sizing`).FindString(style); got != "" {
 		t.Errorf("the style uses %s", got)
@@ -437,9 +437,9 @@ func TestItNeedsNothingNew(t *testing.T) {
 	}
 }
 
-func TestNameAndDraftSurviveTheWayBack(t *testing.T) {
+func TestNameAndDraftSurviveBackNavigation(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		get[bool](w, `$("name").focus() ?? true`)
@@ -461,9 +461,9 @@ func TestNameAndDraftSurviveTheWayBack(t *testing.T) {
 	})
 }
 
-func TestANameIsKeptFromItsFirstLetter(t *testing.T) {
+func TestNameIsStoredAtEachKeystroke(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		get[bool](w, `$("name").focus() ?? true`)
@@ -473,9 +473,9 @@ func TestANameIsKeptFromItsFirstLetter(t *testing.T) {
 	})
 }
 
-func TestATabSpeaksUnderItsOwnName(t *testing.T) {
+func TestTabKeepsItsOwnName(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		// What other tabs of the browser have kept is in localStorage, and what this one has
 		// in sessionStorage.
@@ -519,9 +519,9 @@ func TestATabSpeaksUnderItsOwnName(t *testing.T) {
 	})
 }
 
-func TestTwoChatsOfOneHostShareNothing(t *testing.T) {
+func TestTwoChatsOnOneHostShareNoStorage(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		mux := http.NewServeMux()
 		for _, path := range []string{"/one", "/two"} {
@@ -554,9 +554,9 @@ func TestTwoChatsOfOneHostShareNothing(t *testing.T) {
 	})
 }
 
-func TestWhatIsInStorageHindersNothing(t *testing.T) {
+func TestInvalidStorageIsHarmless(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		for _, junk := range []string{"{", "null", `["x"]`, `[{"text":1}]`, "\x00", "\n\n\n", strings.Repeat("x", 100_000), "<b>"} {
@@ -570,9 +570,9 @@ func TestWhatIsInStorageHindersNothing(t *testing.T) {
 	})
 }
 
-func TestEnterInTheNameGoesToTheMessage(t *testing.T) {
+func TestEnterInTheNameFocusesTheMessage(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		w.insert("a draft")
@@ -588,16 +588,16 @@ func TestEnterInTheNameGoesToTheMessage(t *testing.T) {
 	})
 }
 
-func TestWhatIsTypedReachesTheMessageAndKeysStillScroll(t *testing.T) {
+func TestTypingFocusesTheMessageAndKeysStillScroll(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.resize(700, 500)
 		w.open(s.addr)
-		discuss(t, s, 100)
+		sendVaried(t, s, 100)
 		w.until(lastLine + ` == "That is all." && ` + atEnd)
 		w.scroll(-500)
-		say(t, s.dial(t), "news")
+		send(t, s.dial(t), "news")
 		w.until(`!$("jump").hidden`)
 		w.click(`$("jump")`)
 		w.until(atEnd)
@@ -624,9 +624,9 @@ func TestWhatIsTypedReachesTheMessageAndKeysStillScroll(t *testing.T) {
 	})
 }
 
-func TestDirectionsFollowTheText(t *testing.T) {
+func TestDirectionFollowsTheText(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		for _, id := range []string{"msg", "name"} {
@@ -640,7 +640,7 @@ func TestDirectionsFollowTheText(t *testing.T) {
 			"Grete: שלום לכולם": "right", "שרה: hello": "left", "שרה: שלום": "right", "hello, שלום": "left",
 			"שלום https://example.org/ שלום": "right", "https://example.org/שלום": "left",
 		} {
-			say(t, conn, line)
+			send(t, conn, line)
 			w.until(fmt.Sprintf(lastLine+" == %q", line))
 			got := get[string](w, `(() => {
 				const line = $("log").lastChild, box = line.getBoundingClientRect(), time = line.querySelector("time");
@@ -654,15 +654,15 @@ func TestDirectionsFollowTheText(t *testing.T) {
 	})
 }
 
-func TestALongWordIsBroken(t *testing.T) {
+func TestLongWordsAreBroken(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.resize(500, 500)
 		w.open(s.addr)
 		conn := s.dial(t)
-		say(t, conn, strings.Repeat("W", 120))
-		say(t, conn, strings.Repeat("W", 30)+": https://example.org/"+strings.Repeat("W", 120))
+		send(t, conn, strings.Repeat("W", 120))
+		send(t, conn, strings.Repeat("W", 30)+": https://example.org/"+strings.Repeat("W", 120))
 		w.until(lastLine + `.includes("https")`)
 		if got := get[int](w, `$("log").scrollWidth - $("log").clientWidth`); got != 0 {
 			t.Errorf("a long word makes the log %d pixels too wide", got)
@@ -670,105 +670,105 @@ func TestALongWordIsBroken(t *testing.T) {
 	})
 }
 
-// markedLine is the line under the mark, if a reader sees one.
-const markedLine = `(document.querySelector("#log .marker")?.offsetHeight ?
+// lineBelowMarker is the line under the mark, if a reader sees one.
+const lineBelowMarker = `(document.querySelector("#log .marker")?.offsetHeight ?
 	document.querySelector("#log .marker").nextElementSibling.querySelector(".words").textContent : "")`
 
-func TestTheMarkShowsWhereOneLeftOff(t *testing.T) {
+func TestMarkerIsAboveTheFirstUnreadLine(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		conn := s.dial(t)
-		say(t, conn, "seen")
+		send(t, conn, "seen")
 		w.until(lastLine + ` == "seen"`)
-		say(t, conn, "seen, too")
+		send(t, conn, "seen, too")
 		w.until(lastLine + ` == "seen, too"`)
-		wantMark := func(title, line string) {
+		wantMarker := func(title, line string) {
 			t.Helper()
 			if got := get[string](w, "document.title"); got != title {
 				t.Errorf("title %q, want %q", got, title)
 			}
-			if got := get[string](w, markedLine); got != line {
+			if got := get[string](w, lineBelowMarker); got != line {
 				t.Errorf("the mark stands above %q, want %q", got, line)
 			}
 		}
-		wantMark("Chat", "")
+		wantMarker("Chat", "")
 		w.pretendHidden(true)
 		w.pretendHidden(false)
-		wantMark("Chat", "")
+		wantMarker("Chat", "")
 
 		w.pretendHidden(true)
 		for _, text := range []string{"one", "two", "three"} {
-			say(t, conn, text)
+			send(t, conn, text)
 		}
 		w.until(lastLine + ` == "three"`)
-		wantMark("(3) Chat", "one")
+		wantMarker("(3) Chat", "one")
 		w.pretendHidden(false)
-		wantMark("Chat", "one")
-		say(t, conn, "four")
+		wantMarker("Chat", "one")
+		send(t, conn, "four")
 		w.until(lastLine + ` == "four"`)
-		wantMark("Chat", "one")
+		wantMarker("Chat", "one")
 		if got := get[float64](w, `document.querySelector("#log .marker").getBoundingClientRect().width / $("log").lastChild.getBoundingClientRect().width`); got != 1 {
 			t.Errorf("the mark takes %v of a line's width, want it across", got)
 		}
 
 		w.pretendHidden(true)
-		wantMark("Chat", "")
-		say(t, conn, "five")
+		wantMarker("Chat", "")
+		send(t, conn, "five")
 		w.until(lastLine + ` == "five"`)
-		wantMark("(1) Chat", "five")
+		wantMarker("(1) Chat", "five")
 		w.pretendHidden(false)
 		w.pretendHidden(true)
 		w.pretendHidden(false)
-		wantMark("Chat", "")
+		wantMarker("Chat", "")
 	})
 }
 
-func TestTheMarkTellsWhichLinesAreGone(t *testing.T) {
+func TestMarkerCountsRemovedLines(t *testing.T) {
 	t.Parallel()
 	for _, lines := range []int{1100, 7000} { // of the latter some go while the tab is hidden
 		t.Run(fmt.Sprint(lines), func(t *testing.T) {
 			t.Parallel()
 			s := startServer(t, "localhost:0")
 			p := openTab(t, s)
-			say(t, s.dial(t), "seen")
+			send(t, s.dial(t), "seen")
 			p.untilShown(1)
 			show := p.hide()
-			talk(t, s, lines)
+			sendLines(t, s, lines)
 			p.until(fmt.Sprintf(`document.title == "(%d) Chat"`, lines))
 			show()
 			p.untilShown(1 + lines)
-			wantMark := func(gone int) {
+			wantMarker := func(gone int) {
 				t.Helper()
 				want := fmt.Sprintf("marker New messages (the first %d are no longer shown) 1000", gone)
 				if got := eval[string](p, `[$("log").firstChild.className, $("log").firstChild.textContent, $("log").childElementCount].join(" ")`); got != want {
 					t.Errorf("the log starts with, and has so many elements: %q, want %q", got, want)
 				}
 			}
-			wantMark(lines - 999)
-			say(t, s.dial(t), "one more")
+			wantMarker(lines - 999)
+			send(t, s.dial(t), "one more")
 			p.until(lastLine + ` == "one more"`)
-			wantMark(lines - 998)
+			wantMarker(lines - 998)
 			p.hide()()
-			talk(t, s, 100)
+			sendLines(t, s, 100)
 			p.until("arrived == " + fmt.Sprint(lines+102) + " && !batch.hasChildNodes()")
 			if got := eval[int](p, `document.querySelectorAll(".marker").length`); got != 0 {
 				t.Error("the mark is still there after the page has been looked at and left")
 			}
 			show = p.hide()
-			talk(t, s, 1100)
+			sendLines(t, s, 1100)
 			p.until(`document.title == "(1100) Chat"`)
 			show()
 			p.until("!batch.hasChildNodes()")
-			wantMark(101)
+			wantMarker(101)
 		})
 	}
 }
 
-func TestNoticesAreNotCountedButMarked(t *testing.T) {
+func TestNoticesAreMarkedButNotCountedAsUnread(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		w.pretendHidden(true)
@@ -776,45 +776,45 @@ func TestNoticesAreNotCountedButMarked(t *testing.T) {
 		w.until(lastLine + ` == "The server is restarting."`)
 		s = startServer(t, s.addr)
 		w.until(connected)
-		say(t, s.dial(t), "hello")
+		send(t, s.dial(t), "hello")
 		w.until(lastLine + ` == "hello"`)
-		if got := get[string](w, "document.title + ': ' + "+markedLine); got != "(1) Chat: The server is restarting." {
+		if got := get[string](w, "document.title + ': ' + "+lineBelowMarker); got != "(1) Chat: The server is restarting." {
 			t.Errorf("title and marked line are %q", got)
 		}
 	})
 }
 
-func TestTheMarksComingAndGoingMoveNothing(t *testing.T) {
+func TestMarkerDoesNotMoveTheReadPosition(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.resize(700, 500)
 		w.open(s.addr)
-		discuss(t, s, 100)
+		sendVaried(t, s, 100)
 		w.until(lastLine + ` == "That is all." && ` + atEnd)
 		w.pretendHidden(true)
-		discuss(t, s, 50)
+		sendVaried(t, s, 50)
 		w.until(lastLine + ` == "That is all." && document.querySelector("#log .marker") && ` + atEnd)
 		w.pretendHidden(false)
 		w.scroll(-100)
-		want := get[string](w, reading)
+		want := get[string](w, readPosition)
 		w.pretendHidden(true) // the mark above goes
-		w.wantPlace(want, "as the mark went")
-		discuss(t, s, 10)
+		w.wantReadPosition(want, "as the mark went")
+		sendVaried(t, s, 10)
 		w.until(`document.querySelector("#log .marker") && !$("jump").hidden`)
 		w.pretendHidden(false)
-		w.wantPlace(want, "as the mark came")
+		w.wantReadPosition(want, "as the mark came")
 	})
 }
 
-func TestWhatIsCopiedIsWhatWasSaid(t *testing.T) {
+func TestCopyingPicksUpOnlyTheText(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		conn := s.dial(t)
 		for _, text := range []string{"Grete: hello", "Ilse: see https://example.org/.", "no name"} {
-			say(t, conn, text)
+			send(t, conn, text)
 		}
 		w.send("mine")
 		w.until(lastLine + ` == "mine"`)
@@ -843,46 +843,46 @@ func TestWhatIsCopiedIsWhatWasSaid(t *testing.T) {
 	})
 }
 
-func TestTheLogStandsStillWhileSomethingIsSelected(t *testing.T) {
+func TestLogDoesNotScrollWhileTextIsSelected(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.resize(700, 500)
 		w.open(s.addr)
-		discuss(t, s, 50)
+		sendVaried(t, s, 50)
 		w.until(lastLine + ` == "That is all." && ` + atEnd)
 		line := func(n int) string { return fmt.Sprintf(`$("log").children[%d].lastChild.firstChild`, n) }
 		const span = `$("log").children[50].lastChild`
 		conn := s.dial(t)
 		w.mouse(w.moveTo(span, 0.05), pointerDown, w.moveTo(span, 0.4))
 		w.until("!getSelection().isCollapsed")
-		want := get[string](w, reading)
+		want := get[string](w, readPosition)
 		for i := range 20 {
-			say(t, conn, fmt.Sprint("meanwhile ", i))
+			send(t, conn, fmt.Sprint("meanwhile ", i))
 		}
 		w.until(lastLine + ` == "meanwhile 19" && !$("jump").hidden`)
-		w.wantPlace(want, "as lines came while something was selected")
+		w.wantReadPosition(want, "as lines came while something was selected")
 		w.mouse(w.moveTo(span, 0.6), pointerUp)
 		if got := get[string](w, "getSelection().toString()"); got == "" || !strings.Contains("That is all.", got) {
 			t.Errorf("selected %q, want part of the line where the mouse went down", got)
 		}
-		say(t, conn, "and now")
+		send(t, conn, "and now")
 		w.until(lastLine + ` == "and now"`)
-		w.wantPlace(want, "after the mouse had gone up")
+		w.wantReadPosition(want, "after the mouse had gone up")
 
 		// What is selected in the input, or nothing, holds nobody back.
 		w.click(`$("jump")`)
 		w.until(atEnd)
-		say(t, conn, "on")
+		send(t, conn, "on")
 		w.until(lastLine + ` == "on" && ` + atEnd)
 		get[bool](w, fmt.Sprintf("getSelection().setBaseAndExtent(%s, 0, %s, 3) ?? true", line(60), line(60)))
-		say(t, conn, "held")
+		send(t, conn, "held")
 		w.until(lastLine + ` == "held" && !$("jump").hidden`)
 		w.send("to speak is to go to the end")
 		w.until(lastLine + ` == "to speak is to go to the end" && ` + atEnd)
 		w.insert("draft")
 		get[bool](w, `$("msg").select() ?? true`)
-		say(t, conn, "further")
+		send(t, conn, "further")
 		w.until(lastLine + ` == "further" && ` + atEnd)
 	})
 }

@@ -39,7 +39,7 @@ func buildRooms(t *testing.T) string {
 }
 
 // In rooms/: two people in one room, a third in another, a kick, and a restart.
-func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
+func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 	t.Parallel()
 	program, file := buildRooms(t), filepath.Join(t.TempDir(), "rooms.db")
 	s := startCommand(t, exec.Command(program, "-addr", "127.0.0.1:0", "-db", file))
@@ -179,7 +179,7 @@ func TestPeopleMeetInTheRoomsOfTheExample(t *testing.T) {
 	}
 }
 
-func TestRoomsPageTellsAMissingLoginAFullRoomAndTooManyRoomsApart(t *testing.T) {
+func TestRoomsPageDistinguishesAMissingLoginAFullRoomAndTooManyRooms(t *testing.T) {
 	t.Parallel()
 	s := startCommand(t, exec.Command(buildRooms(t), "-addr", "127.0.0.1:0", "-db", filepath.Join(t.TempDir(), "rooms.db")))
 	join := func(name, room string) {

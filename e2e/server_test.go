@@ -176,8 +176,8 @@ func dial(t testing.TB, dialer *websocket.Dialer, url string) *websocket.Conn {
 	return conn
 }
 
-// say sends one message.
-func say(t testing.TB, conn *websocket.Conn, text string) {
+// send sends one text message.
+func send(t testing.TB, conn *websocket.Conn, text string) {
 	t.Helper()
 	if err := conn.WriteMessage(websocket.TextMessage, []byte(text)); err != nil {
 		t.Fatal(err)

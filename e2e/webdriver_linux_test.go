@@ -74,8 +74,8 @@ type window struct {
 	engine engine
 }
 
-// inEveryEngine runs a test in each engine, beside other tests.
-func inEveryEngine(t *testing.T, test func(t *testing.T, w *window)) {
+// inFirefoxAndWebKit runs a test in each engine, beside other tests.
+func inFirefoxAndWebKit(t *testing.T, test func(t *testing.T, w *window)) {
 	for _, engine := range engines {
 		t.Run(engine.name, func(t *testing.T) {
 			t.Parallel()
@@ -92,13 +92,13 @@ func inEveryEngine(t *testing.T, test func(t *testing.T, w *window)) {
 	}
 }
 
-// inThreeEngines runs a test in these and in Chromium, there in a tab of its own.
-func inThreeEngines(t *testing.T, test func(t *testing.T, w *window)) {
+// inAllEngines runs a test in these and in Chromium, there in a tab of its own.
+func inAllEngines(t *testing.T, test func(t *testing.T, w *window)) {
 	t.Run("Chromium", func(t *testing.T) {
 		t.Parallel()
 		test(t, &window{t, &chrome{tab: newTab(t)}})
 	})
-	inEveryEngine(t, test)
+	inFirefoxAndWebKit(t, test)
 }
 
 // must fails the test if there is an error.

@@ -21,9 +21,9 @@ import (
 // logged is the class and the text of each line of the log, as JavaScript.
 const logged = `[...$("log").children].map((line) => line.className + ": " + (line.querySelector(".words") ?? line.lastChild).textContent)`
 
-// wire passes TCP connections on to the server at to. After cut those that are
+// silentProxy passes TCP connections on to the server at to. After cut those that are
 // open are dead: nothing passes any more, and neither end gets to know.
-func wire(t *testing.T, to string) (addr string, cut func()) {
+func silentProxy(t *testing.T, to string) (addr string, cut func()) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "localhost:0")
 	if err != nil {
@@ -64,9 +64,9 @@ func wire(t *testing.T, to string) (addr string, cut func()) {
 	return listener.Addr().String(), func() { cuts.Add(1) }
 }
 
-// mute serves the page of s from a server that hears everything and says only
+// silentServer serves the page of s from a server that hears everything and says only
 // what the test does, on the connections that the channel brings.
-func mute(t *testing.T, s *server) (url string, conns chan *websocket.Conn) {
+func silentServer(t *testing.T, s *server) (url string, conns chan *websocket.Conn) {
 	t.Helper()
 	conns = make(chan *websocket.Conn, 100)
 	return fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
@@ -91,13 +91,13 @@ func (p *tab) wantLog(want ...string) {
 	}
 }
 
-func TestADeadLineIsNoticedInAboutAMinute(t *testing.T) {
+func TestHalfOpenConnectionIsDetectedInAboutAMinute(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"by who listens", "by who talks"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := startServer(t, "localhost:0")
-			addr, cut := wire(t, s.addr)
+			addr, cut := silentProxy(t, s.addr)
 			p := newTab(t)
 			p.beforePage(fast)
 			p.open("http://" + addr + "/")
@@ -123,10 +123,10 @@ func TestADeadLineIsNoticedInAboutAMinute(t *testing.T) {
 	}
 }
 
-func TestAQuietLineIsNotADeadOne(t *testing.T) {
+func TestHeartbeatsKeepAnIdleConnection(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
-	url, conns := mute(t, s)
+	url, conns := silentServer(t, s)
 	p := newTab(t)
 	p.beforePage(fast)
 	p.open(url)
@@ -149,10 +149,10 @@ func TestAQuietLineIsNotADeadOne(t *testing.T) {
 	}
 }
 
-func TestAMachineThatHasSleptListensBeforeItJudges(t *testing.T) {
+func TestQueuedHeartbeatKeepsTheConnectionAfterASleep(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
-	url, conns := mute(t, s)
+	url, conns := silentServer(t, s)
 	p := newTab(t)
 	// Long waits end when the test says so, as after a sleep.
 	p.beforePage(`
@@ -179,7 +179,7 @@ func TestAMachineThatHasSleptListensBeforeItJudges(t *testing.T) {
 	p.until(`sockets.length == 2 && ` + connected)
 }
 
-func TestTheServerBeatsForThePage(t *testing.T) {
+func TestServerNegotiatesTheHeartbeatSubprotocol(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	if got := eval[string](p, "sockets[0].protocol"); got != "heartbeat" {
@@ -187,26 +187,26 @@ func TestTheServerBeatsForThePage(t *testing.T) {
 	}
 }
 
-func TestWhatIsUnderWayIsShownUntilItArrives(t *testing.T) {
+func TestPendingMessageIsShownUntilTheServerSendsItBack(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
-	url, conns := mute(t, s)
+	url, conns := silentServer(t, s)
 	p := newTab(t)
 	p.open(url)
 	conn := <-conns
 	p.send("important")
 	p.send("ok")
 	p.wantLog("message mine pending: important", "message mine pending: ok")
-	say(t, conn, "ok")
+	send(t, conn, "ok")
 	p.wantLog("message mine: ok", "message mine pending: important")
-	say(t, conn, "Ilse: ok\nok")
+	send(t, conn, "Ilse: ok\nok")
 	p.wantLog("message mine: ok", "message: Ilse: ok", "message: ok", "message mine pending: important")
-	say(t, conn, "important")
+	send(t, conn, "important")
 	p.wantLog("message mine: ok", "message: Ilse: ok", "message: ok", "message mine: important")
 
 	p.send("twice")
 	p.send("twice")
-	say(t, conn, "twice")
+	send(t, conn, "twice")
 	p.until(`$("log").querySelectorAll(".pending").length == 1`)
 	conn.Close()
 	p.until(`$("log").textContent.includes("may not have been delivered")`)
@@ -216,38 +216,38 @@ func TestWhatIsUnderWayIsShownUntilItArrives(t *testing.T) {
 		"notice: Reconnected. You may have missed messages.")
 }
 
-func TestWhatIsUnderWayStaysInSight(t *testing.T) {
+func TestPendingMessageStaysInViewAtTheEnd(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
-	url, conns := mute(t, s)
+	url, conns := silentServer(t, s)
 	p := newTab(t)
 	p.open(url)
 	conn := <-conns
-	say(t, conn, strings.Repeat("One of many lines\n", 299)+"the last")
+	send(t, conn, strings.Repeat("One of many lines\n", 299)+"the last")
 	p.untilShown(300)
 	p.scroll("-1000")
 	p.send("wait for me")
 	p.until(lastLine + ` == "wait for me" && ` + atEnd)
 	for range 5 {
-		say(t, conn, strings.Repeat("One of many more lines\n", 299)+"the last")
+		send(t, conn, strings.Repeat("One of many more lines\n", 299)+"the last")
 	}
 	p.untilShown(1800)
 	p.until(lastLine + ` == "wait for me" && ` + atEnd)
 	if got := eval[int](p, `$("log").childElementCount`); got != 1001 {
 		t.Errorf("the log has %d lines, want 1000 and the one under way", got)
 	}
-	say(t, conn, "wait for me")
+	send(t, conn, "wait for me")
 	p.until(`!$("log").querySelector(".pending") && $("log").lastChild.className == "message mine"`)
 }
 
-// kept is what the tab has kept of what it has not heard yet, as JavaScript.
-const kept = `sessionStorage["chat / undelivered"]`
+// stored is what the tab has kept of what it has not heard yet, as JavaScript.
+const stored = `sessionStorage["chat / undelivered"]`
 
-func TestWhatHasNotComeBackIsKeptUntilItHas(t *testing.T) {
+func TestUndeliveredMessagesAreStoredUntilDeliveredOrDiscarded(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
-		url, conns := mute(t, s)
+		url, conns := silentServer(t, s)
 		open := func() *websocket.Conn {
 			t.Helper()
 			w.open(strings.TrimPrefix(url, "http://"))
@@ -270,15 +270,15 @@ func TestWhatHasNotComeBackIsKeptUntilItHas(t *testing.T) {
 		conn := open()
 		w.send("arrives")
 		w.send("does not")
-		w.until(kept + ` == "arrives\ndoes not"`)
-		say(t, conn, "arrives")
-		w.until(kept + ` == "does not"`)
+		w.until(stored + ` == "arrives\ndoes not"`)
+		send(t, conn, "arrives")
+		w.until(stored + ` == "does not"`)
 		conn = open()
 		wantLost("does not")
 
 		// After the connection, and at two reloads.
 		w.send("is lost")
-		w.until(kept + ` == "does not\nis lost"`)
+		w.until(stored + ` == "does not\nis lost"`)
 		conn.Close()
 		w.until(`$("log").textContent.includes("delivered: is lost")`)
 		w.until(connected)
@@ -292,18 +292,18 @@ func TestWhatHasNotComeBackIsKeptUntilItHas(t *testing.T) {
 		w.click(`document.querySelector(".notice button")`)
 		w.until(`document.querySelector(".pending")`)
 		wantLost("is lost")
-		w.until(kept + ` == "is lost\ndoes not"`)
-		say(t, conn, "does not")
-		w.until(kept + ` == "is lost" && $("log").lastChild.className == "message mine"`)
+		w.until(stored + ` == "is lost\ndoes not"`)
+		send(t, conn, "does not")
+		w.until(stored + ` == "is lost" && $("log").lastChild.className == "message mine"`)
 
 		// Said once more instead, it comes back as what is under way; then, late, as what was lost.
 		w.send("is lost")
-		w.until(kept + ` == "is lost\nis lost"`)
-		say(t, conn, "is lost")
-		w.until(kept + ` == "is lost" && !document.querySelector(".pending")`)
+		w.until(stored + ` == "is lost\nis lost"`)
+		send(t, conn, "is lost")
+		w.until(stored + ` == "is lost" && !document.querySelector(".pending")`)
 		wantLost("is lost")
-		say(t, conn, "is lost")
-		w.until(kept + ` == "" && $("log").textContent.endsWith("is lost")`)
+		send(t, conn, "is lost")
+		w.until(stored + ` == "" && $("log").textContent.endsWith("is lost")`)
 		wantLost()
 
 		// What is discarded is not kept, either.
@@ -312,18 +312,18 @@ func TestWhatHasNotComeBackIsKeptUntilItHas(t *testing.T) {
 		open()
 		wantLost("is nothing")
 		w.click(`document.querySelectorAll(".notice button")[1]`)
-		w.until(kept + ` == "" && !$("log").hasChildNodes() && document.activeElement == $("log")`)
+		w.until(stored + ` == "" && !$("log").hasChildNodes() && document.activeElement == $("log")`)
 		open()
 		wantLost()
 	})
 }
 
-func TestOnlyAConnectionThatLastsIsASuccess(t *testing.T) {
+func TestOnlyALastingConnectionResetsTheBackoff(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
-	url, conns := mute(t, s)
+	url, conns := silentServer(t, s)
 	p := newTab(t)
-	p.beforePage(countWaits + `
+	p.beforePage(recordBackoffs + `
 		const realNow = performance.now.bind(performance);
 		performance.now = () => 20 * realNow();`)
 	do(p, chromedp.Navigate(url))
@@ -346,7 +346,7 @@ func TestOnlyAConnectionThatLastsIsASuccess(t *testing.T) {
 	}
 }
 
-func TestAfterARestartNotEverybodyComesAtOnce(t *testing.T) {
+func TestJitterSpreadsReconnectsAfterARestart(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	waits := eval[[]float64](p, `
@@ -373,11 +373,11 @@ func TestAfterARestartNotEverybodyComesAtOnce(t *testing.T) {
 }
 
 // Firefox would delay those that come after them.
-func TestFewWebSocketsFail(t *testing.T) {
+func TestProbesReplaceHandshakesWhileTheServerIsDown(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
-	p.beforePage(countWaits)
+	p.beforePage(recordBackoffs)
 	p.open("http://" + s.addr + "/")
 	s.stop(t)
 	p.until("waits.length >= 6")
@@ -388,7 +388,7 @@ func TestFewWebSocketsFail(t *testing.T) {
 	p.until(`$("status").textContent == "Connected"`)
 }
 
-func TestOfflineALineToThisMachineIsKept(t *testing.T) {
+func TestLocalConnectionIsKeptWhileOffline(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
@@ -407,7 +407,7 @@ func TestOfflineALineToThisMachineIsKept(t *testing.T) {
 
 // Browsers close the connection of a page that they keep for the way back, and
 // do not all say so.
-func TestBackOnThePageItNoticesThatTheConnectionIsGone(t *testing.T) {
+func TestMissedCloseEventIsDetectedOnPageshow(t *testing.T) {
 	t.Parallel()
 	p := newTab(t)
 	p.beforePage(`
@@ -425,7 +425,7 @@ func TestBackOnThePageItNoticesThatTheConnectionIsGone(t *testing.T) {
 	p.wantDraft("kept")
 }
 
-func TestToConnectIsNoAlarm(t *testing.T) {
+func TestOnlyALostConnectionShowsTheAlarmColor(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
@@ -449,11 +449,11 @@ func TestToConnectIsNoAlarm(t *testing.T) {
 	}
 }
 
-func TestSendAgainSends(t *testing.T) {
+func TestSendAgainSendsTheMessage(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
-		url, conns := mute(t, s)
+		url, conns := silentServer(t, s)
 		w.open(strings.TrimPrefix(url, "http://"))
 		get[bool](w, `$("name").focus() ?? true`)
 		w.typeText("Grete")
@@ -494,9 +494,9 @@ func TestSendAgainSends(t *testing.T) {
 	})
 }
 
-func TestWhatCannotBeSentAgainNowCanBeLater(t *testing.T) {
+func TestSendAgainIsRefusedUntilReconnected(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		s.stop(t)
@@ -522,9 +522,9 @@ const announced = `(window.announcements ??= (new MutationObserver((changes) => 
 	}
 }).observe(document.body, { childList: true, subtree: true }), []))`
 
-func TestALossIsToldOnce(t *testing.T) {
+func TestLostConnectionIsAnnouncedOnce(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		get[[]string](w, announced)
@@ -547,9 +547,9 @@ func TestALossIsToldOnce(t *testing.T) {
 	})
 }
 
-func TestWithoutANoticeTheStatusIsSpoken(t *testing.T) {
+func TestStatusIsAnnouncedWithoutANotice(t *testing.T) {
 	t.Parallel()
-	inThreeEngines(t, func(t *testing.T, w *window) {
+	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
 		get[[]string](w, announced)
@@ -565,7 +565,7 @@ func TestWithoutANoticeTheStatusIsSpoken(t *testing.T) {
 // blocked is true while the status says that WebSocket connections are blocked.
 const blocked = `$("status").textContent == "The server responds, but WebSocket connections fail. A proxy or firewall may be blocking them. Reconnecting…"`
 
-func TestBlockedWebSocketIsToldFromAServerThatIsDown(t *testing.T) {
+func TestBlockedWebSocketIsDistinguishedFromAServerThatIsDown(t *testing.T) {
 	t.Parallel()
 	location := func(t *testing.T, server string) string {
 		return replace(t, codeFrom(t, "../README.md", "location /chat/ {"), "127.0.0.1:8080", server)
@@ -591,7 +591,7 @@ func TestBlockedWebSocketIsToldFromAServerThatIsDown(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			inThreeEngines(t, func(t *testing.T, w *window) {
+			inAllEngines(t, func(t *testing.T, w *window) {
 				s := startServer(t, "localhost:0")
 				w.must(w.engine.visit("http://" + test.block(t, s.addr) + "/"))
 				get[bool](w, `!!(window.warnings = [], console.warn = (text) => warnings.push(text))`)
@@ -631,7 +631,7 @@ func cutHandshakes(t *testing.T, to string) (addr string) {
 
 // The page does not blame a proxy for a server that is down, and it connects once
 // WebSockets are no longer blocked.
-func TestOnlyABlockedWebSocketIsCalledBlocked(t *testing.T) {
+func TestOnlyABlockedWebSocketIsReportedAsBlocked(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		name   string
@@ -696,7 +696,7 @@ func TestOnlyABlockedWebSocketIsCalledBlocked(t *testing.T) {
 }
 
 // While the browser is offline, the status says that, and blames no proxy.
-func TestOfflineNoProxyIsBlamed(t *testing.T) {
+func TestOfflineStatusBlamesNoProxy(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
