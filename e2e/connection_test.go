@@ -21,8 +21,8 @@ import (
 // logged is the class and the text of each line of the log, as JavaScript.
 const logged = `[...$("log").children].map((line) => line.className + ": " + (line.querySelector(".words") ?? line.lastChild).textContent)`
 
-// silentProxy passes TCP connections on to the server at to. After cut those that are
-// open are dead: nothing passes any more, and neither end gets to know.
+// silentProxy forwards TCP connections to the server at to. cut leaves those that are
+// open half-open: the proxy forwards nothing more, and closes neither end.
 func silentProxy(t *testing.T, to string) (addr string, cut func()) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "localhost:0")
@@ -31,11 +31,11 @@ func silentProxy(t *testing.T, to string) (addr string, cut func()) {
 	}
 	t.Cleanup(func() { listener.Close() })
 	var cuts atomic.Int32
-	pass := func(dst, src net.Conn, born int32) {
+	forward := func(dst, src net.Conn, openedAt int32) {
 		buf := make([]byte, 4096)
 		for {
 			n, err := src.Read(buf)
-			if cuts.Load() != born {
+			if cuts.Load() != openedAt {
 				return
 			}
 			if err != nil {
@@ -57,15 +57,15 @@ func silentProxy(t *testing.T, to string) (addr string, cut func()) {
 				continue
 			}
 			t.Cleanup(func() { near.Close(); far.Close() })
-			go pass(near, far, cuts.Load())
-			go pass(far, near, cuts.Load())
+			go forward(near, far, cuts.Load())
+			go forward(far, near, cuts.Load())
 		}
 	}()
 	return listener.Addr().String(), func() { cuts.Add(1) }
 }
 
-// silentServer serves the page of s from a server that hears everything and says only
-// what the test does, on the connections that the channel brings.
+// silentServer serves the page of s, with WebSockets that read all messages and broadcast
+// none. The test sends what it likes on the connections from conns.
 func silentServer(t *testing.T, s *server) (url string, conns chan *websocket.Conn) {
 	t.Helper()
 	conns = make(chan *websocket.Conn, 100)
@@ -86,14 +86,14 @@ func (p *tab) wantLog(want ...string) {
 			return
 		}
 		if time.Since(start) > patience {
-			p.t.Fatalf("the log has\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+			p.t.Fatalf("the log shows\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 		}
 	}
 }
 
 func TestHalfOpenConnectionIsDetectedInAboutAMinute(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{"by who listens", "by who talks"} {
+	for _, name := range []string{"while receiving", "while sending"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := startServer(t, "localhost:0")
@@ -104,16 +104,16 @@ func TestHalfOpenConnectionIsDetectedInAboutAMinute(t *testing.T) {
 			cut()
 			start := time.Now()
 			want := []string{"notice: No connection to the server.", "notice: Reconnected. You may have missed messages."}
-			if name == "by who talks" {
-				p.send("into the void")
-				p.wantLog("message mine pending: into the void")
-				want = slices.Insert(want, 1, "notice: This may not have been delivered: into the void")
+			if name == "while sending" {
+				p.send("lost")
+				p.wantLog("message mine pending: lost")
+				want = slices.Insert(want, 1, "notice: This may not have been delivered: lost")
 			}
 			p.until(`$("status").textContent != "Connected"`)
-			// The connection opened just before the line was cut; a second that a busy
-			// machine takes is 20 to the page.
+			// The connection opened just before the cut. The limits are wide because a
+			// delay of one second on a busy machine counts as 20.
 			if got := 20 * time.Since(start); got < 50*time.Second || got > 150*time.Second {
-				t.Errorf("noticed after %v, want some 64 s", got)
+				t.Errorf("the page detected the half-open connection after %v, want about 64 s", got)
 			}
 			p.until(`$("status").textContent == "Connected"`)
 			p.wantLog(want...)
@@ -130,31 +130,32 @@ func TestHeartbeatsKeepAnIdleConnection(t *testing.T) {
 	p := newTab(t)
 	p.beforePage(fast)
 	p.open(url)
-	eval[bool](p, `var beats = 0; sockets[0].addEventListener("message", () => beats++);
+	eval[bool](p, `var heartbeats = 0; sockets[0].addEventListener("message", () => heartbeats++);
 		Object.defineProperty(document, "hidden", { value: true }); true`)
-	p.send("anybody there?") // no echo: in a cluster without NATS they wait, too
+	p.send("pending") // The server sends nothing back, like a node that is disconnected from NATS.
 	conn := <-conns
 	go func() {
 		for conn.WriteMessage(websocket.TextMessage, nil) == nil {
 			time.Sleep(time.Second) // 20 s to the page
 		}
 	}()
-	p.until("beats >= 8")
+	p.until("heartbeats >= 8")
 	if got := eval[int](p, "sockets.length"); got != 1 {
-		t.Errorf("the page has opened %d connections, want it to stay with the first", got)
+		t.Errorf("the page opened %d connections, want it to keep the first", got)
 	}
-	p.wantLog("message mine pending: anybody there?")
+	p.wantLog("message mine pending: pending")
 	if got := eval[string](p, "document.title"); got != "Chat" {
-		t.Errorf("title %q, want none of it: a heartbeat is no message", got)
+		t.Errorf("title %q, want Chat: a heartbeat is not an unread message", got)
 	}
 }
 
+// After a sleep, timers may fire before the browser delivers queued messages.
 func TestQueuedHeartbeatKeepsTheConnectionAfterASleep(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	url, conns := silentServer(t, s)
 	p := newTab(t)
-	// Long waits end when the test says so, as after a sleep.
+	// The test fires long timers itself, as a browser does after a sleep.
 	p.beforePage(`
 		const realTimeout = setTimeout, realClear = clearTimeout, waits = new Map();
 		var id = 0;
@@ -169,13 +170,13 @@ func TestQueuedHeartbeatKeepsTheConnectionAfterASleep(t *testing.T) {
 	p.open(url)
 	eval[bool](p, "end(54_000); waitsFor(54_000).length == 0")
 	(<-conns).WriteMessage(websocket.TextMessage, nil)
-	p.until("waitsFor(54_000).length == 1") // it has heard this
+	p.until("waitsFor(54_000).length == 1") // The heartbeat has restarted the timer.
 	eval[bool](p, "end(10_000); true")
 	if got := eval[int](p, "sockets.length"); got != 1 {
-		t.Errorf("the page has opened %d connections, want it to stay with the first", got)
+		t.Errorf("the page opened %d connections, want it to keep the first", got)
 	}
 	p.until(connected)
-	eval[bool](p, "end(54_000); end(10_000); true") // this time there is nothing to hear
+	eval[bool](p, "end(54_000); end(10_000); true") // Now no heartbeat is queued.
 	p.until(`sockets.length == 2 && ` + connected)
 }
 
@@ -183,7 +184,7 @@ func TestServerNegotiatesTheHeartbeatSubprotocol(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	if got := eval[string](p, "sockets[0].protocol"); got != "heartbeat" {
-		t.Errorf("the server has chosen the subprotocol %q, want heartbeat", got)
+		t.Errorf("the server selected the subprotocol %q, want heartbeat", got)
 	}
 }
 
@@ -234,13 +235,13 @@ func TestPendingMessageStaysInViewAtTheEnd(t *testing.T) {
 	p.untilShown(1800)
 	p.until(lastLine + ` == "wait for me" && ` + atEnd)
 	if got := eval[int](p, `$("log").childElementCount`); got != 1001 {
-		t.Errorf("the log has %d lines, want 1000 and the one under way", got)
+		t.Errorf("the log has %d lines, want 1000 and the pending one", got)
 	}
 	send(t, conn, "wait for me")
 	p.until(`!$("log").querySelector(".pending") && $("log").lastChild.className == "message mine"`)
 }
 
-// stored is what the tab has kept of what it has not heard yet, as JavaScript.
+// stored is the tab's stored undelivered messages, as JavaScript.
 const stored = `sessionStorage["chat / undelivered"]`
 
 func TestUndeliveredMessagesAreStoredUntilDeliveredOrDiscarded(t *testing.T) {
@@ -262,11 +263,11 @@ func TestUndeliveredMessagesAreStoredUntilDeliveredOrDiscarded(t *testing.T) {
 			}
 			got = slices.DeleteFunc(got, func(line string) bool { return !strings.Contains(line, "delivered") })
 			if !slices.Equal(got, want) {
-				t.Errorf("the log tells of %q, want %q", got, want)
+				t.Errorf("the log shows as undelivered %q, want %q", got, want)
 			}
 		}
 
-		// Under way, at a reload. A crash would come without any event, so it is kept by now.
+		// A reload with a pending message. Messages are stored before that, as a crash fires no event.
 		conn := open()
 		w.send("arrives")
 		w.send("does not")
@@ -276,7 +277,7 @@ func TestUndeliveredMessagesAreStoredUntilDeliveredOrDiscarded(t *testing.T) {
 		conn = open()
 		wantLost("does not")
 
-		// After the connection, and at two reloads.
+		// A lost connection, and two reloads.
 		w.send("is lost")
 		w.until(stored + ` == "does not\nis lost"`)
 		conn.Close()
@@ -288,7 +289,7 @@ func TestUndeliveredMessagesAreStoredUntilDeliveredOrDiscarded(t *testing.T) {
 			wantLost("does not", "is lost")
 		}
 
-		// Sent again it is under way; when it has come back, it is not kept any more.
+		// "Send again" makes the message pending. Once the server sends it back, it is not stored any more.
 		w.click(`document.querySelector(".notice button")`)
 		w.until(`document.querySelector(".pending")`)
 		wantLost("is lost")
@@ -296,7 +297,8 @@ func TestUndeliveredMessagesAreStoredUntilDeliveredOrDiscarded(t *testing.T) {
 		send(t, conn, "does not")
 		w.until(stored + ` == "is lost" && $("log").lastChild.className == "message mine"`)
 
-		// Said once more instead, it comes back as what is under way; then, late, as what was lost.
+		// The same text is sent once more: the first copy to arrive resolves the pending
+		// message, and the second the undelivered one.
 		w.send("is lost")
 		w.until(stored + ` == "is lost\nis lost"`)
 		send(t, conn, "is lost")
@@ -306,11 +308,11 @@ func TestUndeliveredMessagesAreStoredUntilDeliveredOrDiscarded(t *testing.T) {
 		w.until(stored + ` == "" && $("log").textContent.endsWith("is lost")`)
 		wantLost()
 
-		// What is discarded is not kept, either.
-		w.send("is nothing")
+		// A discarded message is not stored, either.
+		w.send("is discarded")
 		w.until(`document.querySelector(".pending")`)
 		open()
-		wantLost("is nothing")
+		wantLost("is discarded")
 		w.click(`document.querySelectorAll(".notice button")[1]`)
 		w.until(stored + ` == "" && !$("log").hasChildNodes() && document.activeElement == $("log")`)
 		open()
@@ -333,7 +335,7 @@ func TestOnlyALastingConnectionResetsTheBackoff(t *testing.T) {
 	conn := <-conns
 	p.until(`$("status").textContent == "Connected"`)
 	if got := eval[float64](p, "waits.at(-1)"); got < 5000 {
-		t.Errorf("the sixth connection that was closed at once was tried %v ms later again, want tries to become rare", got)
+		t.Errorf("the backoff after six connections that were closed at once is %v ms, want at least 5000", got)
 	}
 	p.wantLog("notice: No connection to the server.", "notice: Reconnected. You may have missed messages.")
 	eval[bool](p, "var opened = realNow(); true")
@@ -342,7 +344,7 @@ func TestOnlyALastingConnectionResetsTheBackoff(t *testing.T) {
 	<-conns
 	p.until(`$("status").textContent == "Connected"`)
 	if got := eval[float64](p, "waits.at(-1)"); got > 1000 {
-		t.Errorf("a connection that had lasted is tried again after %v ms, want within 1000", got)
+		t.Errorf("the backoff after a connection that lasted is %v ms, want at most 1000", got)
 	}
 }
 
@@ -357,22 +359,22 @@ func TestJitterSpreadsReconnectsAfterARestart(t *testing.T) {
 			reconnectLater("The server is restarting.");
 		}
 		setTimeout = realTimeout;
-		waits.filter((ms) => ms > 400)`) // without those for a frame
-	in := make(map[int]int) // how many come back in which second
+		waits.filter((ms) => ms > 400)`) // Shorter timers are for frames.
+	perSecond := make(map[int]int) // reconnects
 	for _, ms := range waits {
-		in[int(ms/1000)]++
+		perSecond[int(ms/1000)]++
 	}
-	for second, n := range in {
+	for second, n := range perSecond {
 		if n > 400 {
-			t.Errorf("%d of %d pages come back in second %d: %v, want them spread", n, len(waits), second, in)
+			t.Errorf("%d of %d pages reconnect in second %d: %v, want them spread", n, len(waits), second, perSecond)
 		}
 	}
 	if got := slices.Max(waits); got > 6000 {
-		t.Errorf("a page waits for %v ms, want none to wait for more than some seconds", got)
+		t.Errorf("a page waits for %v ms, want at most 6000", got)
 	}
 }
 
-// Firefox would delay those that come after them.
+// After failed handshakes, Firefox delays further WebSockets to the server.
 func TestProbesReplaceHandshakesWhileTheServerIsDown(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
@@ -382,31 +384,32 @@ func TestProbesReplaceHandshakesWhileTheServerIsDown(t *testing.T) {
 	s.stop(t)
 	p.until("waits.length >= 6")
 	if got := eval[int](p, "sockets.length"); got > 2 {
-		t.Errorf("while the server was away %d WebSockets were tried, want one", got-1)
+		t.Errorf("while the server was down, the page opened %d WebSockets, want at most 1", got-1)
 	}
 	startServer(t, s.addr)
 	p.until(`$("status").textContent == "Connected"`)
 }
 
+// A browser may be offline and still reach a server on its own computer.
 func TestLocalConnectionIsKeptWhileOffline(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	p.beforePage(`
-		var asked = 0, realFetch = fetch;
-		fetch = (...args) => realFetch(...args).finally(() => asked++);`)
+		var probes = 0, realFetch = fetch;
+		fetch = (...args) => realFetch(...args).finally(() => probes++);`)
 	p.open("http://" + s.addr + "/")
 	call(p, network.OverrideNetworkState, network.OverrideNetworkStateParams{Offline: true, DownloadThroughput: -1, UploadThroughput: -1})
-	p.until("!navigator.onLine && asked == 1")
+	p.until("!navigator.onLine && probes == 1")
 	p.send("still here")
 	p.wantLog("message mine: still here")
 	if got := eval[string](p, `$("status").textContent + sockets.length`); got != "Connected1" {
-		t.Errorf("status and connections are %q, want it Connected with 1", got)
+		t.Errorf("status and number of connections are %q, want Connected and 1", got)
 	}
 }
 
-// Browsers close the connection of a page that they keep for the way back, and
-// do not all say so.
+// Browsers close the connection of a page in the back/forward cache, and some fire no close
+// event.
 func TestMissedCloseEventIsDetectedOnPageshow(t *testing.T) {
 	t.Parallel()
 	p := newTab(t)
@@ -418,7 +421,7 @@ func TestMissedCloseEventIsDetectedOnPageshow(t *testing.T) {
 	p.open("http://" + startServer(t, "localhost:0").addr + "/")
 	eval[bool](p, "sockets[0].close(); true")
 	p.until("sockets[0].readyState == WebSocket.CLOSED")
-	p.send("kept") // while it seems to be connected
+	p.send("kept") // The status is still Connected.
 	p.wantDraft("kept")
 	eval[bool](p, `dispatchEvent(new Event("pageshow"))`)
 	p.until(`sockets.length == 2 && $("status").textContent == "Connected"`)
@@ -445,7 +448,7 @@ func TestOnlyALostConnectionShowsTheAlarmColor(t *testing.T) {
 	eval[bool](p, "reconnectLater(); true")
 	p.until(`$("status").textContent.includes("Reconnecting")`)
 	if lost := eval[string](p, color); connecting != connected || lost == connected {
-		t.Errorf("colors %s while connecting, %s when connected, %s when lost: want the third alone to alarm", connecting, connected, lost)
+		t.Errorf("colors %s while connecting, %s when connected, %s when lost, want only the third to differ", connecting, connected, lost)
 	}
 }
 
@@ -463,14 +466,14 @@ func TestSendAgainSendsTheMessage(t *testing.T) {
 			t.Helper()
 			w.until(`document.querySelector(".pending .words")?.textContent == "Grete: first" && document.activeElement == $("log")`)
 			if got := get[int](w, `document.querySelectorAll(".notice button, .pending").length`); got != 1 {
-				t.Errorf("%d lines are under way or offered, want the one that was sent again", got)
+				t.Errorf("the log has %d pending messages and buttons, want only the message that was sent again", got)
 			}
 			if got := get[string](w, `$("msg").value`); got != draft {
 				t.Errorf("the input has %q, want %q", got, draft)
 			}
 		}
 
-		// By mouse, while the input is empty.
+		// By mouse, with an empty input.
 		w.send("first")
 		w.until(`document.querySelector(".pending")`)
 		(<-conns).Close()
@@ -478,7 +481,7 @@ func TestSendAgainSendsTheMessage(t *testing.T) {
 		w.click(button)
 		wantSent("")
 
-		// By keyboard, and while something else is in the input.
+		// By keyboard, with a draft in the input.
 		(<-conns).Close()
 		w.until(connected + " && " + button)
 		w.insert("a draft")
@@ -487,7 +490,7 @@ func TestSendAgainSendsTheMessage(t *testing.T) {
 		w.until("document.activeElement == " + button)
 		if get[bool](w, "document.hasFocus()") {
 			w.press(enter)
-		} else { // no key presses a button then, and a headless Firefox never has the focus
+		} else { // Headless Firefox never has the focus, and without it keys press no button.
 			get[bool](w, "document.activeElement.click() ?? true")
 		}
 		wantSent("a draft")
@@ -513,7 +516,8 @@ func TestSendAgainIsRefusedUntilReconnected(t *testing.T) {
 	})
 }
 
-// announced notes what a screen reader says: texts that come or change in live regions.
+// announced records what a screen reader announces: text that is added to, or changes in, a
+// live region.
 const announced = `(window.announcements ??= (new MutationObserver((changes) => {
 	for (const { target, addedNodes } of changes) for (const node of addedNodes) {
 		const element = node.nodeType == Node.ELEMENT_NODE ? node : target;
@@ -539,10 +543,10 @@ func TestLostConnectionIsAnnouncedOnce(t *testing.T) {
 		w.until(lastLine + `.startsWith("Reconnected")`)
 		spoken := get[[]string](w, `announcements.map((text) => text.replace(/^\d+:\d\d [AP]M /, ""))`)
 		if want := []string{"Notice, The server is restarting.", "Not sent: not connected", "Notice, Reconnected. You may have missed messages."}; !slices.Equal(spoken, want) {
-			t.Errorf("a screen reader says %q, want %q", spoken, want)
+			t.Errorf("a screen reader announces %q, want %q", spoken, want)
 		}
 		if got := get[int](w, "bubbles"); got != 0 {
-			t.Errorf("%d bubbles cover the page", got)
+			t.Errorf("the page shows %d validation bubbles, want none", got)
 		}
 	})
 }
@@ -557,7 +561,7 @@ func TestStatusIsAnnouncedWithoutANotice(t *testing.T) {
 		w.until(`$("status").textContent.includes("Reconnecting…")`)
 		w.until(connected)
 		if got, want := get[[]string](w, `announcements.map((text) => text)`), []string{"No connection to the server. Reconnecting…", "Connected"}; !slices.Equal(got, want) {
-			t.Errorf("a screen reader says %q, want %q", got, want)
+			t.Errorf("a screen reader announces %q, want %q", got, want)
 		}
 	})
 }
@@ -599,13 +603,13 @@ func TestBlockedWebSocketIsDistinguishedFromAServerThatIsDown(t *testing.T) {
 				if test.log != "" {
 					s.waitForLog(t, test.log)
 				}
-				w.until("failures > 4") // It keeps trying, and says so all the time.
+				w.until("failures > 4") // The page keeps reconnecting, and the status stays.
 				if !get[bool](w, blocked) {
-					t.Errorf("after more attempts the status is %q", get[string](w, `$("status").textContent`))
+					t.Errorf("after more attempts the status is %q, want that WebSockets are blocked", get[string](w, `$("status").textContent`))
 				}
 				warnings := get[[]string](w, "warnings")
 				if len(warnings) != 1 || !strings.Contains(warnings[0], "/ws") || !strings.Contains(warnings[0], "Upgrade and Connection headers") || !strings.Contains(warnings[0], "Host") {
-					t.Errorf("the console warns %q, want one line with the address and what to check", warnings)
+					t.Errorf("the console shows the warnings %q, want one with the URL and what to check", warnings)
 				}
 				s.stop(t)
 				w.until(`$("status").textContent == "No connection to the server. Reconnecting…"`)
@@ -614,8 +618,8 @@ func TestBlockedWebSocketIsDistinguishedFromAServerThatIsDown(t *testing.T) {
 	}
 }
 
-// cutHandshakes passes TCP connections on to the server at to, and closes those that
-// request /ws.
+// cutHandshakes is a proxy to the server at to that closes connections on which a client
+// requests /ws.
 func cutHandshakes(t *testing.T, to string) (addr string) {
 	t.Helper()
 	proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(&url.URL{Scheme: "http", Host: to}) }}
@@ -670,7 +674,7 @@ func TestOnlyABlockedWebSocketIsReportedAsBlocked(t *testing.T) {
 			t.Cleanup(front.Close)
 			w.open(front.Listener.Addr().String())
 			get[bool](w, `(window.statuses = [], new MutationObserver(() => statuses.push($("status").textContent)).observe($("status"), { childList: true }), true)`)
-			// One handshake fails as the trouble begins, and one as it ends: not two in a row.
+			// One handshake fails before the failed probes, and one after them, so no two in a row.
 			cutOnce.Store(true)
 			get[bool](w, "socket.close() ?? true")
 			w.until("failures > 5")
@@ -695,7 +699,6 @@ func TestOnlyABlockedWebSocketIsReportedAsBlocked(t *testing.T) {
 	}
 }
 
-// While the browser is offline, the status says that, and blames no proxy.
 func TestOfflineStatusBlamesNoProxy(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
