@@ -34,39 +34,39 @@ import (
 
 var screenshots = flag.Bool("screenshots", false, "keep the screenshots, in the folder of that name")
 
-// JavaScript for what tests ask of the page's log.
+// State of the page's log, as JavaScript.
 const (
 	atEnd    = `$("log").scrollHeight - $("log").clientHeight - $("log").scrollTop < 2`
 	lastLine = `$("log").lastChild?.querySelector(".words")?.textContent`
 
-	// A line in the middle of the log, and where it stands.
+	// A line in the middle of the log, and its position.
 	middleLine = `(() => {
 		const line = document.elementFromPoint(20, 200).closest("#log > div");
 		return line.textContent + " at " + line.getBoundingClientRect().top;
 	})()`
 )
 
-// recordBackoffs makes timers run 20 times as fast, and notes the waits for those that
-// lead to a try, also if it begins by asking whether the server is there.
+// recordBackoffs makes timers run 20 times as fast, and records in waits the delays of those
+// that start a probe or a handshake.
 const recordBackoffs = `
 	const realTimeout = setTimeout, realFetch = fetch;
-	var waits = [], asked = 0;
-	fetch = (...args) => { asked++; return realFetch(...args); };
+	var waits = [], probes = 0;
+	fetch = (...args) => { probes++; return realFetch(...args); };
 	setTimeout = (f, ms, ...args) => realTimeout(() => {
-		const before = sockets.length + asked;
+		const before = sockets.length + probes;
 		f(...args);
-		if (sockets.length + asked > before) waits.push(ms);
+		if (sockets.length + probes > before) waits.push(ms);
 	}, ms / 20);`
 
-// fakeServer serves the page of s, but hands its WebSockets to talk, which gets
-// to know how many there have been. It returns the page's URL.
-func fakeServer(t testing.TB, s *server, talk func(n int, upgrade func() *websocket.Conn)) string {
+// fakeServer serves the page of s, but calls serveWs for the nth request for a WebSocket.
+// It returns the page's URL.
+func fakeServer(t testing.TB, s *server, serveWs func(n int, upgrade func() *websocket.Conn)) string {
 	t.Helper()
 	var n atomic.Int32
 	mux := http.NewServeMux()
 	mux.Handle("/", httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr}))
 	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) {
-		talk(int(n.Add(1)), func() *websocket.Conn {
+		serveWs(int(n.Add(1)), func() *websocket.Conn {
 			upgrader := websocket.Upgrader{Subprotocols: []string{"heartbeat"}}
 			conn, err := upgrader.Upgrade(w, r, nil)
 			if err != nil {
@@ -82,7 +82,7 @@ func fakeServer(t testing.TB, s *server, talk func(n int, upgrade func() *websoc
 	return fake.URL
 }
 
-// talk has clients say n lines at once: so many clients that none is slowed down.
+// sendLines sends n lines at once, from enough clients that no rate limit delays them.
 func sendLines(t testing.TB, s *server, n int) {
 	t.Helper()
 	const burst = 100
@@ -95,11 +95,10 @@ func sendLines(t testing.TB, s *server, n int) {
 	}
 }
 
-// flood has clients say lines, evenly spread over time. The channel is closed
-// when they are sent.
+// flood sends lines at an even rate. The channel is closed when all have been sent.
 func flood(t testing.TB, s *server, lines, perSecond int) (done chan struct{}) {
 	t.Helper()
-	conns := make([]*websocket.Conn, perSecond/90) // each may say 100 a second
+	conns := make([]*websocket.Conn, perSecond/90) // The rate limit of each is 100 a second.
 	for i := range conns {
 		conns[i] = s.dial(t)
 		go discard(conns[i])
@@ -125,7 +124,7 @@ func TestPageReconnectsWhenTheServerRestarts(t *testing.T) {
 	s := startServer(t, "localhost:0")
 	p := openTab(t, s)
 	if got := eval[int](p, `$("log").childElementCount`); got != 0 {
-		t.Errorf("a new page's log has %d lines, want none: there is no gap yet", got)
+		t.Errorf("a new page's log has %d lines, want none: the page has missed no messages", got)
 	}
 	s.stop(t)
 	p.until(`$("status").textContent.includes("The server is restarting")`)
@@ -191,18 +190,18 @@ func TestReconnectsUseExponentialBackoffWithJitter(t *testing.T) {
 		p.until("waits.length >= 8")
 		waits := eval[[]float64](p, "waits")
 		if waits[0] > 1000 {
-			t.Errorf("the first try is after %v ms, want within 1000", waits[0])
+			t.Errorf("the first backoff is %v ms, want at most 1000", waits[0])
 		}
 		if waits[7] < 5000 {
-			t.Errorf("the eighth try is after %v ms, want the tries to become rare", waits[7])
+			t.Errorf("the eighth backoff is %v ms, want at least 5000", waits[7])
 		}
 		if slices.Max(waits) > 11_000 {
-			t.Errorf("waits of %v ms, want none above some 10000", waits)
+			t.Errorf("the backoffs are %v ms, want none above about 10000", waits)
 		}
 		firsts = append(firsts, waits[0])
 	}
 	if firsts[0] == firsts[1] {
-		t.Errorf("two pages both wait %v ms, want jitter", firsts[0])
+		t.Errorf("the first backoff of two pages is %v ms, want jitter", firsts[0])
 	}
 }
 
@@ -256,13 +255,13 @@ func TestDraftIsKeptWhileOffline(t *testing.T) {
 	p.send("kept")
 	p.wantDraft("kept")
 	if got := eval[string](p, `$("counter").textContent + " " + $("msg").getAttribute("aria-invalid")`); got != "Not sent: not connected true" {
-		t.Errorf("above the input it says %q, want that nothing was sent", got)
+		t.Errorf("counter and aria-invalid are %q, want that the message was not sent", got)
 	}
 	p.setOffline(false)
 	online := time.Now()
 	p.until(`$("status").textContent == "Connected"`)
-	if got := time.Since(online); got > 3*time.Second { // else the next try is 5 to 10 s away
-		t.Errorf("connected %v after the browser was online, want at once", got)
+	if got := time.Since(online); got > 3*time.Second { // The backoff is 5 to 10 s.
+		t.Errorf("the page connected %v after the browser went online, want at once", got)
 	}
 	p.wantDraft("kept")
 	p.press(kb.Enter)
@@ -274,7 +273,7 @@ func TestTabReconnectsAtOnceWhenItBecomesVisible(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
-	p.beforePage("setTimeout = () => 0") // without a try of its own
+	p.beforePage("setTimeout = () => 0") // The backoff never ends.
 	p.open("http://" + s.addr + "/")
 	show := p.hide()
 	s.stop(t)
@@ -310,12 +309,12 @@ func TestUndeliveredMessagesAreShown(t *testing.T) {
 			discard(conn)
 			return
 		}
-		for _, echo := range []bool{true, false, true, false} {
+		for _, sendBack := range []bool{true, false, true, false} {
 			_, message, err := conn.ReadMessage()
 			if err != nil {
 				return
 			}
-			if echo {
+			if sendBack {
 				conn.WriteMessage(websocket.TextMessage, message)
 			}
 		}
@@ -327,7 +326,7 @@ func TestUndeliveredMessagesAreShown(t *testing.T) {
 	p.until(`$("log").textContent.includes("may have missed")`)
 	if got, want := eval[string](p, `[...document.querySelectorAll(".notice .words")].map((e) => e.textContent).filter((e) => e.includes("delivered")).join()`),
 		"This may not have been delivered: second,This may not have been delivered: lost"; got != want {
-		t.Errorf("the log says %q, want %q", got, want)
+		t.Errorf("the log shows as undelivered %q, want %q", got, want)
 	}
 }
 
@@ -338,11 +337,11 @@ func TestMessageLimitCountsBytes(t *testing.T) {
 	for _, tt := range []struct {
 		name, draft, counter string
 	}{
-		{"far from it", strings.Repeat("x", 400), ""},
-		{"near it", strings.Repeat("x", 500), "12 bytes left"},
-		{"at it, in ASCII", strings.Repeat("x", 512), "0 bytes left"},
-		{"at it, in emoji", strings.Repeat("🐢", 128), "0 bytes left"},
-		{"at it, between blanks", "  " + strings.Repeat("é", 256) + "  ", "0 bytes left"},
+		{"far below", strings.Repeat("x", 400), ""},
+		{"just below", strings.Repeat("x", 500), "12 bytes left"},
+		{"ASCII at the limit", strings.Repeat("x", 512), "0 bytes left"},
+		{"emoji at the limit", strings.Repeat("🐢", 128), "0 bytes left"},
+		{"surrounding spaces do not count", "  " + strings.Repeat("é", 256) + "  ", "0 bytes left"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p.insert(tt.draft)
@@ -418,19 +417,19 @@ func TestMessagesAreShownAsTextWithinTheirLines(t *testing.T) {
 		}
 	}
 	if got := eval[int](p, `$("log").querySelectorAll("*:not(#log > div, time, span)").length`); got != 0 {
-		t.Errorf("the log has %d elements that messages brought", got)
+		t.Errorf("messages added %d elements to the log, want none", got)
 	}
 	if got := eval[[]float64](p, `[...new Set([...$("log").querySelectorAll("time")].map((time) => time.getBoundingClientRect().right))]`); len(got) != 1 {
-		t.Errorf("times stand at %v, want them in one column", got)
+		t.Errorf("the times end at the positions %v, want one column", got)
 	}
 	heights := eval[[]float64](p, `[...$("log").children].map((line) => line.getBoundingClientRect().height)`)
 	for i, height := range heights {
 		if long := len(hostile[i]) > 100; !long && height != heights[0] || long && i == 7 && height <= heights[0] {
-			t.Errorf("%.20q is %v high, a line of plain text %v", hostile[i], height, heights[0])
+			t.Errorf("%.20q is %v pixels high, and a plain line %v", hostile[i], height, heights[0])
 		}
 	}
 	if got := eval[int](p, `[...$("log").children].filter((line) => getComputedStyle(line).contain != "content").length`); got != 0 {
-		t.Errorf("%d lines do not contain what is piled up in them", got)
+		t.Errorf("%d lines lack contain: content, so stacked accents can overlap other lines", got)
 	}
 	if got := eval[int](p, `$("log").scrollWidth - $("log").clientWidth`); got != 0 {
 		t.Errorf("long words make the log %d pixels too wide", got)
@@ -485,29 +484,28 @@ func TestURLsAreLinks(t *testing.T) {
 		}))]`); !slices.Equal(got, []string{"noopener noreferrer nofollow _blank dir,href,rel,target ltr isolate true"}) {
 			t.Errorf("the links have %q", got)
 		}
-		// In a line of Hebrew the address reads from left to right, in its place.
+		// Within Hebrew text, a URL reads from left to right, in its place.
 		if got := get[string](w, `(() => {
 			const a = [...$("log").querySelectorAll("a")].find((a) => a.parentNode.textContent.startsWith("ראו")), text = a.firstChild;
 			const at = (node, i) => { const range = document.createRange(); range.setStart(node, i); range.setEnd(node, i + 1); return range.getBoundingClientRect().left; };
 			return [at(a.previousSibling, 0) > at(text, 20), at(text, 0) < at(text, 8), at(text, 8) < at(text, 20), at(a.nextSibling, 3) < at(text, 0)].join();
 		})()`); got != "true,true,true,true" {
-			t.Errorf("the address in a line of Hebrew: %s", got)
+			t.Errorf("the order of Hebrew text around a URL is right: %s, want true in all four cases", got)
 		}
 
 		get[bool](w, `showUndelivered("https://example.org/") ?? true`)
 		w.until(lastLine + `.includes("delivered: https://example.org/")`)
 		if get[bool](w, `!!document.querySelector(".notice a")`) {
-			t.Error("there is a link in a notice")
+			t.Error("a notice contains a link")
 		}
 	})
 }
 
-// In the test above nothing is followed.
 func TestLinkOpensInANewTabWithoutAReferrer(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
-	asked := make(chan http.Header, 10)
-	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { asked <- r.Header }))
+	requests := make(chan http.Header, 10)
+	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { requests <- r.Header }))
 	t.Cleanup(other.Close)
 	p := openTab(t, s)
 	send(t, s.dial(t), "see "+other.URL+"/x.")
@@ -515,12 +513,12 @@ func TestLinkOpensInANewTabWithoutAReferrer(t *testing.T) {
 	w := &window{t, &chrome{tab: p}}
 	w.click(`document.querySelector("#log a")`)
 	select {
-	case header := <-asked:
+	case header := <-requests:
 		if got := header.Get("Referer"); got != "" {
-			t.Errorf("the other server is told of %q, want nothing of us", got)
+			t.Errorf("the other server receives the Referer %q, want none", got)
 		}
 	case <-time.After(patience):
-		t.Fatal("the link was not followed")
+		t.Fatalf("the browser does not open the link within %v", patience)
 	}
 	p.until(`$("status").textContent == "Connected" && sockets.length == 1`)
 	p.wantEmptyConsole()
@@ -537,13 +535,13 @@ func TestLogKeepsItsScrollPosition(t *testing.T) {
 	p.scroll("-1000")
 	want := eval[string](p, middleLine)
 	if !eval[bool](p, `$("jump").hidden`) {
-		t.Error("there is a button for new messages before there are any")
+		t.Error("the button for new messages is shown before any arrive")
 	}
 	send(t, s.dial(t), "new")
 	p.until(lastLine + ` == "new"`)
 	p.until(`!$("jump").hidden`)
 	if got := eval[string](p, middleLine); got != want {
-		t.Errorf("what is read moved from %q to %q", want, got)
+		t.Errorf("the line in view moved from %q to %q", want, got)
 	}
 
 	do(p, chromedp.Click(chromedp.ID("jump")))
@@ -554,7 +552,7 @@ func TestLogKeepsItsScrollPosition(t *testing.T) {
 	p.scroll("-1000")
 	send(t, s.dial(t), "newest")
 	p.until(`!$("jump").hidden`)
-	p.press(kb.End) // the log has had the focus since the click
+	p.press(kb.End) // The click moved the focus to the log.
 	p.until(atEnd + ` && $("jump").hidden`)
 }
 
@@ -571,12 +569,12 @@ func TestNoticesAreNotNewMessages(t *testing.T) {
 	s = startServer(t, s.addr)
 	p.until(lastLine + `.startsWith("Reconnected")`)
 	if !eval[bool](p, `$("jump").hidden`) {
-		t.Error("after two notices there is a button for new messages")
+		t.Error("the button for new messages is shown after two notices")
 	}
 	send(t, s.dial(t), "new")
 	p.until(`!$("jump").hidden`)
 	if got := eval[string](p, middleLine); got != want {
-		t.Errorf("what is read moved from %q to %q", want, got)
+		t.Errorf("the line in view moved from %q to %q", want, got)
 	}
 }
 
@@ -600,7 +598,7 @@ func TestLogDropsOldLinesButNotThoseInView(t *testing.T) {
 	p.untilShown(3000)
 	wantLines(2500)
 	if got := eval[string](p, middleLine); got != want {
-		t.Errorf("the oldest line, while it was read, moved from %s to %s", want, got)
+		t.Errorf("the oldest line, while in view, moved from %s to %s", want, got)
 	}
 
 	do(p, chromedp.Click(chromedp.ID("jump")))
@@ -611,7 +609,7 @@ func TestLogDropsOldLinesButNotThoseInView(t *testing.T) {
 	p.untilShown(7100)
 	wantLines(5000)
 	if got := eval[string](p, middleLine); got != want {
-		t.Errorf("as the oldest lines went, what was read moved from %s to %s", want, got)
+		t.Errorf("as the oldest lines were removed, the line in view moved from %s to %s", want, got)
 	}
 
 	do(p, chromedp.Click(chromedp.ID("jump")))
@@ -629,7 +627,7 @@ func TestHiddenTabCountsAllMessagesAndLimitsItsLines(t *testing.T) {
 	sendLines(t, s, 7000)
 	p.until("arrived == 7000")
 	if got := eval[string](p, "document.title"); got != "(7000) Chat" {
-		t.Errorf("title %q, want it to count what is new", got)
+		t.Errorf("title %q, want the number of unread messages", got)
 	}
 	if got := eval[int](p, `batch.childElementCount + $("log").childElementCount`); got != 5000 {
 		t.Errorf("the hidden tab keeps %d lines, want 5000", got)
@@ -656,19 +654,19 @@ func TestScrollPositionIsKeptUnderLoad(t *testing.T) {
 	<-done
 	p.untilShown(3000)
 	if got := eval[string](p, middleLine); got != want {
-		t.Errorf("what is read moved from %s to %s", want, got)
+		t.Errorf("the line in view moved from %s to %s", want, got)
 	}
 }
 
 func TestPageKeepsUpWithAThousandLinesASecond(t *testing.T) {
 	t.Parallel()
 	p, used, late := showFlood(t)
-	t.Logf("the last line was shown %v after it was sent", late)
+	t.Logf("the page showed the last line %v after it was sent", late)
 	if got := used("LayoutCount"); got > 100 {
-		t.Errorf("10,000 lines were laid out %.0f times, want it done in batches", got)
+		t.Errorf("10,000 lines took %.0f layouts, want at most 100: lines are batched", got)
 	}
 	if got := used("TaskDuration"); got > 5 {
-		t.Errorf("10,000 lines took %.1f s of the main thread's ten, want it to keep up with ease", got)
+		t.Errorf("10,000 lines in 10 s took %.1f s of the main thread, want at most 5", got)
 	}
 	if got := eval[int](p, `$("log").childElementCount`); got != 1000 {
 		t.Errorf("the log has %d lines, want 1000", got)
@@ -686,16 +684,15 @@ func BenchmarkPageAtAThousandLinesASecond(b *testing.B) {
 	}
 }
 
-// showFlood has a page show 10,000 lines in ten seconds. It returns the page, how
-// much its main thread has used of a metric of Chromium's meanwhile, in seconds
-// of processor time where it is a duration, and how long after the last line was
-// sent the page showed it.
+// showFlood sends a page 10,000 lines in ten seconds. It returns the page; used, which
+// returns how much one of Chromium's metrics grew meanwhile, durations in seconds of the
+// main thread's CPU time; and how long after the last line was sent the page showed it.
 func showFlood(t testing.TB) (p *tab, used func(metric string) float64, late time.Duration) {
 	t.Helper()
 	const lines = 10_000
 	s := startServer(t, "localhost:0")
 	p = openTab(t, s)
-	// Processor time: what others do on this machine is not the page's fault.
+	// CPU time, so that other processes on this machine do not count.
 	call(p, performance.Enable, performance.EnableParams{TimeDomain: performance.EnableTimeDomainThreadTicks})
 	metrics := func() map[string]float64 {
 		m := make(map[string]float64)
@@ -704,8 +701,9 @@ func showFlood(t testing.TB) (p *tab, used func(metric string) float64, late tim
 		}
 		return m
 	}
-	call(p, network.Disable, cdp.Empty{}) // or Chromium tells us of each message
-	call(p, css.Disable, cdp.Empty{})     // and of each element
+	// Otherwise Chromium sends an event for each message and each element.
+	call(p, network.Disable, cdp.Empty{})
+	call(p, css.Disable, cdp.Empty{})
 	call(p, dom.Disable, cdp.Empty{})
 	before := metrics()
 	<-flood(t, s, lines, 1000)
@@ -736,9 +734,9 @@ func TestAxeFindsNoViolations(t *testing.T) {
 			}
 		}
 		check("empty")
-		eval[bool](p, `append(newLine("message", "Ilse: hello")); append(newLine("message mine", "Grete: hello")); showPending("Grete: on its way"); true`)
+		eval[bool](p, `append(newLine("message", "Ilse: hello")); append(newLine("message mine", "Grete: hello")); showPending("Grete: pending"); true`)
 		p.until("!batch.hasChildNodes()")
-		check("names, and a line under way")
+		check("names, and a pending message")
 		sendLines(t, s, 100)
 		p.untilShown(100)
 		p.scroll("-500")
@@ -764,7 +762,7 @@ func TestPageIsUsableByKeyboardAlone(t *testing.T) {
 		got := eval[string](p, `document.activeElement.id || document.activeElement.textContent`)
 		outline := eval[string](p, `getComputedStyle(document.activeElement).outlineStyle`)
 		if got != want || outline != "solid" {
-			t.Errorf("focus on %q with outline %q, want %q with one", got, outline, want)
+			t.Errorf("focus on %q with outline %q, want on %q with a solid one", got, outline, want)
 		}
 	}
 	wantFocus("msg")
@@ -817,10 +815,10 @@ func TestLayoutFitsScreensOfAnyWidth(t *testing.T) {
 				const r = e.getBoundingClientRect();
 				return r.left < 0 || r.top < 0 || r.right > innerWidth || r.bottom > innerHeight;
 			}).map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
-				t.Errorf("%v: not on the screen: %s", size, got)
+				t.Errorf("%v: outside of the window: %s", size, got)
 			}
 			width := 180
-			if size[1] < 240 && size[0] < 400 { // the counter is beside it
+			if size[1] < 240 && size[0] < 400 { // The counter is beside the input.
 				width = 100
 			}
 			if got := eval[string](p, fmt.Sprintf(`[
@@ -828,7 +826,7 @@ func TestLayoutFitsScreensOfAnyWidth(t *testing.T) {
 			].filter(([e, side, least]) => e[side] < least).map(([e, side]) => e.id + "'s " + side + " " + e[side]).join()`, width)); got != "" {
 				t.Errorf("%v: too small: %s", size, got)
 			}
-			p.until(atEnd) // also when a phone's keyboard takes half of the screen
+			p.until(atEnd) // even if a phone's keyboard covers half of the screen
 		}
 	}
 }
@@ -850,36 +848,36 @@ func TestLogHasTwoLinesInTheSmallestWindow(t *testing.T) {
 				const [log, line] = [$("log"), $("log").lastChild].map((e) => getComputedStyle(e));
 				($("log").clientHeight - 2 * parseFloat(log.paddingTop)) / (parseFloat(line.lineHeight) + 2 * parseFloat(line.paddingTop))`)
 			if lines < 2 {
-				t.Errorf("%v at %s: room for %.1f lines, want two", size, font, lines)
+				t.Errorf("%v at %s: the log has space for %.1f lines, want two", size, font, lines)
 			}
 			if got := eval[float64](p, `$("msg").getBoundingClientRect().bottom - innerHeight`); got > 0 {
-				t.Errorf("%v at %s: the input ends %v pixels below the window, as far as one can scroll", size, font, got)
+				t.Errorf("%v at %s: scrolled to its end, the page still has %v pixels of the input below the window", size, font, got)
 			}
 		}
 	}
 }
 
-// A browser that does not know dvh gets the height of what it shows, not that which there
-// would be without its bar.
+// In a browser without dvh, the page has the height of the visible part of the window. 100vh
+// would add the part that a phone's browser bar covers.
 func TestFormIsVisibleWithoutDvh(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
-	call(p, page.SetBypassCSP, page.SetBypassCSPParams{Enabled: true}) // the style is to be another
+	call(p, page.SetBypassCSP, page.SetBypassCSPParams{Enabled: true}) // for the changed style
 	p.open("http://" + s.addr + "/")
-	// Chromium knows vh, so here it is as wrong as on a phone.
+	// On a desktop, vh is right: make it too large, as on a phone.
 	eval[bool](p, `const style = document.querySelector("style");
 		style.textContent = style.textContent.replaceAll(/\d+dvh/g, "none").replaceAll("100vh", "calc(100vh + 80px)"); true`)
 	p.until(`$("form").getBoundingClientRect().bottom == innerHeight`)
 	sendLines(t, s, 100)
 	p.untilShown(100)
 	if got := eval[string](p, `[$("form").getBoundingClientRect().bottom - innerHeight, document.documentElement.scrollHeight - innerHeight].join()`); got != "0,0" {
-		t.Errorf("form and page end so many pixels below the window: %s, want 0,0", got)
+		t.Errorf("form and page end %s pixels below the window, want 0,0", got)
 	}
 }
 
-// Of the three engines none can be told to drop a file. What replaces the page is what a
-// browser does if the page leaves the event to it.
+// No engine's protocol can drop a file, so the test dispatches the events. If the page does
+// not cancel them, a browser opens the file in place of the page.
 func TestDroppedContentDoesNotReplaceThePage(t *testing.T) {
 	t.Parallel()
 	inAllEngines(t, func(t *testing.T, w *window) {
@@ -887,7 +885,7 @@ func TestDroppedContentDoesNotReplaceThePage(t *testing.T) {
 		w.open(s.addr)
 		for _, tt := range []struct {
 			what, on string
-			taken    bool
+			allowed  bool
 		}{
 			{"file", `$("log")`, false}, {"file", `$("msg")`, false}, {"file", "document.body", false}, {"file", `$("jump")`, false},
 			{"text", `$("log")`, false}, {"text", `$("msg")`, true}, {"text", `$("name")`, true},
@@ -898,8 +896,8 @@ func TestDroppedContentDoesNotReplaceThePage(t *testing.T) {
 					if (%q == "file") dataTransfer.items.add(new File(["x"], "x.txt", { type: "text/plain" }));
 					else dataTransfer.setData("text/plain", "x");
 					return %s.dispatchEvent(new DragEvent(%q, { dataTransfer, bubbles: true, cancelable: true }));
-				})()`, tt.what, tt.on, event)); got != tt.taken {
-					t.Errorf("%s of a %s on %s is left to the browser: %v, want %v", event, tt.what, tt.on, got, tt.taken)
+				})()`, tt.what, tt.on, event)); got != tt.allowed {
+					t.Errorf("%s of a %s on %s: not canceled is %v, want %v", event, tt.what, tt.on, got, tt.allowed)
 				}
 			}
 		}
@@ -923,7 +921,7 @@ func TestTextDroppedOnTheInputIsInserted(t *testing.T) {
 	p.until(lastLine + ` == "dropped on msg" && sockets.length == 1`)
 }
 
-// A proxy wants a login again, here or somewhere else: what answers is not the chat.
+// A proxy in front of the chat responds with 401, or redirects to a login page.
 func TestExpiredLoginAtAProxyAdvisesToReload(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{http.StatusFound, http.StatusUnauthorized} {
@@ -939,14 +937,14 @@ func testLogin(t *testing.T, w *window, status int) {
 	login := httptest.NewServer(http.NotFoundHandler())
 	t.Cleanup(login.Close)
 	var expired atomic.Bool
-	var asked atomic.Int32
+	var requests atomic.Int32 // after the login expired
 	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr})
 	front := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		if !expired.Load() {
 			proxy.ServeHTTP(rw, r)
 			return
 		}
-		asked.Add(1)
+		requests.Add(1)
 		rw.Header().Set("Location", login.URL)
 		rw.WriteHeader(status)
 	}))
@@ -957,15 +955,15 @@ func testLogin(t *testing.T, w *window, status int) {
 	get[bool](w, `socket.close() ?? true`)
 	const advice = `$("status").textContent == "Another page is answering instead of the chat. Reload: you may have to log in. Reconnecting…"`
 	w.until(advice)
-	for n := asked.Load(); asked.Load() < n+3; time.Sleep(pollInterval) { // also as it goes on trying
+	for n := requests.Load(); requests.Load() < n+3; time.Sleep(pollInterval) { // also during further probes
 		if !get[bool](w, advice) {
-			t.Fatalf("the status is %q", get[string](w, `$("status").textContent`))
+			t.Fatalf("the status is %q, want the advice to reload", get[string](w, `$("status").textContent`))
 		}
 	}
 	expired.Store(false)
 	w.until(connected)
 	if got := get[string](w, `$("msg").value`); got != "a draft" {
-		t.Errorf("the draft is %q", got)
+		t.Errorf("draft %q, want %q", got, "a draft")
 	}
 }
 
@@ -981,7 +979,7 @@ func TestReducedMotionStopsAllMotion(t *testing.T) {
 		const s = getComputedStyle(e);
 		return s.animationName != "none" || s.transitionDuration != "0s" || s.scrollBehavior != "auto";
 	}).map((e) => e.outerHTML.slice(0, 99)).join()`); got != "" {
-		t.Errorf("with reduced motion these move: %s", got)
+		t.Errorf("with reduced motion, these elements move: %s", got)
 	}
 }
 
@@ -1005,9 +1003,9 @@ func TestPageLogsNothingToTheConsole(t *testing.T) {
 	do(p, chromedp.Navigate("http://"+s.addr+"/?a#b"))
 	p.until(`$("status").textContent == "Connected"`)
 	p.wantEmptyConsole()
-	// A headless browser asks for no icon, others would ask the server.
+	// Headless browsers do not request an icon. Others would, from the server.
 	if got := eval[string](p, `document.querySelector("link[rel=icon]").href`); !strings.HasPrefix(got, "data:") {
-		t.Errorf("the icon is at %q, want it in the page", got)
+		t.Errorf("the icon's URL is %q, want a data: URL", got)
 	}
 }
 
@@ -1032,9 +1030,9 @@ func TestPageWorksOverTLSUnderAPath(t *testing.T) {
 func TestContentSecurityPolicyAllowsOnlyThePage(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
-	p := openTab(t, s) // its own script runs
+	p := openTab(t, s) // The page's own script runs.
 	if got := eval[string](p, "getComputedStyle(document.body).display"); got != "grid" {
-		t.Errorf("body is displayed as %q, want the page's own style", got)
+		t.Errorf("display of the body is %q, want grid, from the page's own style", got)
 	}
 	for name, js := range map[string]string{
 		"a script":          `const e = document.createElement("script"); e.textContent = "var ran = true"; document.body.append(e)`,
@@ -1055,7 +1053,7 @@ func TestContentSecurityPolicyAllowsOnlyThePage(t *testing.T) {
 	}
 }
 
-// The screenshots are those that README.md shows, and others to look at.
+// README.md shows some of these screenshots. The others are for review.
 func TestScreenshots(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -1089,14 +1087,14 @@ func TestScreenshots(t *testing.T) {
 				}
 				red, _, _, _ := decoded.At(int(size[0])-2, int(size[1])/2).RGBA()
 				if light := red > 0x8000; light != (scheme == "light") {
-					t.Errorf("%s: the background's red is %#x", name, red)
+					t.Errorf("%s: the red of the background is %#x, which is not %s", name, red, scheme)
 				}
 			}
 			shoot("empty")
 			do(p, chromedp.Focus(chromedp.ID("name")))
 			p.insert("Grete")
 			p.press(kb.Enter)
-			hold := func(lines []string) {
+			sendAll := func(lines []string) {
 				t.Helper()
 				conn := s.dial(t)
 				for _, text := range lines {
@@ -1109,8 +1107,8 @@ func TestScreenshots(t *testing.T) {
 					eval[bool](p, "later += 25_000; true")
 				}
 			}
-			hold(conversation)
-			eval[bool](p, "sockets.at(-1).send = () => {}; true") // what is sent now gets lost
+			sendAll(conversation)
+			eval[bool](p, "sockets.at(-1).send = () => {}; true") // Messages are lost from here on.
 			p.send("Ready when you are.")
 			p.until(`$("log").querySelector(".pending")`)
 			s.signal(t, syscall.SIGKILL)
@@ -1151,7 +1149,7 @@ func TestScreenshots(t *testing.T) {
 	}
 }
 
-// What is said in the screenshots; the reader is Grete.
+// The messages in the screenshots. The user of the page is Grete.
 var conversation = []string{
 	"Ilse: Morning! The new server is up.",
 	"Grete: Nice. How many clients did you try?",
@@ -1166,7 +1164,7 @@ var afterwards = []string{
 	"Ilse: In two seconds. Are you ready for the next one?",
 }
 
-// fakeClock begins in the morning and goes on when a test changes later.
+// fakeClock sets the page's clock to a fixed time plus later, in milliseconds.
 const fakeClock = `
 	var later = 0;
 	Date = class extends Date {
