@@ -20,13 +20,13 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// denied makes the browser deny storage to the page, as browsers do: by throwing.
+// denied makes access to storage throw, as in a browser that denies it.
 const denied = `
 	for (const name of ["localStorage", "sessionStorage"]) {
 		Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });
 	}`
 
-// fill puts text in place of what is in the field.
+// fill replaces the content of the input with this id.
 func (p *tab) fill(id, text string) {
 	p.t.Helper()
 	do(p, chromedp.Focus(chromedp.ID(id)))
@@ -43,7 +43,7 @@ func TestNamePrefixesMessages(t *testing.T) {
 	if got, want := eval[string](p, `$("name").value`), "Gre te"; got != want {
 		t.Errorf("the name is %q, want %q: a colon ends a name", got, want)
 	}
-	p.send("hello") // the focus is on the input now
+	p.send("hello") // Enter moved the focus to the message.
 	p.wantLog("message mine: Gre te: hello")
 
 	p.open("http://" + s.addr + "/")
@@ -56,7 +56,7 @@ func TestNamePrefixesMessages(t *testing.T) {
 
 	p.fill("name", strings.Repeat("x", 40))
 	if got := eval[int](p, `$("name").value.length`); got != 32 {
-		t.Errorf("a name may have %d characters, want 32", got)
+		t.Errorf("a name can have %d characters, want 32", got)
 	}
 }
 
@@ -64,7 +64,7 @@ func TestNameCountsTowardsTheMessageLimit(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	p.fill("msg", strings.Repeat("x", 505))
-	p.fill("name", "שרה") // six bytes, and two for what follows
+	p.fill("name", "שרה") // six bytes, and two for the colon and the space
 	if got, want := eval[string](p, `$("counter").textContent`), "1 bytes too long"; got != want {
 		t.Errorf("counter %q, want %q", got, want)
 	}
@@ -90,14 +90,14 @@ func TestLeadingNameIsBold(t *testing.T) {
 	}
 	p.untilShown(len(lines))
 	if got, want := eval[string](p, `[...$("log").querySelectorAll("b")].map((b) => b.textContent).join()`), "Ilse,<i>Tom</i>,שרה"; got != want {
-		t.Errorf("names are %q, want %q", got, want)
+		t.Errorf("the bold names are %q, want %q", got, want)
 	}
 	s.stop(t)
 	p.until(`$("log").querySelector(".notice")`)
 	eval[bool](p, `showUndelivered("Ilse: hello"); true`)
 	p.until(`$("log").textContent.includes("delivered")`)
 	if got := eval[int](p, `$("log").querySelectorAll(".notice b").length`); got != 0 {
-		t.Error("a notice has a name")
+		t.Error("a notice has a bold name")
 	}
 }
 
@@ -119,7 +119,7 @@ func TestOwnMessagesAndNoticesDifferWithoutColors(t *testing.T) {
 		return [s.borderLeftStyle, parseInt(s.borderLeftWidth), s.borderTopStyle, s.borderTopColor == s.backgroundColor].join(" ");
 	})`)
 	if want := []string{"none 0 none false", "solid 4 none false", "solid 1 solid false"}; fmt.Sprint(borders) != fmt.Sprint(want) {
-		t.Errorf("the borders of a message, one of mine and a notice are %q, want %q", borders, want)
+		t.Errorf("the borders of another user's message, one of mine and a notice are %q, want %q", borders, want)
 	}
 
 	var spoken []string
@@ -149,14 +149,14 @@ func TestOwnMessagesAndNoticesDifferWithoutColors(t *testing.T) {
 		if word(node.Role) == "log" {
 			for _, id := range node.ChildIDs {
 				if role := word(byID[id].Role); byID[id].Ignored || role != "paragraph" {
-					t.Errorf("a line has the role %s, ignored %v, want a paragraph", role, byID[id].Ignored)
+					t.Errorf("a line has the role %s, ignored %v, want paragraph, not ignored", role, byID[id].Ignored)
 				}
 				spoken = append(spoken, words(byID[id]))
 			}
 		}
 	}
-	// A node for each line, and in it the time, if the eye sees one. What it is comes from the
-	// page: a message never starts like a notice.
+	// Each line is one node, which contains the time if the line shows one. The page adds the
+	// prefix, so no message can pass for a notice.
 	time := regexp.MustCompile(`^\d+:\d\d [AP]M ?\|`)
 	want := []string{"By |Ilse|: hello", "Anonymous: |Notice, The server is restarting.", "You, |mine", "Notice, |The server is restarting."}
 	timed := 0
@@ -167,11 +167,11 @@ func TestOwnMessagesAndNoticesDifferWithoutColors(t *testing.T) {
 		spoken[i] = time.ReplaceAllString(spoken[i], "")
 	}
 	if !slices.Equal(spoken, want) || timed == 0 || timed == len(spoken) {
-		t.Errorf("a screen reader is told %q, with the time of %d, want %q, with the time of those that show one", spoken, timed, want)
+		t.Errorf("the accessibility tree has %q, %d with a time, want %q, some with a time", spoken, timed, want)
 	}
 	if got := eval[string](p, `[...document.querySelectorAll("*")].flatMap((e) => ["::before", "::after"].map((part) => getComputedStyle(e, part).content))
 		.filter((content) => !["none", "normal", '""'].includes(content)).join()`); got != "" {
-		t.Errorf("the style adds the words %s, which not every screen reader says", got)
+		t.Errorf("the style adds the text %s, which some screen readers do not announce", got)
 	}
 }
 
@@ -196,15 +196,15 @@ func TestTimeIsShownWhenTheMinuteChanges(t *testing.T) {
 		t.Errorf("the log has %q, want %q", got, want)
 	}
 	if got := eval[string](p, `$("log").children[2].firstChild.dateTime`); got != "2026-11-23T09:41:00.000Z" {
-		t.Errorf("datetime %q", got)
+		t.Errorf("datetime %q, want the time in UTC", got)
 	}
 
-	// Whoever travels sees the time of where they are.
+	// The page follows a change of the time zone.
 	call(p, emulation.SetTimezoneOverride, emulation.SetTimezoneOverrideParams{TimezoneID: "Asia/Tokyo"})
 	send(t, conn, "arrived")
 	p.untilShown(7)
 	if got, want := eval[string](p, `$("log").lastChild.textContent`), "6:40 PM Anonymous: arrived"; got != want {
-		t.Errorf("in another time zone a line is %q, want %q", got, want)
+		t.Errorf("in another time zone, a line is %q, want %q", got, want)
 	}
 }
 
@@ -212,7 +212,7 @@ func TestCounterIsADescriptionNotALiveRegion(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	if eval[bool](p, `!!$("counter").closest("output, [role], [aria-live]:not([aria-live=off])")`) {
-		t.Error("the counter is a live region: a screen reader says each keystroke")
+		t.Error("the counter is a live region: a screen reader would announce each keystroke")
 	}
 	if got := eval[string](p, `$("msg").getAttribute("aria-describedby")`); got != "counter" {
 		t.Errorf("the input is described by %q, want the counter", got)
@@ -221,22 +221,22 @@ func TestCounterIsADescriptionNotALiveRegion(t *testing.T) {
 
 func TestEmptyRoomIsNotClaimedBeforeThePageJoins(t *testing.T) {
 	t.Parallel()
-	const claim = `getComputedStyle($("empty")).display`
+	const display = `getComputedStyle($("empty")).display`
 	s := startServer(t, "localhost:0")
-	t.Run("refused", func(t *testing.T) {
+	t.Run("handshake refused", func(t *testing.T) {
 		p := newTab(t)
 		do(p, chromedp.Navigate(fakeServer(t, s, func(int, func() *websocket.Conn) {})))
 		p.until(`sockets[0]?.readyState == WebSocket.CLOSED`)
-		if got := eval[string](p, claim); got != "none" {
-			t.Errorf("where /ws is refused, what it says of the room is displayed as %s, want none", got)
+		if got := eval[string](p, display); got != "none" {
+			t.Errorf("after a refused handshake, display of #empty is %q, want none", got)
 		}
 	})
 	t.Run("without JavaScript", func(t *testing.T) {
 		p := newTab(t)
 		call(p, emulation.SetScriptExecutionDisabled, emulation.SetScriptExecutionDisabledParams{Value: true})
 		do(p, chromedp.Navigate("http://"+s.addr+"/"))
-		if got := eval[string](p, claim); got != "none" {
-			t.Errorf("without JavaScript the log says %s, want nothing", got)
+		if got := eval[string](p, display); got != "none" {
+			t.Errorf("without JavaScript, display of #empty is %q, want none", got)
 		}
 	})
 }
@@ -246,15 +246,16 @@ func TestEmptyLogSaysNoMessagesSinceYouJoined(t *testing.T) {
 	p := openTab(t, startServer(t, "localhost:0"))
 	const shown = `$("empty").offsetHeight ? $("empty").textContent : ""`
 	if got, want := eval[string](p, shown), "No messages since you joined."; got != want {
-		t.Errorf("an empty log says %q, want %q", got, want)
+		t.Errorf("an empty log shows %q, want %q", got, want)
 	}
 	p.send("hello")
 	p.until(lastLine + ` == "hello"`)
 	if got := eval[string](p, shown); got != "" {
-		t.Errorf("beside a message the log says %q", got)
+		t.Errorf("with a message in the log, the page still shows %q", got)
 	}
 }
 
+// So the page recognizes the message that the server sends back.
 func TestUnpairedSurrogateIsSentAsReplacementCharacter(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
@@ -273,7 +274,7 @@ func TestDraftSurvivesReloadAndBackNavigation(t *testing.T) {
 	do(p, chromedp.Navigate(page+"nowhere"))
 	eval[bool](p, "history.back(); true")
 	p.until(`$("msg")?.value == "not yet" && socket?.readyState == WebSocket.OPEN && ` + focused)
-	// WebKit empties the input of a page that it has kept, after pageshow.
+	// WebKit empties the inputs of a page from its back/forward cache after pageshow.
 	eval[bool](p, `dispatchEvent(new Event("pageshow")); $("msg").value = ""; true`)
 	p.until(`$("msg").value == "not yet"`)
 	p.press(kb.Enter)
@@ -283,7 +284,7 @@ func TestDraftSurvivesReloadAndBackNavigation(t *testing.T) {
 	p.insert(strings.Repeat("x", 500))
 	p.open(page)
 	if got := eval[string](p, `$("counter").textContent`); got != "12 bytes left" {
-		t.Errorf("counter %q after a reload, want that of the draft", got)
+		t.Errorf("counter %q after a reload, want %q", got, "12 bytes left")
 	}
 }
 
@@ -300,23 +301,23 @@ func TestPageWorksWhenStorageIsDenied(t *testing.T) {
 	p.wantEmptyConsole()
 }
 
-// reading is the line that is read, and where it stands: the first line that began
-// in sight when the page was first asked. In another shape an earlier line may
-// begin in sight, too, depending on the fonts.
+// readPosition is a line and its position: the first line that began in view when the test
+// first evaluated this. After a resize, an earlier line may begin in view, too, depending on
+// the fonts.
 const readPosition = `(() => {
 	const top = $("log").getBoundingClientRect().top;
-	window.reading ??= [...$("log").children].find((line) => line.getBoundingClientRect().top >= top);
-	return window.reading.textContent.slice(0, 20) + " at " + Math.round(window.reading.getBoundingClientRect().top - top);
+	window.lineRead ??= [...$("log").children].find((line) => line.getBoundingClientRect().top >= top);
+	return window.lineRead.textContent.slice(0, 20) + " at " + Math.round(window.lineRead.getBoundingClientRect().top - top);
 })()`
 
 func TestReadPositionSurvivesRotation(t *testing.T) {
-	// Where lines break, and what is then out of sight, depends on the font.
+	// Line breaks, and so which lines are in view, depend on the font.
 	for _, font := range []string{"16px sans-serif", "15px serif", "20px serif"} {
-		t.Run(font, func(t *testing.T) { t.Parallel(); testTurns(t, font) })
+		t.Run(font, func(t *testing.T) { t.Parallel(); testRotation(t, font) })
 	}
 }
 
-func testTurns(t *testing.T, font string) {
+func testRotation(t *testing.T, font string) {
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
 	do(p, chromedp.EmulateViewport(360, 640))
@@ -333,7 +334,7 @@ func testTurns(t *testing.T, font string) {
 		t.Helper()
 		do(p, chromedp.EmulateViewport(width, height))
 		p.until(fmt.Sprintf("innerWidth == %d", width))
-		// Two frames: what a browser does after a change of shape is done then.
+		// After two frames, the browser has handled the resize.
 		eval[bool](p, `new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))`, chromedp.EvalAwaitPromise)
 	}
 	turn(640, 360)
@@ -345,15 +346,15 @@ func testTurns(t *testing.T, font string) {
 	for range 3 {
 		turn(640, 360)
 		if got := eval[string](p, readPosition); got != want {
-			t.Errorf("turned, the phone shows %q, want %q", got, want)
+			t.Errorf("rotated, the phone shows %q, want %q", got, want)
 		}
 		turn(360, 640)
 		if got := eval[string](p, readPosition); got != want {
-			t.Errorf("turned back, the phone shows %q, want %q", got, want)
+			t.Errorf("rotated back, the phone shows %q, want %q", got, want)
 		}
 	}
 	if got := eval[string](p, `getComputedStyle($("log")).overflowAnchor`); got != "none" {
-		t.Errorf("overflow-anchor is %q: only Chromium and Firefox do what it stands for", got)
+		t.Errorf("overflow-anchor is %q, want none: the script does the scroll anchoring, as Safari does none", got)
 	}
 }
 
@@ -365,7 +366,7 @@ func TestLogStaysAtTheEndWhenZoomed(t *testing.T) {
 	p.untilShown(100)
 	p.until(atEnd)
 	for _, size := range []string{"18px", "20px", "32px", "16px"} {
-		// Chromium tells of the scrolling first, and of the new size after that.
+		// Chromium fires the scroll event before the resize observer.
 		eval[bool](p, `document.documentElement.style.fontSize = "`+size+`"; $("log").dispatchEvent(new Event("scroll"))`)
 		p.until(atEnd)
 		send(t, s.dial(t), "at "+size)
@@ -394,18 +395,18 @@ func TestPrintShowsAllLinesAndNoForm(t *testing.T) {
 	p.until(`$("log").textContent.includes("delivered: lost")`)
 	call(p, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Media: "print"})
 	if got := eval[float64](p, `$("log").scrollHeight - document.body.getBoundingClientRect().height`); got > 0 {
-		t.Errorf("printed, %v pixels of the log are beyond the page's end", got)
+		t.Errorf("in print, %v pixels of the log are cut off", got)
 	}
 	if got := eval[string](p, `getComputedStyle($("log")).overflow`); got != "visible" {
-		t.Errorf("printed, the log's overflow is %s: browsers do not break what scrolls into pages", got)
+		t.Errorf("in print, the log's overflow is %s, want visible: browsers do not paginate what scrolls", got)
 	}
 	if got := eval[string](p, `[...document.querySelectorAll("input, button, label, #counter")].filter((e) => e.offsetParent).map((e) => e.outerHTML).join()`); got != "" {
-		t.Errorf("these are printed: %s", got)
+		t.Errorf("in print, these elements are visible: %s", got)
 	}
 }
 
-// The oldest that the page is to look right in are Chrome 109, Safari 16 and
-// Firefox 115: here is what they lack, and one would like to use.
+// The oldest supported browsers are Chrome 109, Safari 16 and Firefox 115. The test removes
+// the features that they lack, or looks for them in the style.
 func TestPageWorksInTheOldestSupportedBrowsers(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
@@ -425,15 +426,15 @@ func TestPageWorksInTheOldestSupportedBrowsers(t *testing.T) {
 	p.send("hello")
 	p.wantLog("message mine: hello")
 	if !eval[bool](p, "fetchPage().then((answer) => answer.ok)", chromedp.EvalAwaitPromise) {
-		t.Error("the page does not find its server")
+		t.Error("the probe gets no response from the server")
 	}
 	p.wantEmptyConsole()
 	style := eval[string](p, `document.querySelector("style").textContent`)
 	if got := regexp.MustCompile(`anywhere|light-dark|color-mix|oklch|@layer|@container|@scope|@property|&|text-wrap|field-sizing`).FindString(style); got != "" {
-		t.Errorf("the style uses %s", got)
+		t.Errorf("the style uses %s, which the oldest browsers lack", got)
 	}
 	if !regexp.MustCompile(`height: 100%;.*\s+height: 100dvh;`).MatchString(style) {
-		t.Error("a browser without dvh is given no height")
+		t.Error("the style sets no height for a browser without dvh")
 	}
 }
 
@@ -451,7 +452,7 @@ func TestNameAndDraftSurviveBackNavigation(t *testing.T) {
 		w.insert("not yet")
 		w.must(w.engine.visit("about:blank"))
 		w.must(w.engine.back())
-		// A page that comes out of the browser's cache says for a moment what it said before.
+		// A page from the back/forward cache shows its old status for a moment.
 		w.until(connected + ` && socket.readyState == WebSocket.OPEN`)
 		w.until(`$("msg").value == "not yet" && document.activeElement == $("msg")`)
 		w.until(`$("name").value == "Grete"`)
@@ -477,8 +478,8 @@ func TestTabKeepsItsOwnName(t *testing.T) {
 	t.Parallel()
 	inAllEngines(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
-		// What other tabs of the browser have kept is in localStorage, and what this one has
-		// in sessionStorage.
+		// Other tabs of the browser store the name in localStorage. This tab also has
+		// sessionStorage.
 		inAnotherTab := func(name string) {
 			t.Helper()
 			get[bool](w, fmt.Sprintf(`(localStorage["chat / name"] = %q, true)`, name))
@@ -508,14 +509,14 @@ func TestTabKeepsItsOwnName(t *testing.T) {
 		newTab()
 		wantName("Bob")
 		inAnotherTab("Carol")
-		wantName("Bob") // which it has not been told, but began with
+		wantName("Bob") // A tab stores the name with which it starts, too.
 		get[bool](w, `$("name").focus() ?? true`)
 		for range "Bob" {
 			w.press(end)
 			w.press(backspace)
 		}
 		inAnotherTab("Carol")
-		wantName("") // nameless is what it has chosen
+		wantName("") // The user of this tab has removed the name.
 	})
 }
 
@@ -545,7 +546,7 @@ func TestTwoChatsOnOneHostShareNoStorage(t *testing.T) {
 		get[bool](w, `$("name").focus() ?? true`)
 		w.typeText("Grete")
 		get[bool](w, `(WebSocket.prototype.send = () => {}, true)`)
-		w.send("on its way")
+		w.send("pending")
 		w.insert("a draft")
 		open("/two")
 		want("", "", 0)
@@ -610,11 +611,11 @@ func TestTypingFocusesTheMessageAndKeysStillScroll(t *testing.T) {
 		} {
 			get[bool](w, `(window.scrolledAt = performance.now(), $("log").addEventListener("scroll", () => scrolledAt = performance.now())) ?? true`)
 			w.press(scrolling.key)
-			w.until(scrolling.until + " && performance.now() - scrolledAt > 200") // a browser scrolls smoothly
+			w.until(scrolling.until + " && performance.now() - scrolledAt > 200") // Browsers scroll smoothly.
 		}
 		w.pressWith(control, "x")
 		if got := get[string](w, `document.activeElement.id + $("msg").value`); got != "log" {
-			t.Errorf("after keys that scroll, and a command, focus and draft are %q, want the log's and none", got)
+			t.Errorf("after keys that scroll, and a shortcut, focus and draft are %q, want log and no draft", got)
 		}
 		w.typeText("hé 1")
 		w.until(`document.activeElement == $("msg") && $("msg").value == "hé 1"`)
@@ -631,7 +632,7 @@ func TestDirectionFollowsTheText(t *testing.T) {
 		w.open(s.addr)
 		for _, id := range []string{"msg", "name"} {
 			if got := get[string](w, fmt.Sprintf(`($(%[1]q).value = "שלום", getComputedStyle($(%[1]q)).direction)`, id)); got != "rtl" {
-				t.Errorf("with Hebrew in it %s reads %s, want rtl", id, got)
+				t.Errorf("with Hebrew content, the direction of %s is %s, want rtl", id, got)
 			}
 			get[string](w, fmt.Sprintf(`$(%q).value = ""`, id))
 		}
@@ -648,7 +649,7 @@ func TestDirectionFollowsTheText(t *testing.T) {
 				return [left - box.left < 14 && "left", (time?.getBoundingClientRect().left ?? box.right) - right < 14 && "right"].filter(Boolean).join();
 			})()`)
 			if got != want {
-				t.Errorf("%q stands at the %s, want at the %s", line, got, want)
+				t.Errorf("%q is aligned to the %s, want %s", line, got, want)
 			}
 		}
 	})
@@ -670,7 +671,7 @@ func TestLongWordsAreBroken(t *testing.T) {
 	})
 }
 
-// lineBelowMarker is the line under the mark, if a reader sees one.
+// lineBelowMarker is the text of the line below the marker, or "" if no marker is shown.
 const lineBelowMarker = `(document.querySelector("#log .marker")?.offsetHeight ?
 	document.querySelector("#log .marker").nextElementSibling.querySelector(".words").textContent : "")`
 
@@ -690,7 +691,7 @@ func TestMarkerIsAboveTheFirstUnreadLine(t *testing.T) {
 				t.Errorf("title %q, want %q", got, title)
 			}
 			if got := get[string](w, lineBelowMarker); got != line {
-				t.Errorf("the mark stands above %q, want %q", got, line)
+				t.Errorf("the marker is above %q, want %q", got, line)
 			}
 		}
 		wantMarker("Chat", "")
@@ -710,7 +711,7 @@ func TestMarkerIsAboveTheFirstUnreadLine(t *testing.T) {
 		w.until(lastLine + ` == "four"`)
 		wantMarker("Chat", "one")
 		if got := get[float64](w, `document.querySelector("#log .marker").getBoundingClientRect().width / $("log").lastChild.getBoundingClientRect().width`); got != 1 {
-			t.Errorf("the mark takes %v of a line's width, want it across", got)
+			t.Errorf("the marker has %v of a line's width, want all of it", got)
 		}
 
 		w.pretendHidden(true)
@@ -727,7 +728,7 @@ func TestMarkerIsAboveTheFirstUnreadLine(t *testing.T) {
 
 func TestMarkerCountsRemovedLines(t *testing.T) {
 	t.Parallel()
-	for _, lines := range []int{1100, 7000} { // of the latter some go while the tab is hidden
+	for _, lines := range []int{1100, 7000} { // With 7000, some are removed while the tab is hidden.
 		t.Run(fmt.Sprint(lines), func(t *testing.T) {
 			t.Parallel()
 			s := startServer(t, "localhost:0")
@@ -739,11 +740,11 @@ func TestMarkerCountsRemovedLines(t *testing.T) {
 			p.until(fmt.Sprintf(`document.title == "(%d) Chat"`, lines))
 			show()
 			p.untilShown(1 + lines)
-			wantMarker := func(gone int) {
+			wantMarker := func(removed int) {
 				t.Helper()
-				want := fmt.Sprintf("marker New messages (the first %d are no longer shown) 1000", gone)
+				want := fmt.Sprintf("marker New messages (the first %d are no longer shown) 1000", removed)
 				if got := eval[string](p, `[$("log").firstChild.className, $("log").firstChild.textContent, $("log").childElementCount].join(" ")`); got != want {
-					t.Errorf("the log starts with, and has so many elements: %q, want %q", got, want)
+					t.Errorf("the first line's class and text, and the number of lines, are %q, want %q", got, want)
 				}
 			}
 			wantMarker(lines - 999)
@@ -754,7 +755,7 @@ func TestMarkerCountsRemovedLines(t *testing.T) {
 			sendLines(t, s, 100)
 			p.until("arrived == " + fmt.Sprint(lines+102) + " && !batch.hasChildNodes()")
 			if got := eval[int](p, `document.querySelectorAll(".marker").length`); got != 0 {
-				t.Error("the mark is still there after the page has been looked at and left")
+				t.Error("the marker is still there after the page was shown and hidden again")
 			}
 			show = p.hide()
 			sendLines(t, s, 1100)
@@ -779,7 +780,7 @@ func TestNoticesAreMarkedButNotCountedAsUnread(t *testing.T) {
 		send(t, s.dial(t), "hello")
 		w.until(lastLine + ` == "hello"`)
 		if got := get[string](w, "document.title + ': ' + "+lineBelowMarker); got != "(1) Chat: The server is restarting." {
-			t.Errorf("title and marked line are %q", got)
+			t.Errorf("title and line below the marker are %q, want 1 unread message and the first notice", got)
 		}
 	})
 }
@@ -798,12 +799,12 @@ func TestMarkerDoesNotMoveTheReadPosition(t *testing.T) {
 		w.pretendHidden(false)
 		w.scroll(-100)
 		want := get[string](w, readPosition)
-		w.pretendHidden(true) // the mark above goes
-		w.wantReadPosition(want, "as the mark went")
+		w.pretendHidden(true) // This removes the marker above.
+		w.wantReadPosition(want, "as the marker was removed")
 		sendVaried(t, s, 10)
 		w.until(`document.querySelector("#log .marker") && !$("jump").hidden`)
 		w.pretendHidden(false)
-		w.wantReadPosition(want, "as the mark came")
+		w.wantReadPosition(want, "as the marker was added")
 	})
 }
 
@@ -823,13 +824,13 @@ func TestCopyingPicksUpOnlyTheText(t *testing.T) {
 		get[bool](w, `showUndelivered("lost") ?? true`)
 		w.until(lastLine + `.includes("lost")`)
 		get[bool](w, `(document.body.append(window.paper = document.createElement("textarea")), true)`)
-		words := func(n int) string { return fmt.Sprintf(`$("log").children[%d].querySelector(".words")`, n) }
+		textOf := func(n int) string { return fmt.Sprintf(`$("log").children[%d].querySelector(".words")`, n) }
 		const all = "Grete: hello\nIlse: see https://example.org/.\nno name\nmine\nThe server is restarting.\nThis may not have been delivered: lost"
 		for _, tt := range []struct{ name, from, to, want string }{
 			{"all", `[$("log"), 0]`, `[$("log"), 6]`, all},
-			{"parts of two", `[` + words(0) + `.lastChild, 2]`, `[` + words(1) + `.firstChild.firstChild, 2]`, "hello\nIl"},
+			{"parts of two", `[` + textOf(0) + `.lastChild, 2]`, `[` + textOf(1) + `.firstChild.firstChild, 2]`, "hello\nIl"},
 			{"one, with its time", `[$("log").children[0], 0]`, `[$("log").children[0], $("log").children[0].childNodes.length]`, "Grete: hello"},
-			{"a part of one", `[` + words(2) + `.firstChild, 0]`, `[` + words(2) + `.firstChild, 2]`, "no"},
+			{"a part of one", `[` + textOf(2) + `.firstChild, 0]`, `[` + textOf(2) + `.firstChild, 2]`, "no"},
 		} {
 			get[bool](w, fmt.Sprintf(`($("log").focus(), getSelection().setBaseAndExtent(...%s, ...%s)) ?? true`, tt.from, tt.to))
 			w.pressWith(control, "c")
@@ -861,16 +862,16 @@ func TestLogDoesNotScrollWhileTextIsSelected(t *testing.T) {
 			send(t, conn, fmt.Sprint("meanwhile ", i))
 		}
 		w.until(lastLine + ` == "meanwhile 19" && !$("jump").hidden`)
-		w.wantReadPosition(want, "as lines came while something was selected")
+		w.wantReadPosition(want, "as lines arrived while text was selected")
 		w.mouse(w.moveTo(span, 0.6), pointerUp)
 		if got := get[string](w, "getSelection().toString()"); got == "" || !strings.Contains("That is all.", got) {
-			t.Errorf("selected %q, want part of the line where the mouse went down", got)
+			t.Errorf("selected %q, want part of the line where the mouse button was pressed", got)
 		}
 		send(t, conn, "and now")
 		w.until(lastLine + ` == "and now"`)
-		w.wantReadPosition(want, "after the mouse had gone up")
+		w.wantReadPosition(want, "after the mouse button was released")
 
-		// What is selected in the input, or nothing, holds nobody back.
+		// Without a selection, or with one in the input, the log follows the end.
 		w.click(`$("jump")`)
 		w.until(atEnd)
 		send(t, conn, "on")
@@ -878,8 +879,8 @@ func TestLogDoesNotScrollWhileTextIsSelected(t *testing.T) {
 		get[bool](w, fmt.Sprintf("getSelection().setBaseAndExtent(%s, 0, %s, 3) ?? true", line(60), line(60)))
 		send(t, conn, "held")
 		w.until(lastLine + ` == "held" && !$("jump").hidden`)
-		w.send("to speak is to go to the end")
-		w.until(lastLine + ` == "to speak is to go to the end" && ` + atEnd)
+		w.send("sending scrolls to the end")
+		w.until(lastLine + ` == "sending scrolls to the end" && ` + atEnd)
 		w.insert("draft")
 		get[bool](w, `$("msg").select() ?? true`)
 		send(t, conn, "further")
