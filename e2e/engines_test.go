@@ -21,8 +21,8 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// The essentials, in Firefox and WebKit. The tests in other files look closer into
-// Chromium, and into all three where they differ.
+// These tests check the essentials of the page in Firefox and WebKit. The other files test
+// the rest, in Chromium, or in all three engines where they differ.
 
 const connected = `$("status")?.textContent == "Connected"`
 
@@ -60,7 +60,7 @@ func TestFirefoxAndWebKitKeepTheDraftAndReconnect(t *testing.T) {
 		w.press(enter)
 		w.until(lastLine + ` == "patience" && $("msg").value == ""`)
 
-		// Firefox makes a WebSocket wait longer each time that one has failed.
+		// After each failed handshake, Firefox delays the next WebSocket by more.
 		s.signal(t, syscall.SIGKILL)
 		s.wait(t)
 		awaitRequests(t, s.addr, 8)
@@ -68,7 +68,7 @@ func TestFirefoxAndWebKitKeepTheDraftAndReconnect(t *testing.T) {
 		start := time.Now()
 		w.until(connected)
 		if took := time.Since(start); took > 4*time.Second {
-			t.Errorf("back %v after the server, want it within the second between two tries, or soon after", took)
+			t.Errorf("the page reconnected %v after the server started, want at most 4 s: the maximum backoff is 1 s", took)
 		}
 		w.send("again")
 		w.until(lastLine + ` == "again"`)
@@ -80,14 +80,14 @@ func TestFirefoxAndWebKitKeepTheDraftAcrossNavigation(t *testing.T) {
 	inFirefoxAndWebKit(t, func(t *testing.T, w *window) {
 		s := startServer(t, "localhost:0")
 		w.open(s.addr)
-		w.insert("half a thought")
+		w.insert("a draft")
 		w.open(s.addr)
-		w.until(`$("msg").value == "half a thought"`)
+		w.until(`$("msg").value == "a draft"`)
 		w.must(w.engine.visit("about:blank"))
 		w.must(w.engine.back())
-		w.until(connected + ` && $("msg").value == "half a thought"`)
+		w.until(connected + ` && $("msg").value == "a draft"`)
 		w.press(enter)
-		w.until(lastLine + ` == "half a thought" && $("msg").value == ""`)
+		w.until(lastLine + ` == "a draft" && $("msg").value == ""`)
 	})
 }
 
@@ -97,21 +97,21 @@ func TestFirefoxAndWebKitDetectAHalfOpenConnection(t *testing.T) {
 		s := startQuick(t, "localhost:0")
 		addr, cut := silentProxy(t, s.addr)
 		w.open(addr)
-		beats := dial(t, &websocket.Dialer{Subprotocols: []string{"heartbeat"}}, "ws://"+s.addr+"/ws")
+		heartbeats := dial(t, &websocket.Dialer{Subprotocols: []string{"heartbeat"}}, "ws://"+s.addr+"/ws")
 		for range 2 {
-			if _, _, err := beats.ReadMessage(); err != nil {
+			if _, _, err := heartbeats.ReadMessage(); err != nil {
 				t.Fatal(err)
 			}
 		}
 		if got := get[int](w, `$("log").childElementCount`); got != 0 {
-			t.Errorf("the log has %d lines, want none: a line where only the heart beats is alive", got)
+			t.Errorf("the log has %d lines, want none: heartbeats keep an idle connection", got)
 		}
 		cut()
 		start := time.Now()
-		w.send("anybody there?")
+		w.send("lost")
 		w.until(`$("log").lastChild?.className == "message mine pending" && $("msg").value == ""`)
-		w.until(`$("log").textContent.includes("This may not have been delivered: anybody there?")`)
-		t.Logf("noticed after %v", time.Since(start))
+		w.until(`$("log").textContent.includes("This may not have been delivered: lost")`)
+		t.Logf("the page detected the half-open connection after %v", time.Since(start))
 		w.until(connected + ` && !document.querySelector(".pending")`)
 		w.send("hello again")
 		w.until(lastLine + ` == "hello again" && $("log").textContent.includes("may have missed")`)
@@ -136,20 +136,19 @@ func TestFirefoxAndWebKitKeepTheReadPosition(t *testing.T) {
 		}
 		sendVaried(t, s, 4500)
 		w.until(lastLine + ` == "That is all." && $("log").childElementCount == 5000`)
-		w.wantReadPosition(want, "as the oldest lines went")
+		w.wantReadPosition(want, "as the oldest lines were removed")
 	})
 }
 
-// sendVaried has clients say n lines of various lengths, and then one that that was
-// all.
+// sendVaried sends n lines of various lengths, and then the line "That is all."
 func sendVaried(t *testing.T, s *server, n int) {
 	t.Helper()
-	listener := s.dial(t)
-	heard := make(chan struct{})
+	reader := s.dial(t)
+	received := make(chan struct{}) // closed when reader has received the n lines
 	go func() {
-		defer close(heard)
+		defer close(received)
 		for lines := 0; lines < n; {
-			_, message, err := listener.ReadMessage()
+			_, message, err := reader.ReadMessage()
 			if err != nil {
 				t.Error(err)
 				return
@@ -157,32 +156,30 @@ func sendVaried(t *testing.T, s *server, n int) {
 			lines += 1 + bytes.Count(message, []byte("\n"))
 		}
 	}()
-	var talker *websocket.Conn
+	var sender *websocket.Conn
 	for i := range n {
-		if i%100 == 0 { // so many can one client say at once
-			talker = s.dial(t)
-			go discard(talker)
+		if i%100 == 0 { // the burst of the rate limit
+			sender = s.dial(t)
+			go discard(sender)
 		}
-		send(t, talker, fmt.Sprintf("Line %d,%s", i, strings.Repeat(" and so it goes on", i%20)))
+		send(t, sender, fmt.Sprintf("Line %d,%s", i, strings.Repeat(" and so it goes on", i%20)))
 	}
-	<-heard
-	send(t, listener, "That is all.")
+	<-received
+	send(t, reader, "That is all.")
 }
 
-// rest waits for two frames: what a browser does after a change is done then, and it
-// takes keys.
+// rest waits for two frames. The browser has then handled the last change, and accepts keys.
 func (w *window) rest() {
 	w.t.Helper()
 	get[bool](w, "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
 }
 
-// wantReadPosition checks that the reader's place is want, once the page has come to
-// rest.
+// wantReadPosition checks the read position, after two frames.
 func (w *window) wantReadPosition(want, when string) {
 	w.t.Helper()
 	w.rest()
 	if got := get[string](w, readPosition); got != want {
-		w.t.Errorf("%s, what is read moved from %q to %q", when, want, got)
+		w.t.Errorf("%s, the read position moved from %q to %q", when, want, got)
 	}
 }
 
@@ -196,14 +193,13 @@ func TestFirefoxAndWebKitKeepUpWithAThousandLinesASecond(t *testing.T) {
 		<-flood(t, s, 5000, 1000)
 		sent := time.Now()
 		w.until(`$("log").textContent.includes("line 4999 ")`)
-		t.Logf("the last line was shown %v after it was sent", time.Since(sent))
-		// How late that is depends on the machine. What has to be done for each line does
-		// not: it is little if many lines are laid out at once.
+		t.Logf("the page showed the last line %v after it was sent", time.Since(sent))
+		// This delay depends on the machine, but the number of layouts does not.
 		if got, most := get[int](w, "flushes"), int(time.Since(start)/(100*time.Millisecond))+1; got > most {
-			t.Errorf("5,000 lines were laid out in %d parts, want at most %d", got, most)
+			t.Errorf("the page flushed 5,000 lines in %d batches, want at most %d", got, most)
 		}
 		if got := get[string](w, `[$("log").childElementCount, document.querySelectorAll(".notice").length].join()`); got != "1000,0" {
-			t.Errorf("lines and notices are %s, want 1000 and none", got)
+			t.Errorf("the log's numbers of lines and notices are %s, want 1000,0", got)
 		}
 	})
 }
@@ -238,18 +234,19 @@ func TestFirefoxAndWebKitLogNothingToTheConsole(t *testing.T) {
 		s := startServer(t, "localhost:0")
 		switch e := w.engine.(type) {
 		case *firefox:
-			w.must(e.visit("about:blank")) // the page before may have more to say
+			w.must(e.visit("about:blank")) // The previous test's page logs no more.
 			e.console = nil
 			w.open(s.addr)
 			w.send("hello")
 			w.until(lastLine + ` == "hello"`)
 			get[bool](w, `!console.log("end")`)
 			if want := []string{"info: end"}; !slices.Equal(e.console, want) {
-				t.Errorf("the console says %q, want %q", e.console, want)
+				t.Errorf("the console shows %q, want %q", e.console, want)
 			}
 		case *webkit:
-			// When it is driven it prints no console. On its own, it is to complain of the
-			// lost connection first, after a key that only others know.
+			// WebKit prints no console messages under WebDriver, so this runs its browser
+			// without. The error about the lost connection has to be the first message, except
+			// for a warning about a viewport key that WebKit does not know.
 			url := fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
 				if n == 1 {
 					conn := upgrade()
@@ -261,21 +258,21 @@ func TestFirefoxAndWebKitLogNothingToTheConsole(t *testing.T) {
 			if len(browsers) == 0 {
 				t.Fatal("no MiniBrowser\nOn Debian: apt-get install webkit2gtk-driver")
 			}
-			complaints, end, err := launch("(?s)^(.*)CONSOLE NETWORK ERROR WebSocket connection", []string{"DISPLAY=:" + e.display},
+			printed, end, err := launch("(?s)^(.*)CONSOLE NETWORK ERROR WebSocket connection", []string{"DISPLAY=:" + e.display},
 				browsers[0], "--enable-write-console-messages-to-stdout=true", url)
 			w.must(err)
 			end()
-			for line := range strings.Lines(complaints) {
+			for line := range strings.Lines(printed) {
 				if strings.Contains(line, "CONSOLE") && !strings.Contains(line, `"interactive-widget" not recognized`) {
-					t.Errorf("the console says %q", line)
+					t.Errorf("the console shows %q", line)
 				}
 			}
 		}
 	})
 }
 
-// startQuick starts a server for which a minute takes six seconds, and whose page
-// takes one for ten. All else is as it is.
+// startQuick starts a server with shorter timeouts: a tenth of pongWait in the server, and of
+// responseTimeout and maxBackoff in the page, with pings more often than that.
 func startQuick(t *testing.T, addr string) *server {
 	t.Helper()
 	path, err := quick()
@@ -288,10 +285,10 @@ func startQuick(t *testing.T, addr string) *server {
 // quick builds that server, and returns its path.
 var quick = sync.OnceValues(func() (string, error) {
 	dir := filepath.Dir(binary)
-	replace := make(map[string]string) // files by other files
+	replace := make(map[string]string) // for go build -overlay: from a file to its edited copy
 	for _, edit := range []struct{ file, old, new string }{
 		{"client.go", "pongWait = 60 * time.Second", "pongWait = 6 * time.Second"},
-		{"client.go", "pingPeriod = pongWait * 9 / 10", "pingPeriod = pongWait * 3 / 10"}, // a busy browser may be late
+		{"client.go", "pingPeriod = pongWait * 9 / 10", "pingPeriod = pongWait * 3 / 10"}, // so that a busy browser can answer in time
 		{"home.html", "responseTimeout = 10_000;", "responseTimeout = 1_000;"},
 		{"home.html", "maxBackoff = 10_000;", "maxBackoff = 1_000;"},
 		{"home.html", "pingPeriod = 54_000;", "pingPeriod = 1_800;"},
@@ -329,19 +326,19 @@ var quick = sync.OnceValues(func() (string, error) {
 	return path, nil
 })
 
-// awaitRequests listens at addr until n requests have come, and answers each like a
-// proxy whose server is away.
+// awaitRequests listens on addr until n requests have arrived, and responds to each with
+// status 502, like a proxy whose server is down.
 func awaitRequests(t *testing.T, addr string, n int32) {
 	t.Helper()
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var tries atomic.Int32
+	var requests atomic.Int32
 	enough := make(chan struct{})
 	server := http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		rw.WriteHeader(http.StatusBadGateway)
-		if tries.Add(1) == n {
+		if requests.Add(1) == n {
 			close(enough)
 		}
 	})}
@@ -350,6 +347,6 @@ func awaitRequests(t *testing.T, addr string, n int32) {
 	select {
 	case <-enough:
 	case <-time.After(patience):
-		t.Fatalf("%d tries to connect within %v, want %d", tries.Load(), patience, n)
+		t.Fatalf("the page sent %d requests within %v, want %d", requests.Load(), patience, n)
 	}
 }

@@ -20,23 +20,23 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// An engine is a browser with one window, driven by the W3C's protocols: Firefox
-// speaks WebDriver BiDi by itself, WebKit has a driver for classic WebDriver.
-// What the tests need of the two is so little that no library is worth it.
+// An engine is a browser with one window, controlled through a W3C protocol: Firefox
+// implements WebDriver BiDi, and WebKit has a driver for classic WebDriver. The tests need
+// too little of the two to justify a library.
 type engine interface {
 	visit(url string) error
 	back() error
-	eval(js string, result any) error // the value of an expression, or of its promise
-	act(source object) error          // what a device does, in the form that both protocols have
+	eval(js string, result any) error // stores the value of an expression, or of its promise
+	act(source object) error          // performs an input source's actions; both protocols have the same format
 	resize(width, height int) error
 }
 
-type object = map[string]any // of JSON
+type object = map[string]any // a JSON object
 
 // Time allowed for a command: a browser starts during its first one.
 const commandPatience = 3 * patience
 
-// engines starts the engines. A test that has ended leaves its engine to another.
+// engines are the engines besides Chromium. Tests reuse idle ones.
 var engines = []struct {
 	name  string
 	start func() (engine, error)
@@ -46,7 +46,7 @@ var engines = []struct {
 	{"WebKit", startWebKit, new(idleEngines)},
 }
 
-// idleEngines are those of one kind in which no test runs.
+// idleEngines are the engines of one kind in which no test runs.
 type idleEngines struct {
 	mu   sync.Mutex
 	list []engine
@@ -68,13 +68,13 @@ func (idle *idleEngines) put(e engine) {
 	idle.list = append(idle.list, e)
 }
 
-// A window is an engine's, for one test.
+// A window is an engine's window while one test uses it.
 type window struct {
 	t      *testing.T
 	engine engine
 }
 
-// inFirefoxAndWebKit runs a test in each engine, beside other tests.
+// inFirefoxAndWebKit runs a test in Firefox and in WebKit, in parallel.
 func inFirefoxAndWebKit(t *testing.T, test func(t *testing.T, w *window)) {
 	for _, engine := range engines {
 		t.Run(engine.name, func(t *testing.T) {
@@ -92,7 +92,7 @@ func inFirefoxAndWebKit(t *testing.T, test func(t *testing.T, w *window)) {
 	}
 }
 
-// inAllEngines runs a test in these and in Chromium, there in a tab of its own.
+// inAllEngines runs a test in Chromium, in a new tab, and in Firefox and WebKit.
 func inAllEngines(t *testing.T, test func(t *testing.T, w *window)) {
 	t.Run("Chromium", func(t *testing.T) {
 		t.Parallel()
@@ -101,7 +101,7 @@ func inAllEngines(t *testing.T, test func(t *testing.T, w *window)) {
 	inFirefoxAndWebKit(t, test)
 }
 
-// must fails the test if there is an error.
+// must fails the test if err is not nil.
 func (w *window) must(err error) {
 	w.t.Helper()
 	if err != nil {
@@ -109,8 +109,8 @@ func (w *window) must(err error) {
 	}
 }
 
-// open opens the page of the server at addr and waits until it is connected. From
-// then on the page's script must not fail.
+// open opens the page of the server at addr and waits until it is connected. If the page's
+// script fails from then on, the test fails.
 func (w *window) open(addr string) {
 	w.t.Helper()
 	w.must(w.engine.visit("http://" + addr + "/"))
@@ -142,11 +142,11 @@ func (w *window) until(js string) {
 	}
 }
 
-// insert puts text into the input, as a paste would.
+// insert inserts text into the input for the message, as a paste does.
 func (w *window) insert(text string) {
 	w.t.Helper()
 	if !get[bool](w, fmt.Sprintf(`($("msg").focus(), document.execCommand("insertText", false, %q))`, text)) {
-		w.t.Fatalf("the input does not take %q", text)
+		w.t.Fatalf("cannot insert %q into the input", text)
 	}
 }
 
@@ -188,14 +188,14 @@ func (w *window) typeText(text string) {
 	}
 }
 
-// What a mouse does, besides moving.
+// Actions of a mouse.
 var (
 	pointerDown = object{"type": "pointerDown", "button": 0}
 	pointerUp   = object{"type": "pointerUp", "button": 0}
 )
 
-// moveTo is the mouse's way to an element, given as JavaScript; part says how far from
-// its left edge, of its width.
+// moveTo returns the action that moves the mouse onto an element, given as JavaScript, at
+// this part of its width.
 func (w *window) moveTo(element string, part float64) object {
 	w.t.Helper()
 	at := get[[2]int](w, fmt.Sprintf(`(({ left, top, width, height }) => [
@@ -214,8 +214,8 @@ func (w *window) click(element string) {
 	w.mouse(w.moveTo(element, 0.5), pointerDown, pointerUp)
 }
 
-// pretendHidden makes the page believe that its tab is hidden, or no longer. Of the
-// three engines only Chromium can be told to hide one.
+// pretendHidden changes what the page reads as its tab's visibility. Only Chromium's protocol
+// can hide a tab.
 func (w *window) pretendHidden(hidden bool) {
 	w.t.Helper()
 	get[bool](w, fmt.Sprintf(`(Object.defineProperty(document, "hidden", { value: %v, configurable: true }),
@@ -229,41 +229,41 @@ func (w *window) send(text string) {
 	w.press(enter)
 }
 
-// scroll turns the mouse's wheel over the log by so many pixels.
+// scroll turns the mouse wheel over the log by this many pixels.
 func (w *window) scroll(by int) {
 	w.t.Helper()
 	before := get[float64](w, `$("log").scrollTop`)
-	// A new wheel each time: WebKit turns a known one by the difference to its last turn.
+	// A new wheel each time: WebKit scrolls by the difference from a wheel's previous delta.
 	w.must(w.engine.act(object{"type": "wheel", "id": time.Now().String(), "actions": []object{
 		{"type": "scroll", "x": 100, "y": 200, "deltaX": 0, "deltaY": by},
 	}}))
 	w.until(fmt.Sprintf(`Math.abs($("log").scrollTop - %v) < 2`, before+float64(by)))
 }
 
-// resize makes the window so large, and waits until the page is: a part of the
-// height may go to the browser's own bar.
+// resize resizes the window, and waits until the page has this size, except that the
+// browser's own bar may take a part of the height.
 func (w *window) resize(width, height int) {
 	w.t.Helper()
 	w.must(w.engine.resize(width, height))
 	w.until(fmt.Sprintf("innerWidth == %d && innerHeight > %d", width, height-100))
 }
 
-// ends are what ends the processes that have been launched.
+// ends are functions that kill the launched processes.
 var (
 	endsMu sync.Mutex
 	ends   []func()
 )
 
-// closeEngines ends them, last one first.
+// closeEngines kills the launched processes, the last one first.
 func closeEngines() {
 	for _, end := range slices.Backward(ends) {
 		end()
 	}
 }
 
-// launch starts a program, which gets a home of its own, and waits until it prints
-// what pattern matches. It returns the pattern's group, and how to end the program
-// before closeEngines does.
+// launch starts a program, with a temporary home directory, and waits until its output
+// matches pattern. It returns the pattern's group, and end, which kills the program before
+// closeEngines does.
 func launch(pattern string, env []string, name string, args ...string) (match string, end func(), err error) {
 	home, err := os.MkdirTemp("", "engine")
 	if err != nil {
@@ -276,7 +276,7 @@ func launch(pattern string, env []string, name string, args ...string) (match st
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Setpgid:   true,            // so that its children can be killed with it
-		Pdeathsig: syscall.SIGKILL, // should we not live to do that
+		Pdeathsig: syscall.SIGKILL, // in case this process dies first
 	}
 	if err := cmd.Start(); err != nil {
 		os.RemoveAll(home)
@@ -299,17 +299,17 @@ func launch(pattern string, env []string, name string, args ...string) (match st
 		select {
 		case <-out.grown:
 		case <-timeout:
-			return "", end, fmt.Errorf("%s has not printed %q within %v, but:\n%s", name, pattern, patience, out)
+			return "", end, fmt.Errorf("%s printed no %q within %v, but:\n%s", name, pattern, patience, out)
 		}
 	}
 }
 
-// Firefox speaks WebDriver BiDi. https://www.w3.org/TR/webdriver-bidi/
+// Firefox implements WebDriver BiDi. https://www.w3.org/TR/webdriver-bidi/
 type firefox struct {
 	conn    *websocket.Conn
 	id      int
-	context string   // the window
-	console []string // what the browser has logged
+	context string   // the ID of the window
+	console []string // the page's console messages
 }
 
 func startFirefox() (engine, error) {
@@ -342,24 +342,24 @@ func (f *firefox) call(method string, params object, result any) error {
 		return err
 	}
 	for {
-		var answer struct {
+		var response struct {
 			ID             int
 			Method         string
 			Params         struct{ Level, Text string }
 			Result         json.RawMessage
 			Error, Message string
 		}
-		if err := f.conn.ReadJSON(&answer); err != nil {
+		if err := f.conn.ReadJSON(&response); err != nil {
 			return fmt.Errorf("%s: %w", method, err)
 		}
 		switch {
-		case answer.Method == "log.entryAdded":
-			f.console = append(f.console, answer.Params.Level+": "+answer.Params.Text)
-		case answer.ID != f.id:
-		case answer.Error != "":
-			return fmt.Errorf("%s: %s: %s", method, answer.Error, answer.Message)
+		case response.Method == "log.entryAdded":
+			f.console = append(f.console, response.Params.Level+": "+response.Params.Text)
+		case response.ID != f.id:
+		case response.Error != "":
+			return fmt.Errorf("%s: %s: %s", method, response.Error, response.Message)
 		case result != nil:
-			return json.Unmarshal(answer.Result, result)
+			return json.Unmarshal(response.Result, result)
 		default:
 			return nil
 		}
@@ -375,7 +375,7 @@ func (f *firefox) back() error {
 }
 
 func (f *firefox) eval(js string, result any) error {
-	var answer struct {
+	var response struct {
 		Result           struct{ Value string }
 		ExceptionDetails *struct{ Text string }
 	}
@@ -383,13 +383,13 @@ func (f *firefox) eval(js string, result any) error {
 		"expression":   "(async () => JSON.stringify(await (" + js + ")))()",
 		"awaitPromise": true,
 		"target":       object{"context": f.context},
-	}, &answer); err != nil {
+	}, &response); err != nil {
 		return err
 	}
-	if e := answer.ExceptionDetails; e != nil {
+	if e := response.ExceptionDetails; e != nil {
 		return errors.New(e.Text)
 	}
-	return json.Unmarshal([]byte(answer.Result.Value), result)
+	return json.Unmarshal([]byte(response.Result.Value), result)
 }
 
 func (f *firefox) act(source object) error {
@@ -402,19 +402,19 @@ func (f *firefox) resize(width, height int) error {
 	}, nil)
 }
 
-// WebKit's driver speaks WebDriver. https://www.w3.org/TR/webdriver2/
+// WebKit's driver implements WebDriver. https://www.w3.org/TR/webdriver2/
 type webkit struct {
-	display string // its number
-	session string // its URL
+	display string // number
+	session string // URL
 }
 
 func startWebKit() (engine, error) {
-	// WebKit has no window without a display.
+	// WebKitGTK needs a display.
 	display, _, err := launch(`(\d+)\n`, nil, "Xvfb", "-displayfd", "1", "-nolisten", "tcp", "-screen", "0", "1280x1024x24")
 	if err != nil {
 		return nil, err
 	}
-	// The driver does not say when it listens, nor can it pick a port itself.
+	// The driver does not report when it listens, and cannot choose a free port itself.
 	listener, err := net.Listen("tcp", "localhost:0")
 	if err != nil {
 		return nil, err
