@@ -16,15 +16,15 @@ import (
 	"github.com/chromedp/cdproto/input"
 	"github.com/chromedp/cdproto/network"
 	"github.com/chromedp/cdproto/page"
-	// Chromedp speaks Chromium's own protocol, through which a test can go
-	// offline, turn dark or hide a tab, and has releases that follow Chromium's.
-	// Of its like, Rod's last release is of 2024, and Playwright's Go client
-	// downloads a driver and browsers of its own.
+	// Chromedp uses the Chrome DevTools Protocol, through which a test can emulate being
+	// offline or dark mode, and hide a tab. Its releases follow Chromium's. As for the
+	// alternatives, Rod's last release is from 2024, and Playwright's Go client downloads
+	// a driver and browsers of its own.
 	"github.com/chromedp/chromedp"
 	"github.com/chromedp/chromedp/kb"
 )
 
-// browser starts the browser that all tests share; each has tabs of its own.
+// browser starts the browser that all tests share. Each test opens its own tabs.
 var browser = sync.OnceValues(func() (context.Context, error) {
 	path, err := exec.LookPath("chromium")
 	if err != nil {
@@ -32,11 +32,11 @@ var browser = sync.OnceValues(func() (context.Context, error) {
 	}
 	ctx, closeAllocator := chromedp.NewExecAllocator(context.Background(),
 		chromedp.ExecPath(path), // in a new user data directory
-		chromedp.NoSandbox,      // root can have none
+		chromedp.NoSandbox,      // The sandbox does not work for root.
 		chromedp.Headless,
 		chromedp.DisableGPU,
 		chromedp.NoFirstRun,
-		chromedp.IgnoreCertErrors, // the tests' proxy has a certificate of its own
+		chromedp.IgnoreCertErrors, // A test's proxy has a self-signed certificate.
 		chromedp.Flag("disable-background-networking", true),
 		chromedp.Flag("disable-component-update", true),
 		chromedp.Flag("disable-sync", true),
@@ -47,11 +47,11 @@ var browser = sync.OnceValues(func() (context.Context, error) {
 	return ctx, chromedp.Do(ctx)
 })
 
-// closeBrowser ends the browser, if it has been started.
+// closeBrowser closes the browser, if it has been started.
 var closeBrowser = func() {}
 
-// spy runs before the page's script and counts the page's WebSockets, and those
-// that are open or opening at once.
+// spy runs before the page's script. It records the page's WebSockets in sockets, and the
+// maximum number of them that are open or connecting at once in atOnce.
 const spy = `
 	var sockets = [], atOnce = 0;
 	WebSocket = class extends WebSocket {
@@ -67,7 +67,7 @@ const fast = `
 	const realTimeout = setTimeout;
 	setTimeout = (f, ms, ...args) => realTimeout(f, ms / 20, ...args);`
 
-// A tab is a tab of the browser, with a window and a profile of its own.
+// A tab is a tab of the browser, with its own window and profile.
 type tab struct {
 	t   testing.TB
 	ctx context.Context
@@ -85,7 +85,7 @@ func newTab(t testing.TB) *tab {
 	}
 	ctx, cancel := chromedp.NewContext(parent, chromedp.WithNewBrowserContext())
 	t.Cleanup(cancel)
-	if err := chromedp.Do(ctx); err != nil { // without do's time limit: that would close the tab
+	if err := chromedp.Do(ctx); err != nil { // not with do, whose timeout would close the tab
 		t.Fatal(err)
 	}
 	p := &tab{t: t, ctx: ctx}
@@ -135,7 +135,7 @@ func do[T any](p *tab, action chromedp.Action[T]) T {
 	return result
 }
 
-// call runs a command of Chromium's protocol in p.
+// call runs a command of the Chrome DevTools Protocol in p.
 func call[P, R any](p *tab, cmd cdp.Command[P, R], params P) R {
 	p.t.Helper()
 	return do(p, func(ctx context.Context, target *chromedp.Target) (R, error) {
@@ -171,11 +171,10 @@ func (p *tab) beforePage(js string) {
 	call(p, page.AddScriptToEvaluateOnNewDocument, page.AddScriptToEvaluateOnNewDocumentParams{Source: js})
 }
 
-// focused is true when the browser has given the focus to the input, which comes
-// with the first frame.
+// focused is true once an element has the focus, which the browser sets with the first frame.
 const focused = "document.activeElement != document.body"
 
-// insert puts text into the field that has the focus, as a paste would.
+// insert inserts text into the input that has the focus, as a paste does.
 func (p *tab) insert(text string) {
 	p.t.Helper()
 	p.until(focused)
@@ -194,7 +193,7 @@ func (p *tab) send(text string) {
 	p.press(kb.Enter)
 }
 
-// wantDraft checks what is in the input.
+// wantDraft checks the content of the input for the message.
 func (p *tab) wantDraft(want string) {
 	p.t.Helper()
 	if got := eval[string](p, `$("msg").value`); got != want {
@@ -202,18 +201,18 @@ func (p *tab) wantDraft(want string) {
 	}
 }
 
-// scroll turns the mouse's wheel over the log by so many pixels, given as
-// JavaScript, and waits until the log has come to rest.
+// scroll turns the mouse wheel over the log by a number of pixels, given as JavaScript, and
+// waits until the log has stopped scrolling.
 func (p *tab) scroll(by string) {
 	p.t.Helper()
 	delta := eval[float64](p, `var scrolledAt = Infinity; $("log").addEventListener("scroll", () => scrolledAt = performance.now()); `+by)
-	// The params that cdproto has leave out a deltaX of 0, which Chromium insists on.
+	// cdproto's parameters omit a deltaX of 0, which Chromium requires.
 	wheel := cdp.Command[map[string]any, cdp.Empty]{Method: input.CommandDispatchMouseEvent}
 	call(p, wheel, map[string]any{"type": "mouseWheel", "x": 100, "y": 200, "deltaX": 0, "deltaY": delta})
 	p.until("performance.now() - scrolledAt > 300")
 }
 
-// setOffline takes the tab's network away, or gives it back.
+// setOffline makes the tab go offline, or online again.
 func (p *tab) setOffline(offline bool) {
 	p.t.Helper()
 	call(p, network.EmulateNetworkConditionsByRule, network.EmulateNetworkConditionsByRuleParams{
@@ -232,7 +231,7 @@ func (p *tab) media(name, value string) {
 	})
 }
 
-// hide opens another tab in front of p. It returns how to come back.
+// hide opens another tab in front of p. show brings p to the front again.
 func (p *tab) hide() (show func()) {
 	p.t.Helper()
 	ctx, cancel := chromedp.NewContext(p.ctx, chromedp.WithNewWindow(false))
@@ -248,11 +247,11 @@ func (p *tab) hide() (show func()) {
 	}
 }
 
-// chrome is a tab as an engine, for tests that all three run.
+// chrome makes a tab an engine, for tests that run in all three.
 type chrome struct {
 	*tab
-	x, y      float64 // where the mouse is
-	buttons   int64   // that are down
+	x, y      float64 // of the mouse
+	buttons   int64   // pressed
 	modifiers chromedp.Modifier
 }
 
@@ -313,7 +312,7 @@ func (c *chrome) resize(width, height int) error {
 	return nil
 }
 
-// wantEmptyConsole checks that the browser has had nothing to complain about.
+// wantEmptyConsole checks that the page has logged nothing to the console.
 func (p *tab) wantEmptyConsole() {
 	p.t.Helper()
 	eval[bool](p, `console.log("end"); true`)
@@ -323,7 +322,7 @@ func (p *tab) wantEmptyConsole() {
 		p.mu.Unlock()
 		if n := len(console); n > 0 && console[n-1].Text == "end" {
 			for _, message := range console[:n-1] {
-				p.t.Errorf("the console says %s %q", message.Type, message.Text)
+				p.t.Errorf("the console shows %s %q", message.Type, message.Text)
 			}
 			return
 		}

@@ -29,31 +29,31 @@ func readAll(conn *websocket.Conn) (lines []string, err error) {
 	}
 }
 
-// wantClose checks that err is a close with this code and a reason.
+// wantClose checks that err is from a close frame with this code and a reason.
 func wantClose(t *testing.T, err error, code int) {
 	t.Helper()
-	var goodbye *websocket.CloseError
-	if !errors.As(err, &goodbye) || goodbye.Code != code || goodbye.Text == "" {
-		t.Errorf("the client reads %v, want close %d with a reason", err, code)
+	var closeErr *websocket.CloseError
+	if !errors.As(err, &closeErr) || closeErr.Code != code || closeErr.Text == "" {
+		t.Errorf("the client reads %v, want close code %d with a reason", err, code)
 	}
 }
 
-// wantExit waits until the server has ended and checks how, and how long after
-// start.
+// wantExit waits until the server has exited, and checks that its status is 0, and that it
+// exited at most limit after start.
 func (s *server) wantExit(t *testing.T, start time.Time, limit time.Duration) {
 	t.Helper()
 	state := s.wait(t)
 	took := time.Since(start)
-	t.Logf("ended after %v", took)
+	t.Logf("exited after %v", took)
 	if state.ExitCode() != 0 {
-		t.Errorf("the server ended with %v, want exit status 0:\n%s", state, s.log)
+		t.Errorf("the server exited with %v, want exit status 0:\n%s", state, s.log)
 	}
 	if took > limit {
-		t.Errorf("the server ended after %v, want within %v", took, limit)
+		t.Errorf("the server exited after %v, want within %v", took, limit)
 	}
 }
 
-// The codes are figures here, as clients rely on them.
+// The close codes are literal numbers here, as clients rely on their values.
 func TestDroppedClientReadsTheCloseCode(t *testing.T) {
 	t.Parallel()
 	write := func(kind int, text string) func(*testing.T, *server, *websocket.Conn) {
@@ -73,24 +73,24 @@ func TestDroppedClientReadsTheCloseCode(t *testing.T) {
 			conn.SetPingHandler(func(string) error { return nil })
 		}},
 		{"a message of 513 bytes", 1009, write(websocket.TextMessage, strings.Repeat("x", 513))},
-		{"does not read", 1013, func(t *testing.T, s *server, _ *websocket.Conn) {
+		{"a slow client", 1013, func(t *testing.T, s *server, _ *websocket.Conn) {
 			// At 2,000 messages a second, their rate limit, the senders fill the socket
 			// buffers of conn, some 4 MiB, and then its queue.
-			talkers := make([]*websocket.Conn, 20)
-			for i := range talkers {
-				talkers[i] = s.dial(t)
+			senders := make([]*websocket.Conn, 20)
+			for i := range senders {
+				senders[i] = s.dial(t)
 			}
-			for _, talker := range talkers[1:] {
-				go discard(talker)
+			for _, sender := range senders[1:] {
+				go discard(sender)
 			}
-			for _, talker := range talkers {
+			for _, sender := range senders {
 				go func() {
-					for talker.WriteMessage(websocket.TextMessage, bytes.Repeat([]byte("x"), 500)) == nil {
+					for sender.WriteMessage(websocket.TextMessage, bytes.Repeat([]byte("x"), 500)) == nil {
 					}
 				}()
 			}
 			for received := 0; received < 6<<20; {
-				_, message, err := talkers[0].ReadMessage()
+				_, message, err := senders[0].ReadMessage()
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -120,12 +120,12 @@ func TestGracefulShutdownSendsWhatIsQueuedAnd1001(t *testing.T) {
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
 		t.Run(sig.String(), func(t *testing.T) {
 			s := startServer(t, "localhost:0")
-			reader, talker := s.dial(t), s.dial(t)
+			reader, sender := s.dial(t), s.dial(t)
 			for i := range 100 {
-				send(t, talker, fmt.Sprint(i))
+				send(t, sender, fmt.Sprint(i))
 			}
-			for n := 0; n < 100; { // Then all are queued for reader, too.
-				_, message, err := talker.ReadMessage()
+			for n := 0; n < 100; { // Once sender has received all, they are queued for reader, too.
+				_, message, err := sender.ReadMessage()
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -133,7 +133,7 @@ func TestGracefulShutdownSendsWhatIsQueuedAnd1001(t *testing.T) {
 			}
 			start := time.Now()
 			s.signal(t, sig)
-			_, err := readAll(talker)
+			_, err := readAll(sender)
 			wantClose(t, err, 1001)
 			lines, err := readAll(reader)
 			wantClose(t, err, 1001)
@@ -148,9 +148,9 @@ func TestGracefulShutdownSendsWhatIsQueuedAnd1001(t *testing.T) {
 func TestCloseFrameOfAShutdownReachesAllClients(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
-		name             string
-		idle, loud, slow int
-		limit            time.Duration
+		name                string
+		idle, senders, slow int
+		limit               time.Duration
 	}{
 		{"all idle", 150, 0, 0, time.Second},
 		{"some send, some read nothing", 150, 30, 5, 12 * time.Second},
@@ -161,24 +161,24 @@ func TestCloseFrameOfAShutdownReachesAllClients(t *testing.T) {
 				dialer := websocket.Dialer{NetDial: func(network, addr string) (net.Conn, error) {
 					conn, err := net.Dial(network, addr)
 					if err == nil {
-						conn.(*net.TCPConn).SetReadBuffer(4096) // soon full
+						conn.(*net.TCPConn).SetReadBuffer(4096) // so that it fills up soon
 					}
 					return conn, err
 				}}
 				dial(t, &dialer, "ws://"+s.addr+"/ws")
 			}
-			conns := make([]*websocket.Conn, tt.idle+tt.loud)
+			conns := make([]*websocket.Conn, tt.idle+tt.senders)
 			for i := range conns {
 				conns[i] = s.dial(t)
 			}
 			ends := make(chan error)
-			loud := make(chan struct{})
+			receiving := make(chan struct{}) // closed when the first client receives a message
 			var once sync.Once
 			for _, conn := range conns {
 				go func() {
-					if tt.loud > 0 {
+					if tt.senders > 0 {
 						conn.NextReader()
-						once.Do(func() { close(loud) })
+						once.Do(func() { close(receiving) })
 					}
 					ends <- discard(conn)
 				}()
@@ -189,8 +189,8 @@ func TestCloseFrameOfAShutdownReachesAllClients(t *testing.T) {
 					}
 				}()
 			}
-			if tt.loud > 0 {
-				<-loud
+			if tt.senders > 0 {
+				<-receiving
 			}
 			start := time.Now()
 			s.signal(t, syscall.SIGTERM)
@@ -210,7 +210,7 @@ func TestSecondSignalForcesAnExit(t *testing.T) {
 	s.waitForLog(t, "shutting down")
 	s.signal(t, os.Interrupt)
 	if state := s.wait(t); state.ExitCode() != 1 {
-		t.Errorf("the server ended with %v, want exit status 1", state)
+		t.Errorf("the server exited with %v, want exit status 1", state)
 	}
 }
 
@@ -229,7 +229,7 @@ func TestFailureToListenIsOneLineAndStatus1(t *testing.T) {
 			out, err := exec.Command(binary, "-addr", addr).CombinedOutput()
 			var exit *exec.ExitError
 			if !errors.As(err, &exit) || exit.ExitCode() != 1 {
-				t.Errorf("the server ended with %v, want exit status 1", err)
+				t.Errorf("the server exited with %v, want exit status 1", err)
 			}
 			if text := string(out); strings.Count(text, "\n") != 1 || !strings.Contains(text, addr[strings.Index(addr, ":")+1:]) {
 				t.Errorf("the server logs %q, want one line with the address", text)
@@ -242,30 +242,30 @@ func TestClientsStayConnectedWhenFileDescriptorsRunOut(t *testing.T) {
 	t.Parallel()
 	const limit = 40
 	s := startCommand(t, exec.Command("sh", "-c", fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, limit), binary, "-addr", "localhost:0"))
-	talker := s.dial(t)
+	client := s.dial(t)
 	// The kernel queues connections that the server cannot accept.
-	crowd := make([]net.Conn, limit)
-	for i := range crowd {
+	waiting := make([]net.Conn, limit)
+	for i := range waiting {
 		conn, err := net.Dial("tcp", s.addr)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		crowd[i] = conn
+		waiting[i] = conn
 	}
 	s.waitForLog(t, "too many open files")
 
-	send(t, talker, "still here")
-	talker.SetReadDeadline(time.Now().Add(patience))
-	if _, message, err := talker.ReadMessage(); err != nil || string(message) != "still here" {
+	send(t, client, "still here")
+	client.SetReadDeadline(time.Now().Add(patience))
+	if _, message, err := client.ReadMessage(); err != nil || string(message) != "still here" {
 		t.Fatalf("a connected client reads %q and %v", message, err)
 	}
-	for _, conn := range crowd {
+	for _, conn := range waiting {
 		conn.Close()
 	}
-	newcomer := s.dial(t)
-	send(t, newcomer, "finally")
-	if _, message, err := talker.ReadMessage(); err != nil || string(message) != "finally" {
+	newClient := s.dial(t)
+	send(t, newClient, "finally")
+	if _, message, err := client.ReadMessage(); err != nil || string(message) != "finally" {
 		t.Errorf("a connected client reads %q and %v from a new one", message, err)
 	}
 }
@@ -285,7 +285,7 @@ func TestEndlessHeaderTimesOut(t *testing.T) {
 		t.Fatalf("the server has not closed the connection within %v", patience)
 	}
 	if got := time.Since(start); got < 9*time.Second {
-		t.Errorf("the server closed the connection after %v, want some 10 s", got)
+		t.Errorf("the server closed the connection after %v, want about 10 s", got)
 	}
 }
 
@@ -325,7 +325,7 @@ func TestHTTPResponses(t *testing.T) {
 			}
 		}
 		if csp := response.Header.Get("Content-Security-Policy"); strings.Contains(csp, "unsafe") {
-			t.Errorf("the policy is %q", csp)
+			t.Errorf("%s %s: Content-Security-Policy %q, want nothing unsafe", tt.method, tt.path, csp)
 		}
 	}
 }

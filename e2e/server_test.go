@@ -31,21 +31,21 @@ import (
 // Time allowed for what should happen soon, on a busy machine.
 const patience = 20 * time.Second
 
-// Time between two looks at a page: each takes processor time from the tests beside.
+// Time between two checks of a page. Each takes CPU time from the tests that run in parallel.
 const pollInterval = 30 * time.Millisecond
 
 // binary is the path of the server that TestMain builds.
 var binary string
 
 func TestMain(m *testing.M) {
-	// Tests mostly wait. The command line overrides this.
+	// More tests than cores, as they mostly wait. The command line overrides this.
 	flag.Set("test.parallel", strconv.Itoa(2*runtime.GOMAXPROCS(0)))
 	flag.Parse()
 	os.Exit(testMain(m))
 }
 
 func testMain(m *testing.M) int {
-	if signal.Ignored(os.Interrupt) { // as in a shell's background job, and our processes would ignore it, too
+	if signal.Ignored(os.Interrupt) { // A shell's background job ignores it, and the server would inherit that.
 		signal.Notify(make(chan os.Signal, 1), os.Interrupt)
 	}
 	dir, err := os.MkdirTemp("", "chat")
@@ -61,7 +61,7 @@ func testMain(m *testing.M) int {
 		fmt.Fprintf(os.Stderr, "go build: %v\n%s", err, out)
 		return 1
 	}
-	defer func() { closeBrowser() }() // its value then
+	defer func() { closeBrowser() }() // evaluated at the end, as browser changes it
 	defer closeEngines()
 	defer reportLoads()
 	return m.Run()
@@ -69,10 +69,10 @@ func testMain(m *testing.M) int {
 
 // A server is a running chat server.
 type server struct {
-	addr string // where it listens
+	addr string // on which it listens
 	cmd  *exec.Cmd
 	log  *output
-	done chan struct{} // closed when the process has ended
+	done chan struct{} // closed when the process has exited
 }
 
 // startServer starts the server on addr and waits until it listens; the test's
@@ -84,14 +84,14 @@ func startServer(t testing.TB, addr string) *server {
 
 var hosts atomic.Int32
 
-// ownHost replaces localhost by a loopback address that no other server has: while a
-// server restarts, no other can get its port.
+// ownHost replaces localhost by a loopback address of its own, so that no other server can
+// get the port while this server restarts.
 func ownHost(addr string) string {
 	n := hosts.Add(1)
 	return strings.Replace(addr, "localhost:", fmt.Sprintf("127.0.%d.%d:", 1+n/250, 1+n%250), 1)
 }
 
-// startCommand starts cmd, which becomes a server, and waits until it listens.
+// startCommand starts cmd, which runs a server, and waits until it listens.
 func startCommand(t testing.TB, cmd *exec.Cmd) *server {
 	t.Helper()
 	s := start(t, cmd)
@@ -99,7 +99,7 @@ func startCommand(t testing.TB, cmd *exec.Cmd) *server {
 	return s
 }
 
-// start starts cmd, which becomes a server; the test's end kills it.
+// start starts cmd, which runs a server; the test's end kills it.
 func start(t testing.TB, cmd *exec.Cmd) *server {
 	t.Helper()
 	s := &server{cmd: cmd, log: &output{grown: make(chan struct{}, 1)}, done: make(chan struct{})}
@@ -112,8 +112,7 @@ func start(t testing.TB, cmd *exec.Cmd) *server {
 	return s
 }
 
-// waitForLog waits until the server logs what pattern matches, and returns the
-// pattern's group.
+// waitForLog waits until the server's log matches pattern, and returns the pattern's group.
 func (s *server) waitForLog(t testing.TB, pattern string) string {
 	t.Helper()
 	re := regexp.MustCompile(pattern)
@@ -125,14 +124,13 @@ func (s *server) waitForLog(t testing.TB, pattern string) string {
 		select {
 		case <-s.log.grown:
 		case <-s.done:
-			t.Fatalf("the server ended without logging %q:\n%s", pattern, s.log)
+			t.Fatalf("the server exited without logging %q:\n%s", pattern, s.log)
 		case <-timeout:
-			t.Fatalf("the server has not logged %q in %v:\n%s", pattern, patience, s.log)
+			t.Fatalf("the server has not logged %q within %v:\n%s", pattern, patience, s.log)
 		}
 	}
 }
 
-// signal sends the server a signal.
 func (s *server) signal(t testing.TB, sig os.Signal) {
 	t.Helper()
 	if err := s.cmd.Process.Signal(sig); err != nil {
@@ -140,13 +138,13 @@ func (s *server) signal(t testing.TB, sig os.Signal) {
 	}
 }
 
-// wait waits until the process has ended and returns its exit status.
+// wait waits until the process has exited, and returns its state.
 func (s *server) wait(t testing.TB) *os.ProcessState {
 	t.Helper()
 	select {
 	case <-s.done:
 	case <-time.After(patience):
-		t.Fatalf("the server has not ended in %v:\n%s", patience, s.log)
+		t.Fatalf("the server has not exited within %v:\n%s", patience, s.log)
 	}
 	return s.cmd.ProcessState
 }
@@ -156,7 +154,7 @@ func (s *server) stop(t testing.TB) {
 	t.Helper()
 	s.signal(t, syscall.SIGTERM)
 	if state := s.wait(t); !state.Success() {
-		t.Fatalf("the server ended with %v:\n%s", state, s.log)
+		t.Fatalf("the server exited with %v:\n%s", state, s.log)
 	}
 }
 
@@ -184,7 +182,7 @@ func send(t testing.TB, conn *websocket.Conn, text string) {
 	}
 }
 
-// discard reads until the connection ends, and returns why it did.
+// discard reads until the connection ends, and returns the error.
 func discard(conn *websocket.Conn) error {
 	for {
 		if _, _, err := conn.NextReader(); err != nil {
@@ -193,7 +191,7 @@ func discard(conn *websocket.Conn) error {
 	}
 }
 
-// An output keeps what a process writes, and signals when there is more.
+// An output stores what a process writes, and signals on grown when there is more.
 type output struct {
 	mu    sync.Mutex
 	buf   bytes.Buffer
