@@ -24,8 +24,8 @@ import (
 )
 
 // These tests change a copy of the server as an application would, and run it: first
-// each recipe of README.md, with the code that stands there, then more. Changes are
-// diffs without line numbers.
+// each recipe of README.md, with the code from there, then more. Changes are diffs without
+// line numbers.
 
 // recipe returns the code under a heading in README.md: the changes to hub.go and
 // client.go, and the Go code beside them.
@@ -89,7 +89,7 @@ func TestEachRecipeOfTheREADMEHasATest(t *testing.T) {
 
 // The setup and the graceful shutdown make a program together. The shutdown also waits
 // for a request that is not a WebSocket.
-func TestCopyWithAMainOfItsOwn(t *testing.T) {
+func TestCopyWithItsOwnMain(t *testing.T) {
 	t.Parallel()
 	_, setup := recipe(t, "## Use it in your project")
 	_, shutdown := recipe(t, "### Graceful shutdown in your own main")
@@ -125,7 +125,7 @@ func TestCopyWithAMainOfItsOwn(t *testing.T) {
 	s.signal(t, syscall.SIGTERM)
 	wantEnd(t, conn, websocket.CloseGoingAway)
 	if got := <-answer; got != "answered" {
-		t.Errorf("the slow request gets %q", got)
+		t.Errorf("the slow request gets %q, want %q", got, "answered")
 	}
 	s.wantExit(t, time.Now(), patience)
 }
@@ -175,8 +175,8 @@ func TestCopyWithAHubForEachRoom(t *testing.T) {
 	s.wantExit(t, time.Now(), patience)
 }
 
-// From a handler; and from a goroutine that outlives the hub, and ends as do returns
-// false.
+// A handler broadcasts, and so does a goroutine that outlives the hub, and ends when do
+// returns false.
 func TestCopyThatBroadcasts(t *testing.T) {
 	t.Parallel()
 	_, broadcast := recipe(t, "### Broadcast from a handler or a service")
@@ -219,7 +219,7 @@ func TestCopyThatRepliesToOneClient(t *testing.T) {
 	send(t, asker, "/time")
 	_, message, err := asker.ReadMessage()
 	if _, parseErr := time.Parse(time.TimeOnly, string(message)); err != nil || parseErr != nil {
-		t.Errorf("got %q, %v, want the time", message, err)
+		t.Errorf("the client reads %q, %v, want the time", message, err)
 	}
 	send(t, asker, "thanks")
 	wantLines(t, other, "thanks")
@@ -268,7 +268,7 @@ func TestCopyWithLogIn(t *testing.T) {
 	}
 }
 
-// Each of the three filters that the recipe shows; rooms are like users.
+// The test runs each of the three filters of the recipe. Rooms are a field, as users are.
 func TestCopyThatSendsToSomeClients(t *testing.T) {
 	t.Parallel()
 	auth, _ := recipe(t, "### Authentication: log in before the upgrade")
@@ -432,7 +432,7 @@ func TestCopyWithOtherLimits(t *testing.T) {
 		}
 	}
 	if received == n {
-		t.Errorf("the slow client has missed no message: the test sends too few")
+		t.Errorf("the slow client missed no messages: the test has to send more")
 	}
 }
 
@@ -529,7 +529,7 @@ func TestCopyWithGin(t *testing.T) {
 	send(t, conn, "hello")
 	wantLines(t, conn, "hello")
 	if got := s.get(t, "/ws"); !strings.Contains(got, "Bad Request") {
-		t.Errorf("without an upgrade the answer is %q", got)
+		t.Errorf("without an upgrade the response is %q, want Bad Request", got)
 	}
 	s.stop(t)
 }
@@ -651,8 +651,8 @@ func TestCopyWithAMapOfUsers(t *testing.T) {
 +	})
 `)
 	hans, older, newer := s.dialTo(t, "/ws?user=hans"), s.dialTo(t, "/ws?user=grete"), s.dialTo(t, "/ws?user=grete")
-	s.get(t, "/notify?user=nobody&line=dinner")
-	s.get(t, "/drop?user=nobody")
+	s.get(t, "/notify?user=unknown&line=dinner")
+	s.get(t, "/drop?user=unknown")
 	s.get(t, "/notify?user=grete&line=dinner")
 	wantLines(t, newer, "dinner")
 	leave(t, older)
@@ -676,7 +676,7 @@ func TestCopyWithAMapOfUsers(t *testing.T) {
 }
 
 // A new connection of a user replaces the previous one. A refused handshake does not.
-func TestCopyInWhichTheLastConnectionOfAUserWins(t *testing.T) {
+func TestCopyWithOneConnectionForEachUser(t *testing.T) {
 	t.Parallel()
 	s := startCopy(t, users, `
 --- hub.go
@@ -753,8 +753,8 @@ func TestCopyWithASecondChannel(t *testing.T) {
 	s.wantExit(t, time.Now(), patience)
 }
 
-// A client that asks and reads no reply is dropped as a slow client, and no other client
-// notices: readPump calls tell.
+// readPump calls tell, so a client that sends requests and reads no replies is dropped as a
+// slow client, and the others are not affected.
 func TestCopyThatRepliesDropsASlowClient(t *testing.T) {
 	t.Parallel()
 	s := startCopy(t, `
@@ -767,23 +767,23 @@ func TestCopyThatRepliesDropsASlowClient(t *testing.T) {
 -	rateInterval = 10 * time.Millisecond
 +	rateInterval = 10 * time.Microsecond
 `, countClients)
-	slow, talker := s.dial(t), s.dial(t)
+	slow, sender := s.dial(t), s.dial(t)
 	go ask(slow)
 	for start := time.Now(); s.get(t, "/clients") != "1"; {
-		send(t, talker, "Well?")
-		wantLines(t, talker, "Well?")
+		send(t, sender, "Well?")
+		wantLines(t, sender, "Well?")
 		if time.Since(start) > patience {
 			t.Fatal("the slow client is not dropped")
 		}
 	}
-	send(t, talker, "?")
-	wantLines(t, talker, strings.Repeat("Yes. ", 100))
+	send(t, sender, "?")
+	wantLines(t, sender, strings.Repeat("Yes. ", 100))
 	wantEnd(t, slow, websocket.CloseTryAgainLater)
 }
 
 // Upstream has no tell, so a copy of it sends replies to the channel send. The hub closes
 // that for a slow client, and the process ends.
-func TestCopyOfUpstreamThatRepliesIsEndedByASlowClient(t *testing.T) {
+func TestCopyOfUpstreamThatRepliesPanicsForASlowClient(t *testing.T) {
 	t.Parallel()
 	s := startUpstream(t, `
 --- client.go
@@ -793,26 +793,26 @@ func TestCopyOfUpstreamThatRepliesIsEndedByASlowClient(t *testing.T) {
 +		}
  		c.hub.broadcast <- message
 `)
-	slow, talker := s.dial(t), s.dial(t)
+	slow, sender := s.dial(t), s.dial(t)
 	go ask(slow)
 	for err := error(nil); err == nil; {
-		if err = talker.WriteMessage(websocket.TextMessage, []byte("Well?")); err == nil {
-			_, _, err = talker.ReadMessage()
+		if err = sender.WriteMessage(websocket.TextMessage, []byte("Well?")); err == nil {
+			_, _, err = sender.ReadMessage()
 		}
 	}
 	if state := s.wait(t); state.Success() || !strings.Contains(s.log.String(), "send on closed channel") {
-		t.Errorf("upstream ended with %v:\n%s", state, s.log)
+		t.Errorf("upstream exited with %v, want a panic, send on closed channel:\n%s", state, s.log)
 	}
 }
 
-// ask sends questions without end, and reads no reply.
+// ask sends requests until the connection ends, and reads no replies.
 func ask(conn *websocket.Conn) {
 	for conn.WriteMessage(websocket.TextMessage, []byte("?")) == nil {
 	}
 }
 
-// Each message is one JSON document, as writeBatch has no loop, and a subprotocol says so.
-// A document of several lines comes back as one line.
+// Each message is one JSON document, as writeBatch has no loop. A subprotocol tells clients.
+// The server broadcasts a document of several lines as one line.
 func TestCopyWithOneJSONDocumentAMessage(t *testing.T) {
 	t.Parallel()
 	s := startCopy(t, `
@@ -830,15 +830,15 @@ func TestCopyWithOneJSONDocumentAMessage(t *testing.T) {
 +	Subprotocols:    []string{heartbeat, "json"},
 `)
 	dialer := websocket.Dialer{Subprotocols: []string{"json"}}
-	talker, reader := dial(t, &dialer, "ws://"+s.addr+"/ws"), dial(t, &dialer, "ws://"+s.addr+"/ws")
+	sender, reader := dial(t, &dialer, "ws://"+s.addr+"/ws"), dial(t, &dialer, "ws://"+s.addr+"/ws")
 	if got := reader.Subprotocol(); got != "json" {
 		t.Errorf("the subprotocol is %q, want json", got)
 	}
 	const n = 120
 	for i := range n {
-		send(t, talker, fmt.Sprintf("{\n\t\"n\": %d\n}", i))
+		send(t, sender, fmt.Sprintf("{\n\t\"n\": %d\n}", i))
 	}
-	for _, conn := range []*websocket.Conn{talker, reader} {
+	for _, conn := range []*websocket.Conn{sender, reader} {
 		for i := range n {
 			var document struct{ N int }
 			conn.SetReadDeadline(time.Now().Add(patience))
@@ -874,19 +874,19 @@ func TestCopyWithCompressedBinaryMessagesOf8MiB(t *testing.T) {
 -	w, err := c.conn.NextWriter(websocket.TextMessage)
 +	w, err := c.conn.NextWriter(websocket.BinaryMessage)
 `)
-	talker, reader := s.dialCompressing(t), s.dialCompressing(t)
+	sender, reader := s.dialCompressing(t), s.dialCompressing(t)
 	image := make([]byte, 8<<20)
 	rand.NewChaCha8([32]byte{}).Read(image[:len(image)/2])
-	sendBinary(t, talker, image)
-	for _, conn := range []*websocket.Conn{talker, reader} {
+	sendBinary(t, sender, image)
+	for _, conn := range []*websocket.Conn{sender, reader} {
 		conn.SetReadDeadline(time.Now().Add(patience))
 		if kind, got, err := conn.ReadMessage(); kind != websocket.BinaryMessage || !bytes.Equal(got, image) {
-			t.Fatalf("a message of kind %d and of %d bytes arrives, not the same: %v", kind, len(got), err)
+			t.Fatalf("a client reads a message of type %d and %d bytes, and %v, want the one that was sent", kind, len(got), err)
 		}
 	}
 	// The limit applies to the uncompressed size.
-	sendBinary(t, talker, make([]byte, len(image)+1))
-	wantEnd(t, talker, websocket.CloseMessageTooBig)
+	sendBinary(t, sender, make([]byte, len(image)+1))
+	wantEnd(t, sender, websocket.CloseMessageTooBig)
 
 	const n = 20
 	for range n {
@@ -900,32 +900,32 @@ func TestCopyWithCompressedBinaryMessagesOf8MiB(t *testing.T) {
 }
 
 // Upstream's limit applies to the compressed size.
-func TestCopyOfUpstreamWithCompressionLetsAnySizePass(t *testing.T) {
+func TestCopyOfUpstreamWithCompressionAcceptsMessagesOfAnySize(t *testing.T) {
 	t.Parallel()
 	s := startUpstream(t, `
 --- client.go
  	WriteBufferSize: 1024,
 +	EnableCompression: true,
 `)
-	// The sender itself, as upstream may register another client later than its handshake.
+	// The sender reads, as upstream may register another client after its handshake.
 	conn := s.dialCompressing(t)
 	const limit = 512
 	sendBinary(t, conn, bytes.Repeat([]byte("x"), 100*limit))
 	conn.SetReadDeadline(time.Now().Add(patience))
 	if _, got, err := conn.ReadMessage(); len(got) <= limit {
-		t.Errorf("upstream broadcasts %d bytes, %v", len(got), err)
+		t.Errorf("upstream broadcasts %d bytes, %v, want more than the limit of %d", len(got), err, limit)
 	}
 }
 
 // dialCompressing connects a client that compresses its messages.
 func (s *server) dialCompressing(t *testing.T) *websocket.Conn {
 	t.Helper()
-	conn, answer, err := (&websocket.Dialer{EnableCompression: true}).Dial("ws://"+s.addr+"/ws", nil)
+	conn, response, err := (&websocket.Dialer{EnableCompression: true}).Dial("ws://"+s.addr+"/ws", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	if got := answer.Header.Get("Sec-WebSocket-Extensions"); !strings.HasPrefix(got, "permessage-deflate") {
+	if got := response.Header.Get("Sec-WebSocket-Extensions"); !strings.HasPrefix(got, "permessage-deflate") {
 		t.Fatalf("the server accepts the extensions %q, want compression", got)
 	}
 	return conn
@@ -941,7 +941,7 @@ func sendBinary(t *testing.T, conn *websocket.Conn, message []byte) {
 
 // hub.go and client.go in a package of their own: only the package's name changes. One
 // more file exports what other packages may call.
-func TestCopyInAPackageOfItsOwn(t *testing.T) {
+func TestCopyInItsOwnPackage(t *testing.T) {
 	t.Parallel()
 	dir := copyOf(t, root, `
 --- go.mod
@@ -995,8 +995,8 @@ func TestCopyInAPackageOfItsOwn(t *testing.T) {
 	s.wantExit(t, time.Now(), patience)
 }
 
-// inCopy is a test inside a copy. It measures the heap of idle connections, and what they
-// leave behind.
+// inCopy is a test that runs inside a copy. It measures the heap of idle connections, and
+// what is not freed after they are closed.
 const inCopy = `package main
 
 import (
@@ -1017,7 +1017,7 @@ func heap() (m runtime.MemStats) {
 	return m
 }
 
-func TestConnectionsTakeLittleAndLeaveNothing(t *testing.T) {
+func TestConnectionsTakeLittleMemoryAndAreFreed(t *testing.T) {
 	hub := newHub()
 	ended := make(chan struct{})
 	go func() { hub.run(); close(ended) }()
@@ -1037,7 +1037,7 @@ func TestConnectionsTakeLittleAndLeaveNothing(t *testing.T) {
 	before := heap()
 	dial()
 	if got := (heap().HeapAlloc - before.HeapAlloc) / n; got > 24<<10 {
-		t.Errorf("an idle connection takes %d bytes, its peer among them", got)
+		t.Errorf("an idle connection and its peer take %d bytes, want at most 24 KiB", got)
 	}
 	hub.stop()
 	for _, conn := range conns {
@@ -1049,18 +1049,18 @@ func TestConnectionsTakeLittleAndLeaveNothing(t *testing.T) {
 	<-ended
 	conns = nil
 	left := func() int { return int(heap().HeapObjects) - int(before.HeapObjects) }
-	// Timers that close connections hold these for closeWait. The runtime keeps two
-	// objects of each for later use; a ticker that is not stopped is three more.
+	// The timers that close connections reference them for closeWait. The runtime caches two
+	// objects of each connection; a ticker that is not stopped is three more.
 	for start := time.Now(); left() > 4*n; {
 		if time.Since(start) > 20*closeWait {
-			t.Fatalf("%d connections have left %d objects behind", n, left())
+			t.Fatalf("%d closed connections still take %d objects", n, left())
 		}
 	}
 }
 `
 
-// In a module from before Go 1.23, a ticker that is not stopped stays for ever.
-func TestCopyInAnOldModuleWithLongMessagesStaysSmall(t *testing.T) {
+// In a module from before Go 1.23, a ticker that is not stopped is never freed.
+func TestCopyInAnOldModuleWithLongMessagesFreesConnections(t *testing.T) {
 	t.Parallel()
 	dir := copyOf(t, root, `
 --- go.mod
@@ -1151,7 +1151,7 @@ func copyOf(t *testing.T, dir string, changes ...string) string {
 					}
 				}
 				if n := strings.Count(text, before); n != 1 {
-					t.Fatalf("%s: cannot make the change, as this is there %d times:%s", name, n, before)
+					t.Fatalf("%s: cannot apply the change, as this occurs %d times:%s", name, n, before)
 				}
 				text = strings.Replace(text, before, after, 1)
 			}

@@ -22,21 +22,21 @@ type load struct {
 	name    string
 	clients int           // connections that read
 	floods  int           // how many of them send as fast as TCP allows
-	talkers int           // how many more of them send at a rate, or a burst
-	rate    int           // messages a second from each talker
-	burst   int           // messages at once from each talker
+	senders int           // how many more of them send at a rate, or a burst
+	rate    int           // messages a second from each sender
+	burst   int           // messages at once from each sender
 	size    int           // bytes of a message
-	stuck   int           // further connections, which read nothing
-	during  time.Duration // how long they send
+	slow    int           // further connections, which read nothing
+	during  time.Duration // for which they send
 }
 
 var loads = []load{
-	{name: "4 of 100 flood, a fifth sends 20/s", clients: 100, floods: 4, talkers: 1, rate: 20, size: 64, during: 4 * time.Second},
-	{name: "1 of 100 sends 300 at once", clients: 100, talkers: 1, burst: 300, size: 64},
-	{name: "12 of 100 send 100 each at once", clients: 100, talkers: 12, burst: 100, size: 64},
-	{name: "100 send 10,000/s together", clients: 100, talkers: 100, rate: 100, size: 64, during: 5 * time.Second},
-	{name: "10 of 100 send 500/s together, 20 more read nothing", clients: 100, talkers: 10, rate: 50, size: 500, stuck: 20, during: 5 * time.Second},
-	{name: "50 of 1,000 send 50/s together", clients: 1000, talkers: 50, rate: 1, size: 64, during: 8 * time.Second},
+	{name: "4 of 100 flood, a fifth sends 20/s", clients: 100, floods: 4, senders: 1, rate: 20, size: 64, during: 4 * time.Second},
+	{name: "1 of 100 sends 300 at once", clients: 100, senders: 1, burst: 300, size: 64},
+	{name: "12 of 100 send 100 each at once", clients: 100, senders: 12, burst: 100, size: 64},
+	{name: "100 send 10,000/s together", clients: 100, senders: 100, rate: 100, size: 64, during: 5 * time.Second},
+	{name: "10 of 100 send 500/s together, 20 more read nothing", clients: 100, senders: 10, rate: 50, size: 500, slow: 20, during: 5 * time.Second},
+	{name: "50 of 1,000 send 50/s together", clients: 1000, senders: 50, rate: 1, size: 64, during: 8 * time.Second},
 	{name: "200 flood", clients: 200, floods: 200, size: 64, during: 4 * time.Second},
 }
 
@@ -48,8 +48,8 @@ const idleClients = 8000
 // takes little CPU beside the server.
 type peer struct {
 	fd       int
-	in       []byte // what has arrived of the next frame
-	out      []byte // what is left of the last one to send
+	in       []byte // the part of the next frame that has arrived
+	out      []byte // the part of the last sent frame that is still to be written
 	received int    // messages
 	closed   bool
 }
@@ -64,10 +64,10 @@ func connect(t testing.TB, addr string) *peer {
 	defer conn.Close()
 	fmt.Fprintf(conn, "GET /ws HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", addr)
-	answer := make([]byte, 1024) // No client sends yet, so nothing follows the header.
-	n, err := conn.Read(answer)
-	if err != nil || !bytes.HasPrefix(answer, []byte("HTTP/1.1 101 ")) || !bytes.HasSuffix(answer[:n], []byte("\r\n\r\n")) {
-		t.Fatalf("handshake answered with %q, %v", answer[:n], err)
+	response := make([]byte, 1024) // No client sends yet, so nothing follows the header.
+	n, err := conn.Read(response)
+	if err != nil || !bytes.HasPrefix(response, []byte("HTTP/1.1 101 ")) || !bytes.HasSuffix(response[:n], []byte("\r\n\r\n")) {
+		t.Fatalf("the handshake gets the response %q, %v", response[:n], err)
 	}
 	raw, err := conn.(*net.TCPConn).SyscallConn()
 	if err != nil {
@@ -81,8 +81,7 @@ func connect(t testing.TB, addr string) *peer {
 	return p
 }
 
-// message returns a frame with a message of size bytes that starts with the
-// time now, in nanoseconds.
+// message returns a frame with a message of size bytes that starts with now, in nanoseconds.
 func message(size int, now int64) []byte {
 	frame := []byte{0x81, 0x80 | byte(size), 0, 0, 0, 0} // the mask is zero
 	if size > 125 {
@@ -103,7 +102,7 @@ func (p *peer) send(frame []byte) bool {
 	return !p.closed
 }
 
-// flush writes what the socket takes of p.out.
+// flush writes as much of p.out as the socket accepts.
 func (p *peer) flush() {
 	if len(p.out) == 0 {
 		return
@@ -113,7 +112,7 @@ func (p *peer) flush() {
 	p.closed = p.closed || err != nil && err != syscall.EAGAIN
 }
 
-// receive reads what has arrived and calls handle for each message.
+// receive reads the frames that have arrived and calls handle for each message.
 func (p *peer) receive(buf []byte, handle func(message []byte)) {
 	for !p.closed {
 		n, err := syscall.Read(p.fd, buf)
@@ -160,24 +159,24 @@ func (p *peer) frames(handle func(message []byte)) {
 	p.in = append(p.in[:0], rest...)
 }
 
-// A result is what a load did to a server.
+// A result is the outcome of a load on a server.
 type result struct {
 	load, server string
 	deliveries   int           // messages that arrived, over all clients
 	dropped      int           // clients that were disconnected although they read
 	lost         int           // messages that did not reach a client
 	elapsed      time.Duration // until the last one arrived
-	p50, p99     time.Duration // from a message's write to its arrival; a tick is a millisecond
+	p50, p99     time.Duration // from a message's write to its arrival, to the millisecond
 	cpu          time.Duration // of the server's process
 	kib          float64       // resident, for each connection
 	kibAtGOGC5   float64       // the same, without most of the garbage
 }
 
-// results are what reportLoads prints when all benchmarks have run.
+// results are for reportLoads, which prints them when all benchmarks have run.
 var results []*result
 
 func BenchmarkLoad(b *testing.B) {
-	servers := contenders(b)
+	servers := targets(b)
 	for _, load := range loads {
 		for _, which := range servers {
 			b.Run(load.name+"/"+which.name, func(b *testing.B) {
@@ -198,20 +197,20 @@ func BenchmarkLoad(b *testing.B) {
 }
 
 // run puts the load on server.
-func (l *load) run(t testing.TB, server *contender) *result {
+func (l *load) run(t testing.TB, server *target) *result {
 	var peers []*peer
 	for range l.clients {
 		peers = append(peers, connect(t, server.addr))
 	}
-	for range l.stuck {
+	for range l.slow {
 		connect(t, server.addr)
 	}
 	var (
 		r         result
 		latencies []time.Duration
-		sent      = make([]int, l.talkers)
+		sent      = make([]int, l.senders)
 		flood     = message(l.size, 0)
-		maximum   = func() int { // that a client has received
+		maximum   = func() int { // of messages that one client has received
 			return slices.MaxFunc(peers, func(a, b *peer) int { return a.received - b.received }).received
 		}
 		buf   = make([]byte, 1<<20)
@@ -230,10 +229,10 @@ func (l *load) run(t testing.TB, server *contender) *result {
 					}
 				}
 			}
-			for i, p := range peers[l.floods : l.floods+l.talkers] {
+			for i, p := range peers[l.floods : l.floods+l.senders] {
 				due := l.burst
-				if l.rate > 0 { // in turn, so that the load is even
-					due = int((now.Sub(start)*time.Duration(l.rate) + time.Second*time.Duration(i)/time.Duration(l.talkers)) / time.Second)
+				if l.rate > 0 { // Senders take turns, so that the load is even.
+					due = int((now.Sub(start)*time.Duration(l.rate) + time.Second*time.Duration(i)/time.Duration(l.senders)) / time.Second)
 				}
 				for sent[i] < due && p.send(message(l.size, time.Now().UnixNano())) {
 					sent[i]++
@@ -246,7 +245,7 @@ func (l *load) run(t testing.TB, server *contender) *result {
 			p.flush()
 			before := p.received
 			p.receive(buf, func(message []byte) {
-				if i%10 != 0 { // one client in ten is timed
+				if i%10 != 0 { // Only one client in ten measures latency.
 					return
 				}
 				if written, _ := strconv.ParseInt(string(message[:19]), 10, 64); written > 0 {
@@ -281,7 +280,7 @@ func (l *load) run(t testing.TB, server *contender) *result {
 }
 
 func BenchmarkIdle(b *testing.B) {
-	for _, which := range contenders(b) {
+	for _, which := range targets(b) {
 		b.Run(which.name, func(b *testing.B) {
 			for b.Loop() {
 				r := &result{load: fmt.Sprint(idleClients, " idle"), server: which.name}
@@ -293,8 +292,8 @@ func BenchmarkIdle(b *testing.B) {
 				r.cpu = server.cpu(b) - cpu
 				r.kib = (server.resident(b) - kib) / idleClients
 
-				// How much garbage a process keeps varies from run to run. With GOGC=5 it
-				// keeps little.
+				// How much garbage a process holds varies from run to run. With GOGC=5, it
+				// holds little.
 				server = which.start(b, "GOGC=5")
 				kib = server.resident(b)
 				for range idleClients {
@@ -310,28 +309,27 @@ func BenchmarkIdle(b *testing.B) {
 	}
 }
 
-// A contender is a server process under load.
-type contender struct {
+// A target is a server process under load.
+type target struct {
 	name, path string
 	addr       string
 	pid        int
 }
 
-// contenders are upstream's example, built from the same gorilla/websocket, and
-// this server.
-func contenders(b *testing.B) []contender {
+// targets returns upstream's example, built from the same gorilla/websocket, and this server.
+func targets(b *testing.B) []target {
 	b.Helper()
 	upstream := filepath.Join(filepath.Dir(binary), "upstream")
 	build := exec.Command("go", "build", "-o", upstream, "github.com/gorilla/websocket/examples/chat")
 	if out, err := build.CombinedOutput(); err != nil {
 		b.Fatalf("go build: %v\n%s", err, out)
 	}
-	return []contender{{name: "upstream", path: upstream}, {name: "ours", path: binary}}
+	return []target{{name: "upstream", path: upstream}, {name: "ours", path: binary}}
 }
 
-// start starts the server with additional environment on a free port and waits
+// start starts the server with additional environment variables on a free port, and waits
 // until it listens. The benchmark's end kills it.
-func (c contender) start(b *testing.B, environment ...string) *contender {
+func (c target) start(b *testing.B, environment ...string) *target {
 	b.Helper()
 	c.addr = freeAddr(b)
 	cmd := exec.Command(c.path, "-addr", c.addr)
@@ -345,9 +343,9 @@ func (c contender) start(b *testing.B, environment ...string) *contender {
 	return &c
 }
 
-// cpu returns the processor time that the server has used, user and system, in
-// the kernel's ticks of 10 ms.
-func (c *contender) cpu(t testing.TB) time.Duration {
+// cpu returns the CPU time that the server has used, user and system, to the kernel's tick
+// of 10 ms.
+func (c *target) cpu(t testing.TB) time.Duration {
 	t.Helper()
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", c.pid))
 	if err != nil {
@@ -361,7 +359,7 @@ func (c *contender) cpu(t testing.TB) time.Duration {
 }
 
 // resident returns the server's resident memory in KiB.
-func (c *contender) resident(t testing.TB) float64 {
+func (c *target) resident(t testing.TB) float64 {
 	t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.pid))
 	if err != nil {
@@ -372,7 +370,7 @@ func (c *contender) resident(t testing.TB) float64 {
 	return kib
 }
 
-// reportLoads prints one table of what the benchmarks found, if any has run.
+// reportLoads prints a table of the benchmarks' results, if any has run.
 func reportLoads() {
 	if len(results) == 0 {
 		return

@@ -18,7 +18,7 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// nginxConfig is the configuration around the location in README.md.
+// nginxConfig is the rest of the configuration for the location in README.md.
 const nginxConfig = `
 daemon off;
 user root; # so that it can write to the folder; ignored for other users
@@ -39,7 +39,7 @@ http {
 }
 `
 
-// caddyConfig is the configuration around the directive in README.md.
+// caddyConfig is the rest of the configuration for the directive in README.md.
 const caddyConfig = `
 {
 	admin off
@@ -53,13 +53,12 @@ http://%s {
 // pingPeriod is client.go's: the longest time without a frame on an idle connection.
 const pingPeriod = 54 * time.Second
 
-// The proxy configurations of the READMEs work as they stand there, except for the
-// addresses.
+// The test uses the configurations of the READMEs verbatim, except for the addresses.
 func TestProxyConfigurationsOfTheREADMEsWork(t *testing.T) {
 	t.Parallel()
 	for _, proxy := range []struct {
 		name, prefix string
-		balances     bool // when one server ends, new clients get the other
+		balances     bool // connects new clients to the other server when one exits
 		servers      func(t *testing.T) (one, two *server)
 		start        func(t *testing.T, addr, one, two string)
 	}{
@@ -130,12 +129,12 @@ func TestProxyConfigurationsOfTheREADMEsWork(t *testing.T) {
 
 			idle, busy := join(), join()
 			go func() {
-				for busy.WriteMessage(websocket.TextMessage, []byte("and another thing")) == nil {
+				for busy.WriteMessage(websocket.TextMessage, []byte("a flood")) == nil {
 				}
 			}()
 			one.stop(t)
 			if proxy.balances {
-				// The proxy has not noticed yet, and prefers the server with fewer clients.
+				// The proxy has not detected the exit yet, and prefers the server with fewer clients.
 				join()
 			}
 			two.stop(t)
@@ -151,49 +150,49 @@ func TestHAProxyBalancesOnlyToReadyNodes(t *testing.T) {
 	t.Parallel()
 	const clients = 20
 	for _, trouble := range []struct {
-		name          string
-		breaks, mends func(t *testing.T, two *server, wire *forwarder)
+		name             string
+		breaks, restores func(t *testing.T, two *server, toNATS *forwarder)
 	}{
 		{"hangs",
 			func(t *testing.T, two *server, _ *forwarder) { two.signal(t, syscall.SIGSTOP) },
 			func(t *testing.T, two *server, _ *forwarder) { two.signal(t, syscall.SIGCONT) }},
-		{"has lost NATS",
-			func(t *testing.T, two *server, wire *forwarder) {
-				wire.cut()
+		{"is disconnected from NATS",
+			func(t *testing.T, two *server, toNATS *forwarder) {
+				toNATS.cut()
 				two.waitForLog(t, "disconnected from (NATS)")
 			},
-			func(_ *testing.T, _ *server, wire *forwarder) { wire.mend() }},
+			func(_ *testing.T, _ *server, toNATS *forwarder) { toNATS.restore() }},
 	} {
 		t.Run(trouble.name, func(t *testing.T) {
 			t.Parallel()
 			nats := startNATS(t)
-			wire := forward(t, nats)
-			one, two := startNode(t, nats), startNode(t, wire.Addr().String())
+			toNATS := forward(t, nats)
+			one, two := startNode(t, nats), startNode(t, toNATS.Addr().String())
 			addr := freeAddr(t)
 			haproxy := startHAProxy(t, addr, one.addr, two.addr)
 			awaitListener(t, addr)
-			listener := one.dial(t)
-			listener.SetReadDeadline(time.Now().Add(3 * patience))
+			reader := one.dial(t)
+			reader.SetReadDeadline(time.Now().Add(3 * patience))
 			exchangeMessages := func() {
 				t.Helper()
 				for n := range clients {
 					line := fmt.Sprint("from ", n)
 					send(t, dial(t, websocket.DefaultDialer, "ws://"+addr+"/ws"), line)
-					if _, got, err := listener.ReadMessage(); err != nil || string(got) != line {
+					if _, got, err := reader.ReadMessage(); err != nil || string(got) != line {
 						t.Fatalf("a client of the ready node reads %q and %v, want %q from a client behind the proxy", got, err, line)
 					}
 				}
 			}
-			trouble.breaks(t, two, wire)
+			trouble.breaks(t, two, toNATS)
 			since := time.Now()
 			haproxy.wait(t, "Server nodes/two is DOWN")
-			t.Logf("HAProxy has noticed after %v", time.Since(since))
+			t.Logf("HAProxy detected this after %v", time.Since(since))
 			exchangeMessages()
-			trouble.mends(t, two, wire)
+			trouble.restores(t, two, toNATS)
 			haproxy.wait(t, "Server nodes/two is UP")
 			exchangeMessages()
 			if got := two.log.String(); strings.Contains(got, "/ready") {
-				t.Errorf("the node logs that it is asked whether it is ready:\n%s", got)
+				t.Errorf("the node logs requests of /ready:\n%s", got)
 			}
 		})
 	}
@@ -288,7 +287,7 @@ func forward(t *testing.T, addr string) *forwarder {
 	return f
 }
 
-// cut closes all connections, and new ones until mend.
+// cut closes all connections, and new ones until restore.
 func (f *forwarder) cut() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -299,8 +298,8 @@ func (f *forwarder) cut() {
 	f.conns = nil
 }
 
-// mend lets new connections through again.
-func (f *forwarder) mend() {
+// restore forwards new connections again.
+func (f *forwarder) restore() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.isCut = false
@@ -319,7 +318,7 @@ func wantTimeout(t *testing.T, config, pattern string) {
 		t.Fatal(err)
 	}
 	if limit <= pingPeriod {
-		t.Errorf("the proxy waits for %v, want more than the %v between two pings", limit, pingPeriod)
+		t.Errorf("the proxy's timeout is %v, want more than the %v between two pings", limit, pingPeriod)
 	}
 }
 
@@ -367,8 +366,8 @@ func freeAddr(t testing.TB) string {
 	return listener.Addr().String()
 }
 
-// startProxy runs a program of a Debian package in a folder of its own, until the test
-// ends, and returns its output. The configuration file is its last argument.
+// startProxy runs a program of a Debian package in a temporary folder, until the test ends,
+// and returns its output. The configuration file is its last argument.
 func startProxy(t *testing.T, pkg, config, name string, args ...string) *output {
 	t.Helper()
 	dir := t.TempDir()

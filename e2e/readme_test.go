@@ -49,7 +49,7 @@ func TestCommandsOfTheREADMEsHaveTheOutputShown(t *testing.T) {
 				command, shown := match[1], match[2]
 				t.Log("$ " + command)
 				switch {
-				case strings.Contains(command, "//nats-1:"): // this is the reader's machine
+				case strings.Contains(command, "//nats-1:"): // a host that does not exist here
 				case strings.HasPrefix(command, "go run ."):
 					runServer(t, filepath.Dir(readme), command, shown, ports)
 				case strings.HasPrefix(command, "npx wscat "):
@@ -105,7 +105,7 @@ func withPorts(command string, ports map[string]string) string {
 // runWscat runs a command that starts wscat, and types the lines of shown after "> ".
 func runWscat(t *testing.T, command, shown string, ports map[string]string) {
 	t.Helper()
-	// wscat shows it on a terminal only, which script provides.
+	// wscat prints these lines only on a terminal, which script provides.
 	wscat := exec.Command("script", "--quiet", "--return", "--command", withPorts(command, ports), "/dev/null")
 	screen := &output{grown: make(chan struct{}, 1)}
 	wscat.Stdout, wscat.Stderr = screen, screen
@@ -166,8 +166,8 @@ func wantInCI(t *testing.T, root, folder, command string) {
 	t.Errorf("nothing runs %q of %s/README.md: run it in .ci/run, or here", command, folder)
 }
 
-// wantBenchmark checks that there is a benchmark that command runs: it takes
-// minutes, and a quiet machine.
+// wantBenchmark checks that a benchmark exists that command would run. It does not run it, as
+// that takes minutes and an idle machine.
 func wantBenchmark(t *testing.T, command string) {
 	t.Helper()
 	list := regexp.MustCompile(` -benchtime=\S+`).ReplaceAllString(strings.Replace(command, " -bench=", " -list=", 1), "")
