@@ -14,8 +14,8 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// enterRoom logs in on the page that p shows, or at / of a server, and waits until
-// the room's page is connected.
+// enterRoom logs in with the form that p shows, and waits until the room's page is
+// connected.
 func (p *tab) enterRoom(name, room string) {
 	p.t.Helper()
 	p.until(`document.querySelector("[name=room]")`)
@@ -26,7 +26,7 @@ func (p *tab) enterRoom(name, room string) {
 	p.until(`$("status")?.textContent == "Connected"`)
 }
 
-// buildRooms returns the path of the program of rooms/.
+// buildRooms builds the program in rooms/, and returns its path.
 func buildRooms(t *testing.T) string {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "rooms")
@@ -38,21 +38,22 @@ func buildRooms(t *testing.T) string {
 	return program
 }
 
-// In rooms/: two people in one room, a third in another, a kick, and a restart.
+// Two users are in one room, and a third in another.
 func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 	t.Parallel()
 	program, file := buildRooms(t), filepath.Join(t.TempDir(), "rooms.db")
 	s := startCommand(t, exec.Command(program, "-addr", "127.0.0.1:0", "-db", file))
 	var tabs []*tab
-	for _, who := range [][2]string{{"Grete", "kitchen"}, {"Hans", "kitchen"}, {"Uwe", "garden"}} {
+	for _, login := range [][2]string{{"Grete", "kitchen"}, {"Hans", "kitchen"}, {"Uwe", "garden"}} {
 		p := newTab(t)
 		do(p, chromedp.Navigate("http://"+s.addr+"/"))
-		p.enterRoom(who[0], who[1])
+		p.enterRoom(login[0], login[1])
 		tabs = append(tabs, p)
 	}
 	grete, hans, uwe := tabs[0], tabs[1], tabs[2]
 
-	// Names are set off, and what is mine is known as mine when it comes back.
+	// Senders' names are bold, and the page recognizes its own messages when the server sends
+	// them back.
 	hans.send("<b>dinner</b>: in the kitchen")
 	grete.until(`batch.childElementCount == 0 && $("log").textContent.includes("dinner")`)
 	grete.send("/to hans bring wine")
@@ -62,16 +63,15 @@ func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 		"notice: \u2068/tp Hans hush\u2069: Unknown command. There are /to NAME text and /kick NAME.")
 	hans.until(`$("log").textContent.includes("wine")`)
 	if got := eval[string](hans, `[...document.querySelectorAll("#log b")].map((b) => b.textContent).join()`); got != "Hans,\u2068Grete\u2069 to \u2068Hans\u2069" {
-		t.Errorf("the names %q are set off, want Hans and Grete", got)
+		t.Errorf("the names %q are bold, want Hans, and Grete to Hans", got)
 	}
-	// A name that is written from the right does not turn the words around it.
+	// The direction of a name does not affect the text around it.
 	if got := eval[string](hans, `[...document.querySelectorAll("#log .notice, #log b")].map((e) => e.dir).join()`); got != "ltr,ltr,ltr,auto,ltr" {
-		t.Errorf("notices and names have the directions %q", got)
+		t.Errorf("notices and names have the directions %q, want %q", got, "ltr,ltr,ltr,auto,ltr")
 	}
 	uwe.wantLog("notice: In this room: \u2068Uwe\u2069.", "notice: \u2068Uwe\u2069 joined")
 
-	// After each break a line stands there once, with the server's time, and only what
-	// people say counts as unread.
+	// After each reconnect, the log has each line once, and only messages count as unread.
 	lines := []string{"notice: In this room: \u2068Grete\u2069, \u2068Hans\u2069.", "notice: \u2068Grete\u2069 joined", "notice: \u2068Hans\u2069 joined",
 		"message mine: Hans: <b>dinner</b>: in the kitchen", "message: \u2068Grete\u2069 to \u2068Hans\u2069: bring wine"}
 	hans.wantLog(lines...)
@@ -90,30 +90,30 @@ func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 	grete.until(`$("log").textContent.includes("Ursel\u2069 joined")`)
 	hans.until(`$("log").textContent.includes("Ursel\u2069 joined") || batch.textContent.includes("Ursel\u2069 joined")`)
 	if got := eval[string](hans, `document.title`); got != "(3) Chat" {
-		t.Errorf("the title is %q, want 3 unread", got)
+		t.Errorf("title %q, want 3 unread messages", got)
 	}
 	for _, text := range []string{"dinner", "wine", "missed 0", "missed 1", "missed 2", "Hans\u2069 joined"} {
 		if n := eval[int](hans, fmt.Sprintf(`$("log").textContent.split(%q).length - 1`, text)); n != 1 {
-			t.Errorf("%q stands in the log %d times", text, n)
+			t.Errorf("the log has %q %d times, want once", text, n)
 		}
 	}
 	if eval[bool](hans, `$("log").textContent.includes("may have missed")`) {
-		t.Error("the page says that messages may have been missed")
+		t.Error("the log has a notice that messages may have been missed")
 	}
 	eval[bool](hans, `delete document.hidden; true`)
 
-	// A reload brings all of it. What may be lost is told of again, though I have said the
-	// same before.
+	// After a reload, the page gets the history. It shows the undelivered message, although the
+	// history has an earlier one with the same text.
 	eval[bool](hans, `showPending("<b>dinner</b>: in the kitchen"); true`)
 	do(hans, chromedp.Reload())
 	hans.until(`$("status")?.textContent == "Connected" && $("log").textContent.includes("missed 2") && $("log").lastChild.textContent.includes("This may not have been delivered: <b>dinner")`)
 
-	// A second login in the same browser changes nobody's name here, and the page says so.
+	// The page shows the user's name.
 	if got := eval[string](hans, `$("name").value`); got != "Hans" {
-		t.Errorf("the page says that he is %q", got)
+		t.Errorf("the page shows the name %q, want Hans", got)
 	}
 
-	// What was typed or may be lost in one room stays there: it follows into no other.
+	// Drafts and undelivered messages stay in their room.
 	eval[bool](hans, `showPending("for the kitchen"); msg.value = "a draft"; changed(msg); true`)
 	room := func(name string) {
 		do(hans, chromedp.Navigate("http://"+s.addr+"/room/"+name+"/"))
@@ -121,26 +121,26 @@ func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 	}
 	room("garden")
 	if got := eval[string](hans, `msg.value + $("log").textContent`); strings.Contains(got, "draft") || strings.Contains(got, "for the kitchen") {
-		t.Errorf("in the garden there is %q of the kitchen", got)
+		t.Errorf("in the garden, draft and log are %q, want nothing from the kitchen", got)
 	}
 	hans.send("weeds")
 	hans.until(`$("log").textContent.includes("Hans: weeds")`)
 	room("kitchen")
 	if got := eval[string](hans, `msg.value + ", " + $("log").textContent`); !strings.HasPrefix(got, "a draft, ") || !strings.Contains(got, "This may not have been delivered: for the kitchen") {
-		t.Errorf("back in the kitchen there is %q", got)
+		t.Errorf("back in the kitchen, draft and log are %q, want the draft and the undelivered message", got)
 	}
 
-	// Whoever is sent away stays away, and reads why.
-	const away = `$("status").textContent == "Disconnected: you were removed from this room." && state == "ended"`
+	// The page of a kicked user shows the reason, and does not reconnect.
+	const kicked = `$("status").textContent == "Disconnected: you were removed from this room." && state == "ended"`
 	grete.send("/kick Hans")
-	hans.until(away)
+	hans.until(kicked)
 	eval[bool](hans, `connectNow(); document.dispatchEvent(new Event("visibilitychange")); dispatchEvent(new Event("online")); true`)
-	hans.until(away + ` && !$("log").textContent.includes("Reconnected")`)
+	hans.until(kicked + ` && !$("log").textContent.includes("Reconnected")`)
 	do(hans, chromedp.Reload())
 	hans.until(`$("status")?.textContent.startsWith("Disconnected: you were removed from this room.")`)
 
-	// A restart is a brief disconnect: the page comes back by itself, each line stands there
-	// once, and what may not have been delivered is named.
+	// After a restart, the page reconnects, and the log has each line once, the undelivered
+	// message included.
 	eval[bool](grete, `showPending("last words"); msg.value = "a draft"; changed(msg); true`)
 	addr := s.addr
 	s.stop(t)
@@ -150,15 +150,15 @@ func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 	grete.until(`$("log").textContent.includes("Grete: and on")`)
 	for _, text := range []string{"dinner", "wine", "missed 0", "and on", "last words"} {
 		if n := eval[int](grete, fmt.Sprintf(`$("log").textContent.split(%q).length - 1`, text)); n != 1 {
-			t.Errorf("after the restart %q stands in the log %d times", text, n)
+			t.Errorf("after the restart, the log has %q %d times, want once", text, n)
 		}
 	}
 	if eval[bool](grete, `$("log").textContent.includes("may have missed") || msg.value != "a draft"`) {
-		t.Error("after the restart the page says that messages may have been missed, or has no draft")
+		t.Error("after the restart, the log has a notice that messages may have been missed, or the draft is lost")
 	}
 
-	// Without the database the server knows no cookie: the page leads to the form, which fits
-	// a phone and shows no error, and nothing typed is lost.
+	// With a new database, the server knows no cookie. The page redirects to the login form,
+	// which fits a phone and shows no error. Drafts and undelivered messages are kept.
 	do(grete, chromedp.EmulateViewport(360, 640))
 	s.stop(t)
 	startCommand(t, exec.Command(program, "-addr", addr, "-db", file+"2"))
@@ -167,15 +167,15 @@ func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 		t.Error("the form does not fit a phone")
 	}
 	if got := eval[string](grete, `document.querySelector("[role=status]").textContent + getComputedStyle(document.querySelector("[role=status]")).borderLeftWidth + document.querySelector("button").textContent`); got != "Choose a name and a room.0pxJoin" {
-		t.Errorf("the form says %q", got)
+		t.Errorf("the form has the status, border and button %q, want no error", got)
 	}
 	grete.enterRoom("Grete ", "Kitchen ")
 	if got := eval[string](grete, `$("name").textContent + " in " + document.querySelector("h1").textContent`); got != "Grete in kitchen" {
-		t.Errorf("the page says %q", got)
+		t.Errorf("name and room are %q, want Grete in kitchen", got)
 	}
 	grete.until(`batch.childElementCount == 0`)
 	if got := eval[string](grete, `msg.value + ", " + $("log").textContent`); !strings.HasPrefix(got, "a draft, ") || !strings.Contains(got, "This may not have been delivered: last words") {
-		t.Errorf("after the restart there are %q", got)
+		t.Errorf("with the new database, draft and log are %q, want the draft and the undelivered message", got)
 	}
 }
 
@@ -203,25 +203,26 @@ func TestRoomsPageDistinguishesAMissingLoginAFullRoomAndTooManyRooms(t *testing.
 		join("Hans", fmt.Sprint("room", n))
 	}
 
-	// form returns the words of the login form, how wide its error mark is, and its room.
+	// form returns the login form's status, the width of its border, which marks an error, and
+	// the room.
 	form := func(p *tab) string {
 		t.Helper()
 		p.until(`document.querySelector("[name=name]")`)
 		return eval[string](p, `(() => {
-			const reason = document.querySelector("[role=status]");
-			return [reason.textContent, getComputedStyle(reason).borderLeftWidth, document.querySelector("[name=room]").value].join(", ");
+			const status = document.querySelector("[role=status]");
+			return [status.textContent, getComputedStyle(status).borderLeftWidth, document.querySelector("[name=room]").value].join(", ");
 		})()`)
 	}
 	p := newTab(t)
 	do(p, chromedp.Navigate("http://"+s.addr+"/room/crowd/"))
 	if got := form(p); got != "Choose a name and a room., 0px, crowd" {
-		t.Errorf("without a login the page says %q", got)
+		t.Errorf("without a login, the form has %q, want no error", got)
 	}
 	p.insert("Grete")
 	p.press(kb.Enter)
 	p.until(`$("status")?.textContent == "Disconnected: this room is full." && state == "ended"`)
 	do(p, chromedp.Navigate("http://"+s.addr+"/room/onemore/"))
 	if got := form(p); got != "The server has too many open rooms., 4px, onemore" {
-		t.Errorf("for a room too many the page says %q", got)
+		t.Errorf("for one room too many, the form has %q, want the error", got)
 	}
 }
