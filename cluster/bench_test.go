@@ -17,15 +17,14 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 )
 
-// message is about as long as people write them.
+// message has the length of a typical message.
 var message = []byte("a line of chat, about as long as people write them")
 
-// BenchmarkLatency measures the way of one message to one client: through the
-// node's hub alone, as on one machine, and through NATS, to a client of the same
-// node and of another.
+// BenchmarkLatency measures the latency of one message to one client: through the node's hub
+// alone, as on one machine, and through NATS, to a client of the same node and of another.
 func BenchmarkLatency(b *testing.B) {
 	_, nodes := startRoom(b, 2)
-	ways := []struct {
+	paths := []struct {
 		name string
 		from *Hub
 		to   *node
@@ -34,12 +33,12 @@ func BenchmarkLatency(b *testing.B) {
 		{"way=NATS/to=same-node", nodes[0].front, nodes[0]},
 		{"way=NATS/to=other-node", nodes[0].front, nodes[1]},
 	}
-	for _, way := range ways {
-		b.Run(way.name, func(b *testing.B) {
-			listener := way.to.dial(b)
+	for _, path := range paths {
+		b.Run(path.name, func(b *testing.B) {
+			listener := path.to.dial(b)
 			for b.Loop() {
-				way.from.broadcast <- message
-				if _, err := listener.hear(); err != nil {
+				path.from.broadcast <- message
+				if _, err := listener.receive(); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -48,10 +47,9 @@ func BenchmarkLatency(b *testing.B) {
 	}
 }
 
-// BenchmarkDeliveries measures how many messages a second clients of two nodes
-// get, with both nodes talking: one message at a time, as in a quiet room, and
-// in bursts, as in a flood. The clients are in the same process, and take their
-// part of the machine.
+// BenchmarkDeliveries measures the throughput to the clients of two nodes, which both publish:
+// one message at a time, and bursts, as in a flood. The clients are in the same process, and
+// share its CPU.
 func BenchmarkDeliveries(b *testing.B) {
 	for _, room := range []struct{ n, burst int }{{10, 1}, {100, 1}, {500, 1}, {10, 64}, {100, 64}, {500, 64}} {
 		n, burst := room.n, room.burst
@@ -88,10 +86,9 @@ func BenchmarkDeliveries(b *testing.B) {
 	}
 }
 
-// BenchmarkFlood measures how late what somebody says now and then is heard while
-// others send as fast as they are let: in a room of one hub, as on one machine,
-// and in one of one and of two nodes. Lateness must not grow: early-s is the
-// longest in the first third of a run, late-s in the last.
+// BenchmarkFlood measures the latency of a message now and then while other clients flood: with
+// one hub, as on one machine, with one node, and with two. It must not grow: early-s is the
+// maximum in the first third of a run, late-s in the last.
 func BenchmarkFlood(b *testing.B) {
 	const clients, length = 6000, 15 * time.Second
 	for _, room := range []struct {
@@ -118,10 +115,10 @@ func BenchmarkFlood(b *testing.B) {
 				for n := range clients {
 					conns = append(conns, dial(b, urls[n%len(urls)]))
 				}
-				talker, listener := conns[0], conns[1] // of different nodes, if there are two
+				sender, listener := conns[0], conns[1] // of different nodes if there are two
 				for n, c := range slices.Concat(conns[:1], conns[2:]) {
 					go io.Copy(io.Discard, c.NetConn())
-					if c != talker && n <= room.flooders {
+					if c != sender && n <= room.flooders {
 						go func() {
 							for c.WriteMessage(websocket.TextMessage, message) == nil {
 							}
@@ -131,17 +128,17 @@ func BenchmarkFlood(b *testing.B) {
 				start := time.Now()
 				listener.SetReadDeadline(start.Add(length + patience))
 				var late [3]time.Duration // the longest, in each third of the time
-				heard := 0
+				received := 0
 				for at := time.Duration(0); at < length; at = time.Since(start) {
-					talker.send(b, fmt.Sprint("talk at ", at))
-					heard += 1 + len(listener.hearUntil(b, fmt.Sprint("talk at ", at)))
+					sender.send(b, fmt.Sprint("sent at ", at))
+					received += 1 + len(listener.receiveUntil(b, fmt.Sprint("sent at ", at)))
 					third := &late[3*at/length]
 					*third = max(*third, time.Since(start)-at)
 					time.Sleep(100 * time.Millisecond)
 				}
 				b.ReportMetric(late[0].Seconds(), "early-s")
 				b.ReportMetric(late[2].Seconds(), "late-s")
-				b.ReportMetric(float64(heard)/time.Since(start).Seconds(), "messages/s")
+				b.ReportMetric(float64(received)/time.Since(start).Seconds(), "messages/s")
 				b.ReportMetric(0, "ns/op")
 				for _, c := range conns {
 					c.Close()
@@ -161,12 +158,10 @@ func serveHub(b *testing.B) string {
 	return strings.Replace(server.URL, "http", "ws", 1)
 }
 
-// BenchmarkLargeRoom measures what one node takes for many people who hear five
-// messages a second: processor time for each delivery, the kernel's for both ends
-// included; how long the hub's one goroutine is busy with a message, which bounds
-// how many there can be; and the time from a message's being said to its arrival
-// at a client, of which a hundred note it. The others do not read: what they are
-// sent fits into their sockets.
+// BenchmarkLargeRoom measures the cost of a node whose clients receive five messages a second:
+// CPU time a delivery, with the kernel's for both ends; how long the hub's goroutine takes for
+// a message, which limits the messages a second; and the latency, at a hundred clients. The
+// others do not read: the messages fit into their sockets' buffers.
 func BenchmarkLargeRoom(b *testing.B) {
 	for _, clients := range []int{1000, 4000, 8000} {
 		b.Run(fmt.Sprintf("clients=%d", clients), func(b *testing.B) {
@@ -180,7 +175,7 @@ func BenchmarkLargeRoom(b *testing.B) {
 				listener := nodes[0].dial(b)
 				go func() {
 					for {
-						if _, err := listener.hear(); err != nil {
+						if _, err := listener.receive(); err != nil {
 							return
 						}
 						arrivals <- time.Now()
@@ -204,7 +199,7 @@ func BenchmarkLargeRoom(b *testing.B) {
 			for range rounds {
 				nodes[0].hub.broadcast <- message
 				start := time.Now()
-				nodes[0].hub.unregister <- new(Client) // taken when the hub is done with message
+				nodes[0].hub.unregister <- new(Client) // run receives it after the broadcast
 				busy += time.Since(start)
 				for range listeners {
 					<-arrivals
@@ -221,7 +216,7 @@ func BenchmarkLargeRoom(b *testing.B) {
 	}
 }
 
-// processorTime returns how much processor time this process has used.
+// processorTime returns the CPU time of this process.
 func processorTime(b *testing.B) time.Duration {
 	b.Helper()
 	var usage syscall.Rusage
@@ -231,9 +226,8 @@ func processorTime(b *testing.B) time.Duration {
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
-// BenchmarkNATS counts what NATS servers get and pass on, to nodes and to each
-// other, for each message that is said on one of several nodes, and how many
-// messages a second all nodes hear then.
+// BenchmarkNATS counts the messages into and out of the NATS servers, to nodes and to each
+// other, for each message that one of several nodes publishes, and measures the throughput.
 func BenchmarkNATS(b *testing.B) {
 	for _, room := range []struct{ servers, nodes int }{{1, 1}, {1, 4}, {1, 16}, {3, 4}, {3, 16}} {
 		b.Run(fmt.Sprintf("servers=%d/nodes=%d", room.servers, room.nodes), func(b *testing.B) {
@@ -252,15 +246,15 @@ func BenchmarkNATS(b *testing.B) {
 			}
 			in, out := traffic(b, servers)
 			start := time.Now()
-			said := 0
+			sent := 0
 			for b.Loop() {
 				for range maxInFlight {
 					nodes[0].front.broadcast <- message
 				}
-				said += maxInFlight
+				sent += maxInFlight
 				for _, listener := range listeners {
 					for range maxInFlight {
-						if _, err := listener.hear(); err != nil {
+						if _, err := listener.receive(); err != nil {
 							b.Fatal(err)
 						}
 					}
@@ -268,23 +262,23 @@ func BenchmarkNATS(b *testing.B) {
 			}
 			took := time.Since(start)
 			inAfter, outAfter := traffic(b, servers)
-			b.ReportMetric(float64(inAfter-in)/float64(said), "in/message")
-			b.ReportMetric(float64(outAfter-out)/float64(said), "out/message")
-			b.ReportMetric(float64(said)/took.Seconds(), "messages/s")
+			b.ReportMetric(float64(inAfter-in)/float64(sent), "in/message")
+			b.ReportMetric(float64(outAfter-out)/float64(sent), "out/message")
+			b.ReportMetric(float64(sent)/took.Seconds(), "messages/s")
 			b.ReportMetric(0, "ns/op")
 		})
 	}
 }
 
-// BenchmarkDistance measures how many messages a second a node says while others
-// wait, by the time to NATS and back: at most a window's in that time.
+// BenchmarkDistance measures how many messages a second a node publishes by the round trip to
+// NATS: at most a window in that time.
 func BenchmarkDistance(b *testing.B) {
 	for _, latency := range []time.Duration{0, 50 * time.Millisecond, 200 * time.Millisecond} {
 		b.Run(fmt.Sprintf("there-and-back=%v", 2*latency), func(b *testing.B) {
-			wire := newWire(b, natsServer(b).Addr().String())
-			node := startNode(b, "nats://"+wire.Addr().String(), "chat")
+			proxy := newProxy(b, natsServer(b).Addr().String())
+			node := startNode(b, "nats://"+proxy.Addr().String(), "chat")
 			listener := node.dial(b)
-			wire.lengthen(latency)
+			proxy.delay(latency)
 			const each = 10 * maxInFlight
 			for b.Loop() {
 				go func() {
@@ -293,7 +287,7 @@ func BenchmarkDistance(b *testing.B) {
 					}
 				}()
 				for range each {
-					if _, err := listener.hear(); err != nil {
+					if _, err := listener.receive(); err != nil {
 						b.Fatal(err)
 					}
 				}
@@ -304,7 +298,7 @@ func BenchmarkDistance(b *testing.B) {
 	}
 }
 
-// traffic returns how many messages servers have got, and sent, in all.
+// traffic returns the number of messages that the servers have received and sent.
 func traffic(b *testing.B, servers []*server.Server) (in, out int64) {
 	b.Helper()
 	for _, s := range servers {

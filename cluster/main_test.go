@@ -24,7 +24,7 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 )
 
-// A process is the program, run as it would be from a shell.
+// A process is the program, run as from a shell.
 type process struct {
 	*exec.Cmd
 	log   *bufio.Reader
@@ -53,8 +53,7 @@ func start(t *testing.T, args ...string) *process {
 	return p
 }
 
-// logged reads the log up to a line that matches, and returns what its first
-// group matches.
+// logged reads the log up to a line that matches expression, and returns its first group.
 func (p *process) logged(t *testing.T, expression string) string {
 	t.Helper()
 	pattern := regexp.MustCompile(expression)
@@ -81,13 +80,13 @@ func (p *process) wait() (status int, log string) {
 	return p.ProcessState.ExitCode(), log
 }
 
-func TestSecondNodeJoinsWithWhatTheFirstLogs(t *testing.T) {
+func TestSecondNodeJoinsWithTheLoggedCommand(t *testing.T) {
 	t.Parallel()
 	first := start(t, "-addr", "127.0.0.1:0", "-subject", "chat.test")
 	command := first.logged(t, `a second node joins with: go run \. (.*)`)
 	url := "ws" + first.logged(t, `http(://.*/)`) + "ws"
 	arguments := strings.Fields(command)
-	arguments[1] = "127.0.0.1:0" // the port that it names may be in use on this machine
+	arguments[1] = "127.0.0.1:0" // The port that it names may be in use.
 	second := start(t, arguments...)
 	alice, bob := dial(t, url), dial(t, "ws"+second.logged(t, `http(://.*/)`)+"ws")
 	alice.send(t, "hello")
@@ -102,9 +101,9 @@ func TestNodesJoinOverTLS(t *testing.T) {
 	defer authority.Close()
 	nats := natsWith(t, &server.Options{TLSConfig: authority.TLS, TLSTimeout: patience.Seconds()})
 	url := strings.Replace(nats.ClientURL(), "nats:", "tls:", 1)
-	stranger := start(t, "-addr", "127.0.0.1:0", "-nats", url)
-	if status, log := stranger.wait(); status != 1 || !strings.Contains(log, "certificate") {
-		t.Errorf("got status %d and log %q, want status 1 as nobody knows the certificate", status, log)
+	untrusting := start(t, "-addr", "127.0.0.1:0", "-nats", url)
+	if status, log := untrusting.wait(); status != 1 || !strings.Contains(log, "certificate") {
+		t.Errorf("got status %d and log %q, want status 1: the certificate is unknown", status, log)
 	}
 	file := filepath.Join(t.TempDir(), "ca.pem")
 	certificate := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: authority.Certificate().Raw})
@@ -118,7 +117,7 @@ func TestNodesJoinOverTLS(t *testing.T) {
 	c.want(t, "hello")
 }
 
-func TestSIGTERMSendsClientsAwayAndEndsWithStatus0(t *testing.T) {
+func TestSIGTERMClosesConnectionsAndExitsWithStatus0(t *testing.T) {
 	t.Parallel()
 	nats := natsServer(t)
 	for name, url := range map[string]string{"joined": nats.ClientURL(), "embedded": ""} {
@@ -137,14 +136,14 @@ func TestSIGTERMSendsClientsAwayAndEndsWithStatus0(t *testing.T) {
 	}
 }
 
-func TestSIGTERMWhileNATSIsAwayEndsWithStatus0(t *testing.T) {
+func TestSIGTERMDuringAnOutageExitsWithStatus0(t *testing.T) {
 	t.Parallel()
 	nats := natsServer(t)
 	p := start(t, "-addr", "127.0.0.1:0", "-nats", nats.ClientURL())
 	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
 	stopNATS(t, nats)
 	p.logged(t, `disconnected from NATS(:)`)
-	c.send(t, "nobody hears this")
+	c.send(t, "lost")
 	p.Process.Signal(syscall.SIGTERM)
 	c.wantClose(t, websocket.CloseGoingAway)
 	c.Close()
@@ -153,28 +152,28 @@ func TestSIGTERMWhileNATSIsAwayEndsWithStatus0(t *testing.T) {
 	}
 }
 
-func TestNodeThatNATSSendsAwayForGoodEndsWithStatus1(t *testing.T) {
+func TestFatalErrorOfNATSExitsWithStatus1(t *testing.T) {
 	t.Parallel()
-	wire := newWire(t, natsServer(t).Addr().String())
-	p := start(t, "-addr", "127.0.0.1:0", "-nats", "nats://"+wire.Addr().String())
+	proxy := newProxy(t, natsServer(t).Addr().String())
+	p := start(t, "-addr", "127.0.0.1:0", "-nats", "nats://"+proxy.Addr().String())
 	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
-	wire.mu.Lock()
-	fmt.Fprint(wire.conns[0], "-ERR 'this is the end'\r\n")
-	wire.mu.Unlock()
+	proxy.mu.Lock()
+	fmt.Fprint(proxy.conns[0], "-ERR 'fatal test error'\r\n")
+	proxy.mu.Unlock()
 	c.wantClose(t, websocket.CloseGoingAway)
 	c.Close()
-	if status, log := p.wait(); status != 1 || !strings.Contains(log, "this is the end") {
-		t.Errorf("got status %d and log %q, want status 1 and why", status, log)
+	if status, log := p.wait(); status != 1 || !strings.Contains(log, "fatal test error") {
+		t.Errorf("got status %d and log %q, want status 1 and the reason", status, log)
 	}
 }
 
-func TestNodeThatNATSSentAwayBeforeItServedEnds(t *testing.T) {
+func TestFatalErrorOfNATSBeforeServeEndsServe(t *testing.T) {
 	t.Parallel()
-	wire := newWire(t, natsServer(t).Addr().String())
-	relay, _ := startRelay(t, "nats://"+wire.Addr().String(), "chat")
-	wire.mu.Lock()
-	fmt.Fprint(wire.conns[0], "-ERR 'this is the end'\r\n")
-	wire.mu.Unlock()
+	proxy := newProxy(t, natsServer(t).Addr().String())
+	relay, _ := startRelay(t, "nats://"+proxy.Addr().String(), "chat")
+	proxy.mu.Lock()
+	fmt.Fprint(proxy.conns[0], "-ERR 'fatal test error'\r\n")
+	proxy.mu.Unlock()
 	eventually(t, "the connection is closed", relay.nc.IsClosed)
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -183,17 +182,17 @@ func TestNodeThatNATSSentAwayBeforeItServedEnds(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	err = serve(ctx, listener, relay)
-	if err == nil || !strings.Contains(err.Error(), "this is the end") || ctx.Err() != nil {
-		t.Errorf("serve returned %v (%v), want at once why NATS has sent the node away", err, ctx.Err())
+	if err == nil || !strings.Contains(err.Error(), "fatal test error") || ctx.Err() != nil {
+		t.Errorf("serve returned %v (%v), want the reason at once", err, ctx.Err())
 	}
 }
 
-func TestNodeThatSaysMoreThanNATSAcceptsEndsAndSaysSo(t *testing.T) {
+func TestMaximumPayloadViolationExitsWithStatus1(t *testing.T) {
 	t.Parallel()
 	nats := natsServer(t)
 	p := start(t, "-addr", "127.0.0.1:0", "-nats", nats.ClientURL())
 	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
-	reload(t, nats, &server.Options{MaxPayload: maxMessageSize}) // of which NATS tells nobody
+	reload(t, nats, &server.Options{MaxPayload: maxMessageSize}) // NATS does not notify the node.
 	c.send(t, strings.Repeat("x", maxMessageSize))
 	c.wantClose(t, websocket.CloseGoingAway)
 	c.Close()
@@ -202,16 +201,16 @@ func TestNodeThatSaysMoreThanNATSAcceptsEndsAndSaysSo(t *testing.T) {
 		t.Errorf("got status %d and log %q, want status 1 and %q", status, log, want)
 	}
 	if strings.Contains(log, "disconnected from NATS") {
-		t.Errorf("log is %q, want not that anything waits", log)
+		t.Errorf("log is %q, want no mention of queued messages", log)
 	}
 }
 
-func TestNodeThatWasPausedHearsWhatNATSKeptForIt(t *testing.T) {
+func TestPausedNodeReceivesWhatNATSBuffered(t *testing.T) {
 	t.Parallel()
 	const each = 100
 	nats := natsServer(t)
-	speaker := startNode(t, nats.ClientURL(), "chat")
-	talker := speaker.dial(t)
+	node := startNode(t, nats.ClientURL(), "chat")
+	sender := node.dial(t)
 	var paused []*process
 	var listeners []*client
 	for range 3 {
@@ -226,10 +225,10 @@ func TestNodeThatWasPausedHearsWhatNATSKeptForIt(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	lines := numbered("while they are paused", each)
+	lines := numbered("during the pause", each)
 	for _, line := range lines {
-		speaker.front.broadcast <- []byte(line)
-		talker.want(t, line)
+		node.front.broadcast <- []byte(line)
+		sender.want(t, line)
 	}
 	over := time.After(answerWait + 3*time.Second)
 	<-over
@@ -240,16 +239,16 @@ func TestNodeThatWasPausedHearsWhatNATSKeptForIt(t *testing.T) {
 		c.want(t, lines...)
 		c.Close()
 	}
-	speaker.front.broadcast <- []byte("afterwards")
+	node.front.broadcast <- []byte("afterwards")
 	for _, p := range paused {
 		p.Process.Signal(syscall.SIGTERM)
 		if status, log := p.wait(); status != 0 || strings.Contains(log, "disconnected from NATS") || strings.Contains(log, "missed") {
-			t.Errorf("got status %d and log %q, want that nothing was missed", status, log)
+			t.Errorf("got status %d and log %q, want no disconnect and nothing missed", status, log)
 		}
 	}
 }
 
-func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
+func TestFailedStartIsOneLineAndStatus1(t *testing.T) {
 	t.Parallel()
 	nats := natsServer(t)
 	busy := natsServer(t).Addr().String()
@@ -264,8 +263,8 @@ func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
 	guarded := natsWith(t, &server.Options{Username: "bob", Password: "hunter2"})
 	deaf, mute := natsWith(t, allowed("chat", "nothing")), natsWith(t, allowed("nothing", "chat"))
 	tests := []test{
-		{"nobody at the NATS URL", []string{"-nats", strings.Replace(gone.ClientURL(), "//", "//bob:hunter2@", 1)}, unreachable},
-		{"nobody at any of the NATS URLs", []string{"-nats", gone.ClientURL() + "," + gone.ClientURL()}, unreachable},
+		{"the NATS server is down", []string{"-nats", strings.Replace(gone.ClientURL(), "//", "//bob:hunter2@", 1)}, unreachable},
+		{"all NATS servers are down", []string{"-nats", gone.ClientURL() + "," + gone.ClientURL()}, unreachable},
 		{"no port", []string{"-nats", "nats://bob:hunter2@nonsense:port"}, "malformed"},
 		{"no scheme", []string{"-nats", "bob:hunter2@localhost:4222"}, "malformed"},
 		{"nothing between two commas", []string{"-nats", nats.ClientURL() + ",,"}, "malformed"},
@@ -276,14 +275,14 @@ func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
 		{"no such credentials", []string{"-nats", nats.ClientURL(), "-creds", "/nonexistent"}, "open /nonexistent:"},
 		{"wildcards", []string{"-nats", nats.ClientURL(), "-subject", "chat.*"}, `"chat.*" cannot name a room`},
 		{"a space", []string{"-nats", nats.ClientURL(), "-subject", "two words"}, `"two words" cannot name a room`},
-		{"a tab, at a server of its own", []string{"-subject", "chat\t"}, `"chat\t" cannot name a room`},
+		{"a tab, with the embedded server", []string{"-subject", "chat\t"}, `"chat\t" cannot name a room`},
 		{"5,000 characters", []string{"-nats", nats.ClientURL(), "-subject", strings.Repeat("x", 5000)}, "at most 255 bytes"},
-		{"leave to publish only", []string{"-nats", deaf.ClientURL()}, `Permissions Violation for Subscription to "chat"`},
-		{"leave to subscribe only", []string{"-nats", mute.ClientURL()}, `Permissions Violation for Publish to "chat"`},
+		{"permission to publish only", []string{"-nats", deaf.ClientURL()}, `Permissions Violation for Subscription to "chat"`},
+		{"permission to subscribe only", []string{"-nats", mute.ClientURL()}, `Permissions Violation for Publish to "chat"`},
 		{"a port in use", []string{"-addr", busy, "-nats", nats.ClientURL()}, "address already in use"},
 	}
 	for _, special := range "/#?, \"%[]\\\n" {
-		for _, user := range []string{"bob:", ""} { // without one it is a token
+		for _, user := range []string{"bob:", ""} { // without a user it is a token
 			url := "nats://" + user + "hun" + string(special) + "ter2@" + nats.Addr().String()
 			tests = append(tests, test{fmt.Sprintf("%s and %q", user, special), []string{"-nats", url}, "malformed"})
 		}
@@ -297,22 +296,22 @@ func TestWhatPreventsTheStartIsOneLineAndStatus1(t *testing.T) {
 			}
 			for _, secret := range []string{"bob", "hun", "ter"} {
 				if strings.Contains(log, secret) {
-					t.Errorf("log is %q, want nothing of a URL in it", log)
+					t.Errorf("log is %q, want no part of a URL in it", log)
 				}
 			}
 		})
 	}
 }
 
-func TestArgumentThatIsNoFlagIsRefused(t *testing.T) {
+func TestUnknownArgumentIsRefused(t *testing.T) {
 	t.Parallel()
 	p := start(t, "-addr", "127.0.0.1:0", "nats://127.0.0.1:4222")
 	if status, log := p.wait(); status != 2 || !strings.Contains(log, "-nats url") {
-		t.Errorf("got status %d and log %q, want status 2 and how to call it", status, log)
+		t.Errorf("got status %d and log %q, want status 2 and the usage", status, log)
 	}
 }
 
-func TestAPasswordMayHoldAnythingIfItIsEscaped(t *testing.T) {
+func TestEscapedPasswordMayContainAnyCharacter(t *testing.T) {
 	const password = `p/a#s?s, "w%o@r:d`
 	guarded := natsWith(t, &server.Options{Username: "bob", Password: password})
 	escaped := strings.ReplaceAll(url.UserPassword("bob", password).String(), ",", "%2C")
@@ -323,7 +322,7 @@ func TestAPasswordMayHoldAnythingIfItIsEscaped(t *testing.T) {
 	nc.Close()
 }
 
-func TestLoadBalancerIsToldWhetherTheNodeCanTakeClients(t *testing.T) {
+func TestReadinessProbe(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t)
 	p := start(t, "-addr", "127.0.0.1:0", "-nats", s.ClientURL())
@@ -352,12 +351,11 @@ func TestLoadBalancerIsToldWhetherTheNodeCanTakeClients(t *testing.T) {
 	eventuallyReady(http.StatusOK)
 	p.Process.Signal(syscall.SIGTERM)
 	if status, log := p.wait(); status != 0 || strings.Contains(log, "/ready") {
-		t.Errorf("got status %d and log %q, want status 0 and no word of what was asked", status, log)
+		t.Errorf("got status %d and log %q, want status 0 and no line about /ready", status, log)
 	}
 }
 
-// ready asks a node whether it is ready, and returns the status of the answer,
-// which has to give a reason if it is not.
+// ready returns the status of /ready, and checks that an error has a reason.
 func ready(t *testing.T, url string) int {
 	t.Helper()
 	response, err := http.Get(url)
@@ -372,22 +370,22 @@ func ready(t *testing.T, url string) int {
 	return response.StatusCode
 }
 
-func TestPortAnswersOnlyWhenTheNodeHasJoined(t *testing.T) {
+func TestNodeListensOnlyOnceItHasJoined(t *testing.T) {
 	t.Parallel()
-	silent, err := net.Listen("tcp", "127.0.0.1:0") // takes connections, and says nothing
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // accepts connections, and sends nothing
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer silent.Close()
 	addr := fmt.Sprint("127.0.0.1:", port(t))
 	p := start(t, "-addr", addr, "-nats", "nats://"+silent.Addr().String())
-	conn, err := silent.Accept() // The node is about to join, for two seconds to come.
+	conn, err := silent.Accept() // The node waits for NATS, for two seconds.
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close()
 	if _, err := net.Dial("tcp", addr); err == nil {
-		t.Error("the port answers, want that it is refused")
+		t.Error("the node accepts a connection before it has joined")
 	}
 	if status, log := p.wait(); status != 1 || !strings.Contains(log, "cannot join NATS") {
 		t.Errorf("got status %d and log %q, want status 1 and that it cannot join", status, log)

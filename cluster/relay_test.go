@@ -30,8 +30,8 @@ import (
 	"github.com/nats-io/nkeys"
 )
 
-// patience is how long a test waits for what must come: it only bounds how long
-// a failing one takes.
+// patience limits how long a test waits for something that must happen: only a failing test
+// takes so long.
 const patience = time.Minute
 
 // TestMain is the program itself, for tests that need it as a process.
@@ -41,8 +41,7 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	}
 	flag.Parse()
-	// What runs in parallel waits most of the time, for NATS to come back. What keeps
-	// the machine busy does not.
+	// Parallel tests mostly wait for reconnects. Tests that use much CPU are not parallel.
 	flag.Set("test.parallel", "16")
 	log.SetOutput(io.Discard)
 	os.Exit(m.Run())
@@ -54,9 +53,8 @@ func natsServer(t testing.TB) *server.Server {
 	return natsWith(t, new(server.Options))
 }
 
-// port returns a free loopback port that stays free until the test uses it, also
-// for the second time: it lies below those that systems hand out, is handed out
-// here once, and other processes of this kind begin elsewhere.
+// port returns a loopback port that stays free until the test uses it, also after a restart:
+// it is below the ephemeral ports, is returned once, and other test processes start elsewhere.
 func port(t testing.TB) int {
 	t.Helper()
 	for range 1000 {
@@ -72,7 +70,7 @@ func port(t testing.TB) int {
 
 var ports atomic.Int64
 
-// stopNATS stops s, and returns how to start it again where it was.
+// stopNATS stops s, and returns a function that starts it again on the same port.
 func stopNATS(t testing.TB, s *server.Server) (restart func()) {
 	t.Helper()
 	address, _ := s.Addr().(*net.TCPAddr)
@@ -81,15 +79,15 @@ func stopNATS(t testing.TB, s *server.Server) (restart func()) {
 	return func() { natsWith(t, &server.Options{Port: address.Port}) }
 }
 
-// A node is a running node of the room, and how to reach it.
+// A node is a running node, with the URL for its clients.
 type node struct {
 	*Relay
 	url  string
 	log  *logBook
-	stop func() // ends it as SIGTERM does, and returns when it has ended
+	stop func() // as SIGTERM does; returns when the node has stopped
 }
 
-// startRelay joins a hub that does not run to the room. Somebody has to call leave.
+// startRelay joins a hub that does not run to the room. The caller calls leave.
 func startRelay(t testing.TB, natsURL, subject string) (*Relay, *logBook) {
 	t.Helper()
 	nc, err := connect(natsURL, "")
@@ -104,7 +102,7 @@ func startRelay(t testing.TB, natsURL, subject string) (*Relay, *logBook) {
 	return relay, book
 }
 
-// startNode starts a node on a loopback port, which ends with the test.
+// startNode starts a node on a loopback port, until the test ends.
 func startNode(t testing.TB, natsURL, subject string) *node {
 	t.Helper()
 	relay, book := startRelay(t, natsURL, subject)
@@ -136,16 +134,16 @@ func startRoom(t testing.TB, n int) (*server.Server, []*node) {
 	return s, nodes
 }
 
-// awaitNoNATS waits until the nodes know that NATS is away.
-func awaitNoNATS(t testing.TB, nodes []*node) {
+// awaitDisconnect waits until the nodes have noticed that NATS is down.
+func awaitDisconnect(t testing.TB, nodes []*node) {
 	t.Helper()
 	for _, node := range nodes {
-		eventually(t, "the node knows that NATS is away", node.nc.IsReconnecting)
+		eventually(t, "the node is disconnected", node.nc.IsReconnecting)
 	}
 }
 
-// A client is a WebSocket connection, and the lines that have come but that
-// nobody has asked for yet.
+// A client is a WebSocket connection, and the lines of its last message that receive has not
+// returned yet.
 type client struct {
 	*websocket.Conn
 	lines []string
@@ -174,8 +172,8 @@ func (c *client) send(t testing.TB, message string) {
 	}
 }
 
-// hear returns the next line of chat.
-func (c *client) hear() (string, error) {
+// receive returns the next line.
+func (c *client) receive() (string, error) {
 	for len(c.lines) == 0 {
 		_, message, err := c.ReadMessage()
 		if err != nil {
@@ -188,21 +186,21 @@ func (c *client) hear() (string, error) {
 	return line, nil
 }
 
-// want hears as many lines as are wanted, and checks them.
+// want receives as many lines as are wanted, and checks them.
 func (c *client) want(t testing.TB, want ...string) {
 	t.Helper()
 	for n, line := range want {
-		if got, err := c.hear(); got != line || err != nil {
+		if got, err := c.receive(); got != line || err != nil {
 			t.Fatalf("line %d of %d is %q (%v), want %q", n+1, len(want), got, err, line)
 		}
 	}
 }
 
-// hearUntil returns all lines up to the line end, which is not among them.
-func (c *client) hearUntil(t testing.TB, end string) (lines []string) {
+// receiveUntil returns all lines before the line end.
+func (c *client) receiveUntil(t testing.TB, end string) (lines []string) {
 	t.Helper()
 	for {
-		line, err := c.hear()
+		line, err := c.receive()
 		if err != nil {
 			t.Errorf("after %d lines got %v, want %q", len(lines), err, end)
 			return lines
@@ -214,11 +212,11 @@ func (c *client) hearUntil(t testing.TB, end string) (lines []string) {
 	}
 }
 
-// wantClose hears lines until the connection ends, which must be with this code.
+// wantClose receives lines until the connection is closed, and checks the close code.
 func (c *client) wantClose(t testing.TB, code int) (lines []string) {
 	t.Helper()
 	for {
-		line, err := c.hear()
+		line, err := c.receive()
 		if err == nil {
 			lines = append(lines, line)
 			continue
@@ -230,7 +228,7 @@ func (c *client) wantClose(t testing.TB, code int) (lines []string) {
 	}
 }
 
-// numbered returns n messages that say who and count from 0.
+// numbered returns n messages: the name of the sender, and a number from 0.
 func numbered(who string, n int) (lines []string) {
 	for i := range n {
 		lines = append(lines, fmt.Sprintf("%s %d", who, i))
@@ -238,7 +236,7 @@ func numbered(who string, n int) (lines []string) {
 	return lines
 }
 
-// from returns what who said, of lines from numbered.
+// from returns those lines from numbered that name this sender.
 func from(who string, lines []string) (theirs []string) {
 	for _, line := range lines {
 		if strings.HasPrefix(line, who+" ") {
@@ -258,7 +256,7 @@ func eventually(t testing.TB, what string, done func() bool) {
 	}
 }
 
-// A logBook is what a node has logged.
+// A logBook is the log of a node.
 type logBook struct {
 	mu   sync.Mutex
 	text strings.Builder
@@ -294,19 +292,19 @@ func wantNothingLost(t testing.TB, nodes []*node) {
 	}
 }
 
-func TestCopiesAreTheRootsToTheByte(t *testing.T) {
+func TestCopiedFilesEqualTheRoots(t *testing.T) {
 	for _, name := range []string{"hub.go", "client.go", "home.html"} {
 		original, err := os.ReadFile("../" + name)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if mine, err := os.ReadFile(name); err != nil || string(mine) != string(original) {
-			t.Errorf("%s is not what ../%[1]s is (%v): run go generate", name, err)
+			t.Errorf("%s differs from ../%[1]s (%v): run go generate", name, err)
 		}
 	}
 }
 
-func TestTheLogAndThePageAreAsInTheRoot(t *testing.T) {
+func TestMainServesThePageAndLogsAsTheRoot(t *testing.T) {
 	var ends [2]string
 	for i, name := range []string{"main.go", "../main.go"} {
 		file, err := os.ReadFile(name)
@@ -320,11 +318,11 @@ func TestTheLogAndThePageAreAsInTheRoot(t *testing.T) {
 		ends[i] = end
 	}
 	if ends[0] != ends[1] {
-		t.Error("from logSoon on, main.go is not what ../main.go is: copy it")
+		t.Error("from logSoon on, main.go differs from ../main.go: copy it")
 	}
 }
 
-func TestEverybodyOnEveryNodeHearsWhatAnybodySaysOnce(t *testing.T) {
+func TestMessageReachesEveryClientOfEveryNodeOnce(t *testing.T) {
 	t.Parallel()
 	_, nodes := startRoom(t, 3)
 	var clients []*client
@@ -333,21 +331,21 @@ func TestEverybodyOnEveryNodeHearsWhatAnybodySaysOnce(t *testing.T) {
 			clients = append(clients, node.dial(t))
 		}
 	}
-	for n, speaker := range clients {
+	for n, sender := range clients {
 		line := fmt.Sprint("from client ", n)
-		speaker.send(t, line)
+		sender.send(t, line)
 		for _, listener := range clients {
 			listener.want(t, line)
 		}
 	}
 }
 
-func TestClientHearsWhatIsSaidElsewhereOnceItIsConnected(t *testing.T) {
+func TestConnectedClientReceivesMessagesOfOtherNodes(t *testing.T) {
 	t.Parallel()
 	_, nodes := startRoom(t, 2)
 	for n := range 50 {
 		listener := nodes[0].dial(t)
-		line := fmt.Sprint("welcome ", n)
+		line := fmt.Sprint("hello ", n)
 		nodes[1].front.broadcast <- []byte(line)
 		listener.want(t, line)
 	}
@@ -367,7 +365,7 @@ func TestTellReachesAClientThroughTheFront(t *testing.T) {
 	conn.want(t, "for one client")
 }
 
-func TestRoomsOfOtherNamesAreOtherRooms(t *testing.T) {
+func TestSubjectsAreSeparateRooms(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t)
 	here, there := startNode(t, s.ClientURL(), "chat"), startNode(t, s.ClientURL(), "chat.other")
@@ -380,7 +378,7 @@ func TestRoomsOfOtherNamesAreOtherRooms(t *testing.T) {
 	alice.want(t, "still here")
 }
 
-func TestOneOrderOnANodeAndEachSendersOrderEverywhere(t *testing.T) {
+func TestOneOrderPerNodeAndPerSender(t *testing.T) {
 	t.Parallel()
 	const each = 100
 	_, nodes := startRoom(t, 3)
@@ -400,9 +398,9 @@ func TestOneOrderOnANodeAndEachSendersOrderEverywhere(t *testing.T) {
 		})
 		group.Go(func() {
 			for range len(clients) * each {
-				line, err := c.hear()
+				line, err := c.receive()
 				if err != nil {
-					t.Errorf("client %d heard %d lines and then %v", i, len(seen[i]), err)
+					t.Errorf("client %d received %d lines and then %v", i, len(seen[i]), err)
 					return
 				}
 				seen[i] = append(seen[i], line)
@@ -412,18 +410,18 @@ func TestOneOrderOnANodeAndEachSendersOrderEverywhere(t *testing.T) {
 	group.Wait()
 	for i := range clients {
 		if neighbour := i % len(nodes); !slices.Equal(seen[i], seen[neighbour]) {
-			t.Errorf("client %d heard %q, client %d of the same node heard %q", i, seen[i], neighbour, seen[neighbour])
+			t.Errorf("client %d received %q, client %d of the same node received %q", i, seen[i], neighbour, seen[neighbour])
 		}
 		for who := range clients {
 			who := fmt.Sprint(who)
 			if got, want := from(who, seen[i]), numbered(who, each); !slices.Equal(got, want) {
-				t.Errorf("client %d heard of client %s %q, want %q", i, who, got, want)
+				t.Errorf("client %d received from client %s %q, want %q", i, who, got, want)
 			}
 		}
 	}
 }
 
-func TestWhatIsSaidWhileNATSIsAwayIsDeliveredOnReturn(t *testing.T) {
+func TestMessagesQueuedDuringAnOutageAreDeliveredAfterReconnect(t *testing.T) {
 	const each = 100
 	t.Parallel()
 	s, nodes := startRoom(t, 3)
@@ -432,7 +430,7 @@ func TestWhatIsSaidWhileNATSIsAwayIsDeliveredOnReturn(t *testing.T) {
 		clients = append(clients, node.dial(t))
 	}
 	restart := stopNATS(t, s)
-	awaitNoNATS(t, nodes)
+	awaitDisconnect(t, nodes)
 	for i, c := range clients {
 		for _, line := range numbered(fmt.Sprint(i), each) {
 			c.send(t, line)
@@ -442,19 +440,19 @@ func TestWhatIsSaidWhileNATSIsAwayIsDeliveredOnReturn(t *testing.T) {
 	var group sync.WaitGroup
 	for i, c := range clients {
 		group.Go(func() {
-			var heard []string
+			var received []string
 			for range len(clients) * each {
-				line, err := c.hear()
+				line, err := c.receive()
 				if err != nil {
-					t.Errorf("client %d heard %d lines and then %v", i, len(heard), err)
+					t.Errorf("client %d received %d lines and then %v", i, len(received), err)
 					return
 				}
-				heard = append(heard, line)
+				received = append(received, line)
 			}
 			for who := range clients {
 				who := fmt.Sprint(who)
-				if got, want := from(who, heard), numbered(who, each); !slices.Equal(got, want) {
-					t.Errorf("client %d heard of client %s %q, want %q", i, who, got, want)
+				if got, want := from(who, received), numbered(who, each); !slices.Equal(got, want) {
+					t.Errorf("client %d received from client %s %q, want %q", i, who, got, want)
 				}
 			}
 		})
@@ -468,7 +466,7 @@ func TestWhatIsSaidWhileNATSIsAwayIsDeliveredOnReturn(t *testing.T) {
 	clients[1].want(t, "as before")
 }
 
-func TestNATSIsSoughtWithoutEndAlsoWhileItRefusesTheNode(t *testing.T) {
+func TestReconnectsHaveNoLimitAlsoWithoutAuthorization(t *testing.T) {
 	t.Parallel()
 	s, nodes := startRoom(t, 1)
 	listener := nodes[0].dial(t)
@@ -480,18 +478,17 @@ func TestNATSIsSoughtWithoutEndAlsoWhileItRefusesTheNode(t *testing.T) {
 	listener.send(t, "back again")
 	listener.want(t, "back again")
 	if got := nodes[0].nc.Opts.MaxReconnect; got >= 0 {
-		t.Errorf("nats.go makes %d attempts, want no end", got)
+		t.Errorf("nats.go makes at most %d attempts, want no limit", got)
 	}
 }
 
-func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
+func TestFullQueueDelaysSendersAndDropsNothing(t *testing.T) {
 	const total = outgoingSize + 1000
 	s, nodes := startRoom(t, 2)
 	near, far := nodes[0].dial(t), nodes[1].dial(t)
 	restart := stopNATS(t, s)
-	awaitNoNATS(t, nodes)
+	awaitDisconnect(t, nodes)
 
-	// What clients say goes to the front, one message after the other.
 	var taken atomic.Int64
 	want := numbered("flood", total)
 	go func() {
@@ -500,31 +497,31 @@ func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
 			taken.Add(1)
 		}
 	}()
-	waitUntilSlowed(t, &taken)
+	waitUntilDelayed(t, &taken)
 	if got, most := taken.Load(), int64(outgoingSize); got > most {
-		t.Errorf("%d messages wait, want at most %d", got, most)
+		t.Errorf("%d messages are queued, want at most %d", got, most)
 	}
 
-	// This one has to wait behind them, and is not cut.
-	near.send(t, "patient")
+	// The read loop of near blocks on this one, and its connection stays open.
+	near.send(t, "delayed")
 	restart()
 	var group sync.WaitGroup
 	for _, c := range []*client{near, far} {
 		group.Go(func() {
-			var heard []string
+			var received []string
 			for range total + 1 {
-				line, err := c.hear()
+				line, err := c.receive()
 				if err != nil {
-					t.Errorf("heard %d lines and then %v", len(heard), err)
+					t.Errorf("received %d lines and then %v", len(received), err)
 					return
 				}
-				heard = append(heard, line)
+				received = append(received, line)
 			}
-			if got := from("flood", heard); !slices.Equal(got, want) {
-				t.Errorf("heard %d of %d messages in their order", len(got), total)
+			if got := from("flood", received); !slices.Equal(got, want) {
+				t.Errorf("received %d of %d messages in order", len(got), total)
 			}
-			if !slices.Contains(heard, "patient") {
-				t.Error("did not hear the one that had to wait")
+			if !slices.Contains(received, "delayed") {
+				t.Error("did not receive the message that was delayed")
 			}
 		})
 	}
@@ -532,19 +529,19 @@ func TestFullOutboxSlowsSendersAndDropsNothing(t *testing.T) {
 	wantNothingLost(t, nodes)
 }
 
-func TestNobodyComesWhileTheOutboxIsFull(t *testing.T) {
+func TestNewClientsGet503WhileTheQueueIsFull(t *testing.T) {
 	t.Parallel()
 	s, nodes := startRoom(t, 1)
 	restart := stopNATS(t, s)
-	awaitNoNATS(t, nodes)
-	nodes[0].dial(t) // As long as there is room, anybody may come.
+	awaitDisconnect(t, nodes)
+	nodes[0].dial(t) // The queue is not full yet.
 	for range outgoingSize {
 		nodes[0].front.broadcast <- message
 	}
-	eventually(t, "the outgoing is full", nodes[0].full.Load)
+	eventually(t, "outgoing is full", nodes[0].full.Load)
 
-	// Whoever came, said something and went would leave a connection behind that
-	// waits for NATS.
+	// Otherwise each client that sends a message and disconnects would leave a connection
+	// behind, whose readPump waits for NATS.
 	for range 100 {
 		_, response, err := websocket.DefaultDialer.Dial(nodes[0].url, nil)
 		if response == nil || response.StatusCode != http.StatusServiceUnavailable {
@@ -552,11 +549,11 @@ func TestNobodyComesWhileTheOutboxIsFull(t *testing.T) {
 		}
 	}
 	restart()
-	eventually(t, "the outgoing has room", func() bool { return !nodes[0].full.Load() })
+	eventually(t, "outgoing has space", func() bool { return !nodes[0].full.Load() })
 	nodes[0].dial(t)
 }
 
-func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *testing.T) {
+func TestPongsAreDelayedOnlyForAClientWhoseMessageTheFullQueueDelays(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		hub := newHub()
@@ -565,7 +562,7 @@ func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *test
 		relay := &Relay{
 			hub:      hub,
 			front:    &front,
-			nc:       awayFromNATS(t),
+			nc:       disconnectedFromNATS(t),
 			sub:      new(nats.Subscription),
 			over:     make(chan struct{}),
 			log:      log.Default(),
@@ -582,75 +579,75 @@ func TestClientThatGivesUpOnPingsStaysUnlessAFullOutboxHoldsUpWhatItSays(t *test
 			front.broadcast <- message
 		}
 		start := time.Now()
-		quiet, held := pipes.dial(t), pipes.dial(t)
-		gaveUp := make(chan time.Duration, 2)
-		for _, c := range []*client{quiet, held} {
+		idle, delayed := pipes.dial(t), pipes.dial(t)
+		timedOut := make(chan time.Duration, 2)
+		for _, c := range []*client{idle, delayed} {
 			go func() {
 				c.ping(20*time.Second, 20*time.Second)
-				gaveUp <- time.Since(start)
+				timedOut <- time.Since(start)
 			}()
 		}
-		held.send(t, "held up")
+		delayed.send(t, "delayed")
 		time.Sleep(time.Hour)
-		if len(gaveUp) != 1 {
-			t.Fatalf("%d clients gave up, want the one that is held up", len(gaveUp))
+		if len(timedOut) != 1 {
+			t.Fatalf("%d clients timed out, want the one that is delayed", len(timedOut))
 		}
-		if got, want := <-gaveUp, 40*time.Second; got != want {
-			t.Errorf("a client gave up after %v, want the one held up after %v", got, want)
+		if got, want := <-timedOut, 40*time.Second; got != want {
+			t.Errorf("a client timed out after %v, want the delayed one after %v", got, want)
 		}
 
-		// It has left, but what it said has not.
-		quiet.Close()
-		<-gaveUp
+		// Its message stays queued after it has disconnected.
+		idle.Close()
+		<-timedOut
 		hub.stop()
 		relay.leave()
-		if got := string(relay.outgoing[len(relay.outgoing)-1]); got != "held up" {
-			t.Errorf("%q is the last one that waits, want what the client said", got)
+		if got := string(relay.outgoing[len(relay.outgoing)-1]); got != "delayed" {
+			t.Errorf("the last queued message is %q, want the client's", got)
 		}
 	})
 }
 
-func TestConnectionIsGivenUpOnlyIfNothingThatMayBeLateWaits(t *testing.T) {
+func TestNodeReconnectsOnlyWithoutAnEchoThatCouldBeLate(t *testing.T) {
 	t.Parallel()
 	nc, err := connect(natsServer(t).ClientURL(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer nc.Close()
-	const patient = int(answerWait / reportPeriod)
+	const limit = int(answerWait / reportPeriod)
 	tests := []struct {
-		name           string
-		settled        bool
-		silent         int
-		waiting        int
-		ready, givesUp bool
+		name              string
+		settled           bool
+		idleTicks         int
+		queued            int
+		ready, reconnects bool
 	}{
-		{"all is well", true, patient - 1, 0, true, false},
-		{"the hub is behind", true, patient, 1, false, false},
-		{"NATS has just come back", false, patient, 0, false, false},
-		{"nothing comes back", true, patient, 0, false, true},
+		{"echoes arrive", true, limit - 1, 0, true, false},
+		{"the hub is behind", true, limit, 1, false, false},
+		{"NATS has just reconnected", false, limit, 0, false, false},
+		{"no echo arrives", true, limit, 0, false, true},
 	}
 	for _, test := range tests {
 		before := nc.Stats().Reconnects
-		r := &Relay{nc: nc, incoming: make(chan *nats.Msg, 1), settled: test.settled, inRoom: test.settled, idleTicks: test.silent}
-		for range test.waiting {
+		r := &Relay{nc: nc, incoming: make(chan *nats.Msg, 1), settled: test.settled, inRoom: test.settled, idleTicks: test.idleTicks}
+		for range test.queued {
 			r.incoming <- new(nats.Msg)
 		}
 		r.check()
 		if got := r.ready.Load(); got != test.ready {
 			t.Errorf("%s: ready is %t, want %t", test.name, got, test.ready)
 		}
-		if got := nc.IsReconnecting() || nc.Stats().Reconnects > before; got != test.givesUp {
-			t.Errorf("%s: the connection is given up: %t, want %t", test.name, got, test.givesUp)
+		if got := nc.IsReconnecting() || nc.Stats().Reconnects > before; got != test.reconnects {
+			t.Errorf("%s: reconnects is %t, want %t", test.name, got, test.reconnects)
 		}
 	}
 }
 
-func TestNodeThatNobodyTalksOnStaysReady(t *testing.T) {
+func TestIdleNodeStaysReady(t *testing.T) {
 	t.Parallel()
 	_, nodes := startRoom(t, 1)
 	start := time.Now()
-	eventually(t, "longer than NATS may take to answer", func() bool {
+	eventually(t, "more than answerWait has passed", func() bool {
 		if !nodes[0].ready.Load() {
 			t.Fatalf("not ready after %v", time.Since(start))
 		}
@@ -658,8 +655,8 @@ func TestNodeThatNobodyTalksOnStaysReady(t *testing.T) {
 	})
 }
 
-// awayFromNATS returns a connection that seeks NATS in vain, and needs no network.
-func awayFromNATS(t testing.TB) *nats.Conn {
+// disconnectedFromNATS returns a connection that reconnects without end, and uses no network.
+func disconnectedFromNATS(t testing.TB) *nats.Conn {
 	t.Helper()
 	nc, err := nats.Connect("nats://192.0.2.1", nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1),
 		nats.ReconnectBufSize(-1), nats.SetCustomDialer(noNetwork{}))
@@ -669,23 +666,23 @@ func awayFromNATS(t testing.TB) *nats.Conn {
 	return nc
 }
 
-// noNetwork is a dialer that reaches nobody.
+// noNetwork is a dialer that always fails.
 type noNetwork struct{}
 
 func (noNetwork) Dial(_, _ string) (net.Conn, error) { return nil, errors.New("no network") }
 
-// ping pings every interval, as python's websockets does, and returns when the
-// answer takes longer than timeout, or the connection ends.
+// ping sends a ping every interval, as python's websockets does, and returns when the pong
+// takes longer than timeout, or the connection is closed.
 func (c *client) ping(interval, timeout time.Duration) {
 	pongs := make(chan string, 1)
 	c.SetPongHandler(func(string) error { pongs <- ""; return nil })
-	// A net.Pipe buffers nothing: if the reader wrote, both ends could write at once and read never.
+	// A net.Pipe has no buffer: if the reader wrote, both ends could block in a write.
 	c.SetPingHandler(func(data string) error {
 		go c.WriteControl(websocket.PongMessage, []byte(data), time.Now().Add(timeout))
 		return nil
 	})
 	c.SetReadDeadline(time.Time{})
-	go c.hear()
+	go c.receive()
 	defer c.Close()
 	for {
 		time.Sleep(interval)
@@ -699,7 +696,7 @@ func (c *client) ping(interval, timeout time.Duration) {
 	}
 }
 
-// A pipeListener accepts net.Pipes, for which a synctest bubble's clock runs.
+// A pipeListener accepts net.Pipes, which a synctest bubble can wait for.
 type pipeListener chan net.Conn
 
 func (l pipeListener) Accept() (net.Conn, error) {
@@ -727,42 +724,41 @@ func (l pipeListener) dial(t testing.TB) *client {
 	return &client{Conn: conn}
 }
 
-func TestMessagesOnTheirWayWhenTheConnectionBreaksAreCountedAndNotRepeated(t *testing.T) {
+func TestMessagesInFlightAtADisconnectAreCountedAndNotPublishedAgain(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t)
-	wire := newWire(t, s.Addr().String())
-	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
+	proxy := newProxy(t, s.Addr().String())
+	near := startNode(t, "nats://"+proxy.Addr().String(), "chat")
 	far := startNode(t, s.ClientURL(), "chat")
 	listener := far.dial(t)
 
-	// One that NATS never gets, and one that it gets without its answer getting back.
-	wire.cut(toNATS)
-	near.front.broadcast <- []byte("never arrives")
-	wire.wait(t, toNATS, "never arrives")
-	wire.mend()
+	// A message that does not reach NATS, and one whose echo does not reach the node.
+	proxy.cut(toNATS)
+	near.front.broadcast <- []byte("lost")
+	proxy.wait(t, toNATS, "lost")
+	proxy.restore()
 	near.log.wait(t, "1 × may have lost a message", 1)
-	wire.cut(fromNATS)
+	proxy.cut(fromNATS)
 	near.front.broadcast <- []byte("arrives")
 	listener.want(t, "arrives")
-	wire.mend()
+	proxy.restore()
 	near.log.wait(t, "1 × may have lost a message", 2)
 
 	near.front.broadcast <- []byte("end")
 	listener.want(t, "end")
 }
 
-// A wire leads to NATS. It can be cut without either end being told, in one
-// direction; it can be lengthened; and whoever locks blocked keeps it from
-// passing anything on.
-type wire struct {
+// A proxy forwards connections to NATS. It can lose data in one direction, while both ends
+// stay connected, and delay it. A test that locks blocked has it forward nothing.
+type proxy struct {
 	net.Listener
-	blocked [2]sync.RWMutex // by direction
-	mu      sync.Mutex
-	conns   []net.Conn
-	lost    [2]strings.Builder // by direction
-	isCut   [2]bool
-	latency time.Duration
-	hangUps int // of the next connections, once NATS has accepted them
+	blocked  [2]sync.RWMutex // by direction
+	mu       sync.Mutex
+	conns    []net.Conn
+	lost     [2]strings.Builder // by direction
+	isCut    [2]bool
+	latency  time.Duration
+	failures int // number of next connections to close once NATS has accepted them
 }
 
 const (
@@ -770,14 +766,14 @@ const (
 	fromNATS
 )
 
-func newWire(t testing.TB, address string) *wire {
+func newProxy(t testing.TB, address string) *proxy {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &wire{Listener: listener}
-	t.Cleanup(func() { listener.Close(); w.mend() })
+	w := &proxy{Listener: listener}
+	t.Cleanup(func() { listener.Close(); w.restore() })
 	go func() {
 		for {
 			near, err := listener.Accept()
@@ -789,19 +785,19 @@ func newWire(t testing.TB, address string) *wire {
 				near.Close()
 				continue
 			}
-			far.(*net.TCPConn).SetReadBuffer(64 << 10) // so that NATS soon notices what is not read
+			far.(*net.TCPConn).SetReadBuffer(64 << 10) // so that NATS soon notices a slow consumer
 			w.mu.Lock()
 			w.conns = append(w.conns, near, far)
 			w.mu.Unlock()
-			go w.lead(near, far, toNATS)
-			go w.lead(far, near, fromNATS)
+			go w.forward(near, far, toNATS)
+			go w.forward(far, near, fromNATS)
 		}
 	}()
 	return w
 }
 
-// lead copies from one end to the other, until one of them closes.
-func (w *wire) lead(from, to net.Conn, direction int) {
+// forward copies from one connection to the other, until one of them is closed.
+func (w *proxy) forward(from, to net.Conn, direction int) {
 	defer from.Close()
 	defer to.Close()
 	buffer := make([]byte, 64<<10)
@@ -812,9 +808,9 @@ func (w *wire) lead(from, to net.Conn, direction int) {
 		}
 		w.mu.Lock()
 		cut, latency := w.isCut[direction], w.latency
-		hangUp := w.hangUps > 0 && direction == fromNATS && bytes.Contains(buffer[:n], []byte("PONG"))
-		if hangUp {
-			w.hangUps--
+		fails := w.failures > 0 && direction == fromNATS && bytes.Contains(buffer[:n], []byte("PONG"))
+		if fails {
+			w.failures--
 		}
 		if cut {
 			w.lost[direction].Write(buffer[:n])
@@ -826,28 +822,28 @@ func (w *wire) lead(from, to net.Conn, direction int) {
 			to.Write(buffer[:n])
 			w.blocked[direction].RUnlock()
 		}
-		if hangUp {
+		if fails {
 			return
 		}
 	}
 }
 
-// cut loses what is sent in that direction from now on.
-func (w *wire) cut(direction int) {
+// cut loses data in that direction from now on.
+func (w *proxy) cut(direction int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.isCut[direction] = true
 }
 
-// lengthen has what is sent from now on take this long.
-func (w *wire) lengthen(latency time.Duration) {
+// delay delays data by latency from now on.
+func (w *proxy) delay(latency time.Duration) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.latency = latency
 }
 
 // wait waits until text has been lost in that direction.
-func (w *wire) wait(t testing.TB, direction int, text string) {
+func (w *proxy) wait(t testing.TB, direction int, text string) {
 	t.Helper()
 	eventually(t, text+" is lost", func() bool {
 		w.mu.Lock()
@@ -856,8 +852,8 @@ func (w *wire) wait(t testing.TB, direction int, text string) {
 	})
 }
 
-// mend breaks the connections that there are, and has new ones work.
-func (w *wire) mend() {
+// restore closes all connections, and forwards new ones.
+func (w *proxy) restore() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.isCut = [2]bool{}
@@ -867,143 +863,143 @@ func (w *wire) mend() {
 	w.conns = nil
 }
 
-func TestNodeSpeaksAMomentAfterNATSIsBack(t *testing.T) {
+func TestNodePublishesAfterSettleWait(t *testing.T) {
 	t.Parallel()
 	s, nodes := startRoom(t, 2)
 	listener := nodes[1].dial(t)
 	restart := stopNATS(t, s)
-	awaitNoNATS(t, nodes)
-	nodes[0].front.broadcast <- []byte("said while NATS was away")
+	awaitDisconnect(t, nodes)
+	nodes[0].front.broadcast <- []byte("sent during the outage")
 	restart()
 	nodes[0].log.wait(t, "reconnected to NATS", 1)
 	nodes[1].log.wait(t, "reconnected to NATS", 1)
 	back := time.Now()
-	listener.want(t, "said while NATS was away")
+	listener.want(t, "sent during the outage")
 	if waited := time.Since(back); waited < settleWait/2 {
-		t.Errorf("what was said while NATS was away came %v after it was back, want about %v", waited, settleWait)
+		t.Errorf("a queued message arrived %v after the reconnect, want about %v", waited, settleWait)
 	}
 
 	nodes[0].nc.ForceReconnect()
 	nodes[0].log.wait(t, "reconnected to NATS", 2)
 	back = time.Now()
-	eventually(t, "the moment is over", func() bool { return time.Since(back) > settleWait })
+	eventually(t, "settleWait has passed", func() bool { return time.Since(back) > settleWait })
 	before := time.Now()
-	nodes[0].front.broadcast <- []byte("said afterwards")
-	listener.want(t, "said afterwards")
+	nodes[0].front.broadcast <- []byte("sent afterwards")
+	listener.want(t, "sent afterwards")
 	if waited := time.Since(before); waited > settleWait/2 {
-		t.Errorf("what was said afterwards took %v, want no wait", waited)
+		t.Errorf("a message after settleWait took %v, want no delay", waited)
 	}
 }
 
-func TestWhatANodeMissesIsCountedOnceOthersSpeakAgain(t *testing.T) {
+func TestMissedMessagesAreCountedOnceOtherNodesPublishAgain(t *testing.T) {
 	const total = 12_000
 	s := natsWith(t, &server.Options{MaxPending: 1 << 20})
-	wire := newWire(t, s.Addr().String())
+	proxy := newProxy(t, s.Addr().String())
 	near := startNode(t, s.ClientURL(), "chat")
-	far := startNode(t, "nats://"+wire.Addr().String(), "chat")
+	far := startNode(t, "nats://"+proxy.Addr().String(), "chat")
 	listener := far.dial(t)
 	near.front.broadcast <- []byte("before")
 	listener.want(t, "before")
 
-	// The far one reads nothing until NATS cuts it off.
-	wire.blocked[fromNATS].Lock()
+	// The far node reads nothing until NATS disconnects it.
+	proxy.blocked[fromNATS].Lock()
 	for _, line := range numbered(strings.Repeat("x", maxMessageSize-10), total) {
 		near.front.broadcast <- []byte(line)
 	}
-	eventually(t, "NATS cuts the node off", func() bool { return s.NumSlowConsumers() > 0 })
-	wire.blocked[fromNATS].Unlock()
+	eventually(t, "NATS disconnects the node", func() bool { return s.NumSlowConsumers() > 0 })
+	proxy.blocked[fromNATS].Unlock()
 	far.log.wait(t, "messages of other nodes were missed meanwhile", 1)
 	near.front.broadcast <- []byte("end")
-	heard := listener.hearUntil(t, "end")
-	far.log.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total-len(heard)), 1)
+	received := listener.receiveUntil(t, "end")
+	far.log.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total-len(received)), 1)
 }
 
-func TestNATSThatDoesNotAnswerIsLeft(t *testing.T) {
+func TestHalfOpenConnectionToNATSIsDetected(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t)
-	wires := []*wire{newWire(t, s.Addr().String()), newWire(t, s.Addr().String())}
-	talking, silent := startNode(t, "nats://"+wires[0].Addr().String(), "chat"), startNode(t, "nats://"+wires[1].Addr().String(), "chat")
+	proxies := []*proxy{newProxy(t, s.Addr().String()), newProxy(t, s.Addr().String())}
+	sending, idle := startNode(t, "nats://"+proxies[0].Addr().String(), "chat"), startNode(t, "nats://"+proxies[1].Addr().String(), "chat")
 	listener := startNode(t, s.ClientURL(), "chat").dial(t)
-	for _, wire := range wires {
-		wire.cut(toNATS)
+	for _, proxy := range proxies {
+		proxy.cut(toNATS)
 	}
-	talking.front.broadcast <- []byte("never arrives")
-	for i, node := range []*node{talking, silent} {
+	sending.front.broadcast <- []byte("lost")
+	for i, node := range []*node{sending, idle} {
 		node.log.wait(t, "disconnected from NATS: "+nats.ErrTimeout.Error(), 1) // answerWait later
-		wires[i].mend()
+		proxies[i].restore()
 	}
-	talking.front.broadcast <- []byte("arrives")
+	sending.front.broadcast <- []byte("arrives")
 	listener.want(t, "arrives")
-	talking.log.wait(t, "1 × may have lost a message", 1)
+	sending.log.wait(t, "1 × may have lost a message", 1)
 }
 
-func TestNodesOnOneNATSClusterAreOneRoomThatOutlivesAServer(t *testing.T) {
+func TestRoomSurvivesTheFailoverOfANATSServer(t *testing.T) {
 	t.Parallel()
 	servers, _ := natsCluster(t, false)
 	var nodes []*node
 	var clients []*client
 	for _, s := range servers {
 		node := startNode(t, s.ClientURL(), "chat")
-		eventually(t, "the node knows all servers", func() bool { return len(node.nc.Servers()) == len(servers) })
+		eventually(t, "the node has the addresses of all servers", func() bool { return len(node.nc.Servers()) == len(servers) })
 		nodes = append(nodes, node)
 		clients = append(clients, node.dial(t))
 	}
-	everybodyHears := func(line string) {
+	wantAtAll := func(line string) {
 		t.Helper()
 		clients[0].send(t, line)
 		for _, c := range clients {
 			c.want(t, line)
 		}
 	}
-	everybodyHears("hello")
+	wantAtAll("hello")
 	stopNATS(t, servers[0])
 	nodes[0].log.wait(t, "reconnected to NATS", 1)
-	everybodyHears("still here")
+	wantAtAll("still here")
 }
 
-func TestNodeThatIsNewAtANATSClusterMissesNothing(t *testing.T) {
+func TestNewNodeOfANATSClusterMissesNothing(t *testing.T) {
 	t.Parallel()
-	servers, wires := natsCluster(t, true)
+	servers, proxies := natsCluster(t, true)
 	old := []*node{startNode(t, servers[0].ClientURL(), "chat"), startNode(t, servers[1].ClientURL(), "chat")}
 
-	// Farther away than the servers of a cluster should be.
-	for _, wire := range wires {
-		wire.lengthen(50 * time.Millisecond)
+	// More latency than the servers of a cluster should have.
+	for _, proxy := range proxies {
+		proxy.delay(50 * time.Millisecond)
 	}
 	listener := startNode(t, servers[2].ClientURL(), "chat").dial(t)
-	for n, speaker := range old {
-		line := fmt.Sprint("welcome from ", n)
-		speaker.front.broadcast <- []byte(line)
+	for n, sender := range old {
+		line := fmt.Sprint("hello from ", n)
+		sender.front.broadcast <- []byte(line)
 		listener.want(t, line)
 	}
 }
 
-// natsCluster starts three NATS servers that are a cluster. If it is wired, there
-// are wires from the last one to the others, and no other way.
-func natsCluster(t testing.TB, wired bool) (servers []*server.Server, wires []*wire) {
+// natsCluster starts a cluster of three NATS servers. If proxied, the last one is connected to
+// the others through the proxies only.
+func natsCluster(t testing.TB, proxied bool) (servers []*server.Server, proxies []*proxy) {
 	t.Helper()
 	var routes []string
 	for n := range 3 {
-		cluster := server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT, NoAdvertise: wired}
-		if wired && n == 2 {
-			cluster.Advertise = "127.0.0.1:1" // so that the others do not connect to it themselves
+		cluster := server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT, NoAdvertise: proxied}
+		if proxied && n == 2 {
+			cluster.Advertise = "127.0.0.1:1" // so that the others do not connect to it
 		}
 		s := natsWith(t, &server.Options{Cluster: cluster, Routes: server.RoutesFromStr(strings.Join(routes, ","))})
 		servers = append(servers, s)
 		routes = append(routes, "nats://"+s.ClusterAddr().String())
-		if wired && n == 1 {
+		if proxied && n == 1 {
 			for i, other := range servers {
-				wires = append(wires, newWire(t, other.ClusterAddr().String()))
-				routes[i] = "nats://" + wires[i].Addr().String()
+				proxies = append(proxies, newProxy(t, other.ClusterAddr().String()))
+				routes[i] = "nats://" + proxies[i].Addr().String()
 			}
 		}
 	}
 	eventually(t, "a cluster", func() bool {
 		return !slices.ContainsFunc(servers, func(s *server.Server) bool {
-			return s.NumRoutes() < 2*(server.DEFAULT_ROUTE_POOL_SIZE+1) // one more, for the servers themselves
+			return s.NumRoutes() < 2*(server.DEFAULT_ROUTE_POOL_SIZE+1) // one more for the system account
 		})
 	})
-	return servers, wires
+	return servers, proxies
 }
 
 // natsWith starts a NATS server with these options, on a loopback port, until the
@@ -1027,139 +1023,139 @@ func natsWith(t testing.TB, options *server.Options) *server.Server {
 	return s
 }
 
-func TestShutdownTakesWhatClientsSaidToNATSFirst(t *testing.T) {
+func TestShutdownPublishesTheQueueFirst(t *testing.T) {
 	const total = outgoingSize
 	_, nodes := startRoom(t, 2)
-	leaver, listener := nodes[0].dial(t), nodes[1].dial(t)
-	want := numbered("last words", total)
+	client, listener := nodes[0].dial(t), nodes[1].dial(t)
+	want := numbered("queued", total)
 	for _, line := range want {
 		nodes[0].front.broadcast <- []byte(line)
 	}
 	var group sync.WaitGroup
-	group.Go(func() { leaver.wantClose(t, websocket.CloseGoingAway) }) // at once, with publish still at it
+	group.Go(func() { client.wantClose(t, websocket.CloseGoingAway) }) // at once, while the relay still publishes
 	nodes[0].stop()
 	group.Wait()
 	listener.want(t, want...)
 	wantNothingLost(t, nodes)
 }
 
-func TestShutdownWaitsForWhatIsOnTheWay(t *testing.T) {
+func TestShutdownWaitsForMessagesInFlight(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t)
-	wire := newWire(t, s.Addr().String())
-	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
+	proxy := newProxy(t, s.Addr().String())
+	near := startNode(t, "nats://"+proxy.Addr().String(), "chat")
 	listener := startNode(t, s.ClientURL(), "chat").dial(t)
-	wire.lengthen(200 * time.Millisecond)
-	near.front.broadcast <- []byte("last words")
+	proxy.delay(200 * time.Millisecond)
+	near.front.broadcast <- []byte("in flight")
 	near.stop()
-	listener.want(t, "last words")
+	listener.want(t, "in flight")
 	wantNothingLost(t, []*node{near})
 }
 
-func TestShutdownWaitsForNATSToComeBack(t *testing.T) {
+func TestShutdownWaitsForTheReconnect(t *testing.T) {
 	t.Parallel()
 	s, nodes := startRoom(t, 2)
-	leaver, listener := nodes[0].dial(t), nodes[1].dial(t)
+	client, listener := nodes[0].dial(t), nodes[1].dial(t)
 	restart := stopNATS(t, s)
-	awaitNoNATS(t, nodes)
-	want := numbered("last words", 100)
+	awaitDisconnect(t, nodes)
+	want := numbered("queued", 100)
 	for _, line := range want {
 		nodes[0].front.broadcast <- []byte(line)
 	}
 	go nodes[0].stop()
-	leaver.wantClose(t, websocket.CloseGoingAway)
+	client.wantClose(t, websocket.CloseGoingAway)
 	restart()
 	listener.want(t, want...)
 	nodes[0].stop()
 }
 
-func TestShutdownWithoutNATSLetsSendersGoAndLogsHowMuchIsLost(t *testing.T) {
+func TestShutdownDuringAnOutageDisconnectsSendersAndLogsTheLoss(t *testing.T) {
 	t.Parallel()
 	s, nodes := startRoom(t, 1)
-	leaver := nodes[0].dial(t)
+	client := nodes[0].dial(t)
 	stopNATS(t, s)
-	awaitNoNATS(t, nodes)
+	awaitDisconnect(t, nodes)
 	var taken atomic.Int64
 	var group sync.WaitGroup
 	group.Go(func() {
 		for range 2*outgoingSize + 1 {
-			nodes[0].front.broadcast <- []byte("nobody hears this")
+			nodes[0].front.broadcast <- []byte("lost")
 			taken.Add(1)
 		}
 	})
-	waitUntilSlowed(t, &taken)
-	leaver.send(t, "nor this")
+	waitUntilDelayed(t, &taken)
+	client.send(t, "lost, too")
 	stopping := time.Now()
 	nodes[0].stop()
 	if took := time.Since(stopping); took > drainWait+shutdownWait {
-		t.Errorf("it took %v to stop, as somebody was left behind", took)
+		t.Errorf("the node took %v to stop, want all clients disconnected", took)
 	}
-	leaver.wantClose(t, websocket.CloseGoingAway)
+	client.wantClose(t, websocket.CloseGoingAway)
 	group.Wait()
 	got := nodes[0].log.String()
 	lost := int(taken.Load())
 	want := fmt.Sprintf("%d × lost a message: NATS had not accepted it when this node stopped", lost)
-	withLeavers := fmt.Sprintf("%d × lost a message: NATS had not accepted it when this node stopped", lost+1) // if it was read before the end
-	if !strings.Contains(got, want) && !strings.Contains(got, withLeavers) {
+	withOneMore := fmt.Sprintf("%d × lost a message: NATS had not accepted it when this node stopped", lost+1) // if readPump had read it
+	if !strings.Contains(got, want) && !strings.Contains(got, withOneMore) {
 		t.Errorf("log is %q, want %q or one more in it", got, want)
 	}
 }
 
-// waitUntilSlowed waits until the front takes no more, as its outgoing is full.
-func waitUntilSlowed(t testing.TB, taken *atomic.Int64) {
+// waitUntilDelayed waits until the front receives no more messages, as outgoing is full.
+func waitUntilDelayed(t testing.TB, taken *atomic.Int64) {
 	t.Helper()
 	before := int64(-1)
-	eventually(t, "a full outgoing slows senders", func() bool {
+	eventually(t, "the full queue delays senders", func() bool {
 		time.Sleep(50 * time.Millisecond)
 		now := taken.Load()
-		slowed := now >= outgoingSize && now == before
+		delayed := now >= outgoingSize && now == before
 		before = now
-		return slowed
+		return delayed
 	})
 }
 
-func TestRollingRestartLosesNothingForAClientOfTheOtherNode(t *testing.T) {
+func TestRollingUpdateLosesNothingForClientsOfTheOtherNode(t *testing.T) {
 	t.Parallel()
 	s, nodes := startRoom(t, 2)
 	for round := range 2 {
-		leaving, staying := nodes[round%2], nodes[(round+1)%2]
-		who := fmt.Sprint("talker", round)
+		stopping, staying := nodes[round%2], nodes[(round+1)%2]
+		who := fmt.Sprint("sender", round)
 		listener := staying.dial(t)
 
-		// One talks on the node that is about to leave, until it is sent away.
-		talker := leaving.dial(t)
+		// A client sends to the node that is about to stop, until it is disconnected.
+		sender := stopping.dial(t)
 		var group sync.WaitGroup
 		group.Go(func() {
-			for n := 0; talker.WriteMessage(websocket.TextMessage, fmt.Appendf(nil, "%s %d", who, n)) == nil; n++ {
+			for n := 0; sender.WriteMessage(websocket.TextMessage, fmt.Appendf(nil, "%s %d", who, n)) == nil; n++ {
 			}
 		})
 		var echoed []string
 		for range 200 {
-			line, err := talker.hear()
+			line, err := sender.receive()
 			if err != nil {
 				t.Fatal(err)
 			}
 			echoed = append(echoed, line)
 		}
-		group.Go(leaving.stop)
-		echoed = append(echoed, talker.wantClose(t, websocket.CloseGoingAway)...)
+		group.Go(stopping.stop)
+		echoed = append(echoed, sender.wantClose(t, websocket.CloseGoingAway)...)
 		group.Wait()
 		nodes[round%2] = startNode(t, s.ClientURL(), "chat")
 		again := nodes[round%2].dial(t)
 		again.send(t, "back")
 		again.want(t, "back")
 
-		heard := from(who, listener.hearUntil(t, "back"))
-		if want := numbered(who, len(heard)); !slices.Equal(heard, want) {
-			t.Errorf("heard %q, want no gap", heard)
+		received := from(who, listener.receiveUntil(t, "back"))
+		if want := numbered(who, len(received)); !slices.Equal(received, want) {
+			t.Errorf("received %q, want no gap", received)
 		}
-		if len(heard) < len(echoed) {
-			t.Errorf("the other node heard %d messages, the one that left %d", len(heard), len(echoed))
+		if len(received) < len(echoed) {
+			t.Errorf("the client of the other node received %d messages, the one that was disconnected %d", len(received), len(echoed))
 		}
 	}
 }
 
-func TestFloodOnOneNodeDropsNobodyOnAnother(t *testing.T) {
+func TestFloodOnOneNodeDropsNoClientOfAnother(t *testing.T) {
 	const total = 30_000
 	_, nodes := startRoom(t, 2)
 	want := numbered("flood", total)
@@ -1173,11 +1169,11 @@ func TestFloodOnOneNodeDropsNobodyOnAnother(t *testing.T) {
 		for range 5 {
 			c := node.dial(t)
 			group.Go(func() {
-				heard := 0
-				for last := ""; last != want[total-1]; heard++ {
+				received := 0
+				for last := ""; last != want[total-1]; received++ {
 					var err error
-					if last, err = c.hear(); err != nil {
-						t.Errorf("after %d lines got %v", heard, err)
+					if last, err = c.receive(); err != nil {
+						t.Errorf("after %d lines got %v", received, err)
 						return
 					}
 				}
@@ -1188,84 +1184,83 @@ func TestFloodOnOneNodeDropsNobodyOnAnother(t *testing.T) {
 	wantNothingLost(t, nodes)
 }
 
-func TestNATSThatGoesAgainAtOnceIsNotBack(t *testing.T) {
+func TestConnectionThatBreaksAtOnceIsNoReconnect(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t)
-	wire := newWire(t, s.Addr().String())
-	node := startNode(t, "nats://"+wire.Addr().String(), "chat")
+	proxy := newProxy(t, s.Addr().String())
+	node := startNode(t, "nats://"+proxy.Addr().String(), "chat")
 	c := node.dial(t)
-	const hangUps = 3
-	wire.mu.Lock()
-	wire.hangUps = hangUps
-	wire.mu.Unlock()
-	wire.mend()
+	const failures = 3
+	proxy.mu.Lock()
+	proxy.failures = failures
+	proxy.mu.Unlock()
+	proxy.restore()
 	node.log.wait(t, "reconnected to NATS: 127.0.0.1:", 1)
 	c.send(t, "hello")
 	c.want(t, "hello")
-	if got := node.nc.Stats().Reconnects; got < hangUps+1 {
-		t.Errorf("connected %d times, want %d in vain and one that lasts", got, hangUps)
+	if got := node.nc.Stats().Reconnects; got < failures+1 {
+		t.Errorf("connected %d times, want %d that fail and one that lasts", got, failures)
 	}
 	log := node.log.String()
-	// The handler for the last one in vain may have waited until the one that lasts.
+	// The handler of the last failure may run as late as that of the connection that lasts.
 	if strings.Contains(log, "NATS: ;") || strings.Count(log, "reconnected to NATS") > 2 {
-		t.Errorf("log is %q, want that NATS is back, and where, only when it is", log)
+		t.Errorf("log is %q, want one reconnect, with an address", log)
 	}
 }
 
-func TestSendersWaitAlsoForWhatOthersSay(t *testing.T) {
+func TestSendersWaitWhileTheHubIsBehind(t *testing.T) {
 	const others = incomingSize / 2
 	s := natsServer(t)
 	relay, _ := joinWithoutHub(t, s.ClientURL())
-	nc := otherSoftware(t, s)
+	nc := otherPublisher(t, s)
 	for _, line := range numbered("theirs", others) {
 		nc.Publish("chat", []byte(line))
 	}
 	nc.Flush()
-	awaitAll(t, relay) // are in the incoming
+	awaitAll(t, relay) // They are in incoming.
 
 	taken := 0
-	for heard := 0; heard < others/2; {
+	for received := 0; received < others/2; {
 		select {
 		case relay.front.broadcast <- message:
 			taken++
 		case line := <-relay.hub.broadcast:
-			if want := fmt.Sprint("theirs ", heard); string(line) != want {
-				t.Fatalf("the hub is told %q, want %q", line, want)
+			if want := fmt.Sprint("theirs ", received); string(line) != want {
+				t.Fatalf("the hub receives %q, want %q", line, want)
 			}
-			heard++
+			received++
 		}
 	}
-	if taken != 2 { // one that is said, and one that waits
-		t.Errorf("%d messages were taken while more than the window's waited for the hub, want 2", taken)
+	if taken != 2 { // one is published, and one waits for the window
+		t.Errorf("the relay took %d messages while more than the window were queued for the hub, want 2", taken)
 	}
 }
 
-func TestWindowIsForWhatHasNotComeBack(t *testing.T) {
+func TestWindowLimitsMessagesInFlight(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t)
-	wire := newWire(t, s.Addr().String())
-	near := startNode(t, "nats://"+wire.Addr().String(), "chat")
+	proxy := newProxy(t, s.Addr().String())
+	near := startNode(t, "nats://"+proxy.Addr().String(), "chat")
 	listener := startNode(t, s.ClientURL(), "chat").dial(t)
-	wire.cut(fromNATS)
-	lines := numbered("said", 2*maxInFlight)
+	proxy.cut(fromNATS)
+	lines := numbered("sent", 2*maxInFlight)
 	for _, line := range lines[:maxInFlight+1] {
 		near.front.broadcast <- []byte(line)
 	}
 	listener.want(t, lines[:maxInFlight]...)
 	select {
 	case near.front.broadcast <- []byte("more"):
-		t.Error("a message is taken that goes beyond the window and the one that waits for it")
+		t.Error("the relay took a message beyond the window and the one that waits for it")
 	case <-time.After(reportPeriod):
 	}
 
-	// Those that have arrived are not said again.
-	wire.mend()
+	// Messages that were in flight are not published again.
+	proxy.restore()
 	near.log.wait(t, fmt.Sprintf("%d × may have lost a message", maxInFlight), 1)
 	listener.want(t, lines[maxInFlight])
 }
 
-// joinWithoutHub returns a relay whose hub does not run, so that it takes
-// nothing, until the test ends.
+// joinWithoutHub returns a relay whose hub does not run, and so receives nothing.
 func joinWithoutHub(t *testing.T, url string) (*Relay, *logBook) {
 	t.Helper()
 	relay, book := startRelay(t, url, "chat")
@@ -1273,17 +1268,17 @@ func joinWithoutHub(t *testing.T, url string) (*Relay, *logBook) {
 	return relay, book
 }
 
-// awaitAll waits until relay has received all that NATS has got so far.
+// awaitAll waits until relay has received all messages that NATS has.
 func awaitAll(t testing.TB, relay *Relay) {
 	t.Helper()
 	relay.nc.Flush()
-	eventually(t, "all is received", func() bool {
+	eventually(t, "all messages are received", func() bool {
 		waiting, _, _ := relay.sub.Pending()
 		return waiting == 0
 	})
 }
 
-func TestWhatANodeIsTooSlowForIsCountedInTheLog(t *testing.T) {
+func TestSlowConsumerIsCountedInTheLog(t *testing.T) {
 	const total = incomingSize + 1000
 	s := natsServer(t)
 	slow, book := joinWithoutHub(t, s.ClientURL())
@@ -1295,8 +1290,8 @@ func TestWhatANodeIsTooSlowForIsCountedInTheLog(t *testing.T) {
 			fast.front.broadcast <- []byte(line)
 		}
 	}()
-	listener.hearUntil(t, lines[total-1])
-	awaitAll(t, slow) // have come, or been dropped
+	listener.receiveUntil(t, lines[total-1])
+	awaitAll(t, slow) // They are received, or dropped.
 	slow.mu.Lock()
 	dropped := slow.problems["lost a message from NATS: slow consumer, the hub is behind"]
 	slow.mu.Unlock()
@@ -1304,50 +1299,50 @@ func TestWhatANodeIsTooSlowForIsCountedInTheLog(t *testing.T) {
 		t.Fatal("nothing was dropped")
 	}
 
-	// Now its hub begins to take what it is told.
-	const some = 100 // after which there is room for what else is said
+	// Now the hub receives again.
+	const some = 100 // so that incoming has space for the next messages
 	for _, line := range lines[:some] {
 		if got := string(<-slow.hub.broadcast); got != line {
-			t.Fatalf("the hub is told %q, want %q", got, line)
+			t.Fatalf("the hub receives %q, want %q", got, line)
 		}
 	}
 	fast.front.broadcast <- []byte("end")
-	heard := some
-	for line := ""; line != "end"; heard++ {
+	received := some
+	for line := ""; line != "end"; received++ {
 		line = string(<-slow.hub.broadcast)
 	}
 	book.wait(t, fmt.Sprintf("NATS: %d × lost a message from NATS: slow consumer, the hub is behind\n", dropped), 1)
-	book.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total+1-heard), 1)
+	book.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total+1-received), 1)
 }
 
-func TestMessageThatComesAfterLaterOnesIsOldAndNoGap(t *testing.T) {
-	const hello = ""
+func TestLateMessageIsDiscardedAndNoGap(t *testing.T) {
+	const probe = ""
 	tests := []struct {
 		name, node string
 		said       int
 		text       string
-		fresh      bool
+		isNew      bool
 		missed     uint64
 	}{
-		{"the first of a node that has said much", "a", 7, "seven", true, 0},
-		{"the next", "a", 8, "eight", true, 0},
-		{"the same once more", "a", 8, "eight", false, 0},
-		{"hello", "a", 9, hello, true, 0},
-		{"after hello", "a", 9, "nine", true, 0},
+		{"the first message of a node that has published many", "a", 7, "seven", true, 0},
+		{"the next message", "a", 8, "eight", true, 0},
+		{"the same again", "a", 8, "eight", false, 0},
+		{"a probe", "a", 9, probe, true, 0},
+		{"after the probe", "a", 9, "nine", true, 0},
 		{"two are missing", "a", 12, "twelve", true, 2},
 		{"one of the two, late", "a", 10, "ten", false, 0},
-		{"hello, late", "a", 8, hello, false, 0},
-		{"an old one does not set the count back", "a", 13, "thirteen", true, 0},
-		{"hello tells of one that is missing", "a", 15, hello, true, 1},
-		{"that one, late", "a", 14, "fourteen", false, 0},
-		{"of another node, which has said little", "b", 0, "zero", true, 0},
-		{"and the one after it", "b", 1, "one", true, 0},
+		{"a late probe", "a", 8, probe, false, 0},
+		{"a late message does not reset the number", "a", 13, "thirteen", true, 0},
+		{"a probe after a missing message", "a", 15, probe, true, 1},
+		{"the missing message, late", "a", 14, "fourteen", false, 0},
+		{"the first message of another node", "b", 0, "zero", true, 0},
+		{"its next message", "b", 1, "one", true, 0},
 	}
 	relay := countingRelay()
 	for _, test := range tests {
 		message := &nats.Msg{Header: numberedBy(test.node, test.said), Data: []byte(test.text)}
-		if got := relay.count(message); got != test.fresh {
-			t.Errorf("%s: new is %t, want %t", test.name, got, test.fresh)
+		if got := relay.count(message); got != test.isNew {
+			t.Errorf("%s: new is %t, want %t", test.name, got, test.isNew)
 		}
 		if got := relay.problems["missed a message"]; got != test.missed {
 			t.Errorf("%s: %d missed, want %d", test.name, got, test.missed)
@@ -1356,34 +1351,34 @@ func TestMessageThatComesAfterLaterOnesIsOldAndNoGap(t *testing.T) {
 	}
 }
 
-// countingRelay returns a relay that can count messages, and do nothing else.
+// countingRelay returns a relay that can only count messages.
 func countingRelay() *Relay {
 	return &Relay{name: "mine", seen: make(map[string]uint64), problems: make(map[string]uint64)}
 }
 
-// numberedBy returns the header of a message of node, which had said as many before.
+// numberedBy returns the headers of a message of node, which has published that many before.
 func numberedBy(node string, said any) nats.Header {
 	return nats.Header{"Node": {node}, "Said": {fmt.Sprint(said)}}
 }
 
-func TestWhatANATSServerKeptBackIsNotDeliveredLate(t *testing.T) {
+func TestMessagesDelayedByANATSServerAreDiscarded(t *testing.T) {
 	t.Parallel()
-	const kept = 100
-	servers, wires := natsCluster(t, true)
+	const held = 100
+	servers, proxies := natsCluster(t, true)
 	near, far := startNode(t, servers[2].ClientURL(), "chat"), startNode(t, servers[0].ClientURL(), "chat")
-	talker, listener := near.dial(t), far.dial(t)
-	talker.send(t, "before")
+	sender, listener := near.dial(t), far.dial(t)
+	sender.send(t, "before")
 	listener.want(t, "before")
-	talker.want(t, "before")
+	sender.want(t, "before")
 
-	// Their NATS servers do not reach each other until near has changed to far's.
-	for _, wire := range wires {
-		wire.blocked[fromNATS].Lock()
-		wire.blocked[toNATS].Lock()
+	// Their NATS servers are partitioned until near has reconnected to far's.
+	for _, proxy := range proxies {
+		proxy.blocked[fromNATS].Lock()
+		proxy.blocked[toNATS].Lock()
 	}
-	for _, line := range numbered("kept back", kept) {
+	for _, line := range numbered("delayed", held) {
 		near.front.broadcast <- []byte(line)
-		talker.want(t, line)
+		sender.want(t, line)
 	}
 	near.nc.SetServerPool([]string{servers[0].ClientURL()})
 	near.nc.ForceReconnect()
@@ -1392,21 +1387,21 @@ func TestWhatANATSServerKeptBackIsNotDeliveredLate(t *testing.T) {
 	listener.want(t, "afterwards")
 
 	received := far.nc.Stats().InMsgs
-	for _, wire := range wires {
-		wire.blocked[fromNATS].Unlock()
-		wire.blocked[toNATS].Unlock()
+	for _, proxy := range proxies {
+		proxy.blocked[fromNATS].Unlock()
+		proxy.blocked[toNATS].Unlock()
 	}
-	eventually(t, "what was kept back has come", func() bool { return far.nc.Stats().InMsgs >= received+kept })
+	eventually(t, "the delayed messages arrive", func() bool { return far.nc.Stats().InMsgs >= received+held })
 	near.front.broadcast <- []byte("end")
 	listener.want(t, "end")
 	far.stop()
-	want := fmt.Sprintf("NATS: %d × missed a message\n", kept)
+	want := fmt.Sprintf("NATS: %d × missed a message\n", held)
 	if got := far.log.String(); !strings.Contains(got, want) || strings.Count(got, "missed a message") != 1 {
 		t.Errorf("log is %q, want %q in it, and no other message missed", got, want)
 	}
 }
 
-func TestOtherSoftwareCannotMakeTheNodeCountWithoutEnd(t *testing.T) {
+func TestOtherPublishersCannotExhaustTheNodesMemory(t *testing.T) {
 	relay := countingRelay()
 	relay.published = 1
 	relay.count(&nats.Msg{Header: numberedBy(relay.name, 0), Data: message})
@@ -1417,7 +1412,7 @@ func TestOtherSoftwareCannotMakeTheNodeCountWithoutEnd(t *testing.T) {
 		t.Errorf("remembers %d nodes, want at most %d and itself", got, maxNodes)
 	}
 	if got := relay.inFlight(); got != 0 {
-		t.Errorf("%d of its own messages are on their way, want none", got)
+		t.Errorf("%d of its own messages are in flight, want none", got)
 	}
 	clear(relay.seen)
 	for _, said := range []string{"", "1 2", "-1", "1.5", "99999999999999999999", "x"} {
@@ -1430,32 +1425,32 @@ func TestOtherSoftwareCannotMakeTheNodeCountWithoutEnd(t *testing.T) {
 	}
 }
 
-func TestNodeInWhoseNameSomebodyElseSpeaksIsHeard(t *testing.T) {
+func TestNodeWhoseNameAnotherPublisherUsesIsStillReceived(t *testing.T) {
 	t.Parallel()
 	s, nodes := startRoom(t, 2)
 	near, listener := nodes[0], nodes[1].dial(t)
-	nc := otherSoftware(t, s)
-	overheard, err := nc.SubscribeSync("chat")
+	nc := otherPublisher(t, s)
+	subscription, err := nc.SubscribeSync("chat")
 	if err != nil {
 		t.Fatal(err)
 	}
 	nc.Flush()
 	tests := []struct {
 		name string
-		said func(said uint64) uint64 // after near has said as much
+		said func(said uint64) uint64 // after near has published as many
 		text string
 	}{
 		{"a jump", func(uint64) uint64 { return 100 }, ""},
-		{"a jump of a line", func(uint64) uint64 { return 100 }, "forged"},
+		{"a jump with a message", func(uint64) uint64 { return 100 }, "forged"},
 		{"the largest", func(uint64) uint64 { return 1<<40 - 1 }, ""},
-		{"the next line of a twin, or a bot's answer to hello", func(said uint64) uint64 { return said }, "forged"},
+		{"the next message of a twin, or a bot's answer to a probe", func(said uint64) uint64 { return said }, "forged"},
 	}
 	for n, test := range tests {
 		near.front.broadcast <- []byte("listen")
 		listener.want(t, "listen")
-		message, err := overheard.NextMsg(patience)
+		message, err := subscription.NextMsg(patience)
 		for err == nil && string(message.Data) != "listen" {
-			message, err = overheard.NextMsg(patience)
+			message, err = subscription.NextMsg(patience)
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -1465,7 +1460,7 @@ func TestNodeInWhoseNameSomebodyElseSpeaksIsHeard(t *testing.T) {
 		message.Data = []byte(test.text)
 		nc.PublishMsg(message)
 		if test.text != "" {
-			listener.want(t, test.text) // Anybody may say a line.
+			listener.want(t, test.text) // Any publisher may send a message.
 		}
 		near.log.wait(t, "1 × took another name", n+1)
 		lines := numbered(test.name, 2*maxInFlight)
@@ -1480,7 +1475,7 @@ func TestNodeInWhoseNameSomebodyElseSpeaksIsHeard(t *testing.T) {
 	wantNothingLost(t, []*node{near})
 }
 
-func TestMadeUpNumbersStayReadableInTheLog(t *testing.T) {
+func TestForgedNumbersStayReadableInTheLog(t *testing.T) {
 	relay := countingRelay()
 	var logged logBook
 	relay.log = log.New(&logged, "", 0)
@@ -1495,34 +1490,34 @@ func TestMadeUpNumbersStayReadableInTheLog(t *testing.T) {
 	}
 }
 
-func TestWhatIsOnItsWayWhenTheNameChangesIsCounted(t *testing.T) {
+func TestMessagesInFlightWhenTheNameChangesAreCounted(t *testing.T) {
 	relay := countingRelay()
 	relay.published, relay.seen["mine"] = 7, 4
 	relay.count(&nats.Msg{Header: numberedBy("mine", 100)})
 	if relay.name == "mine" || relay.inFlight() != 0 {
-		t.Errorf("name is %q with %d on their way, want another one with none", relay.name, relay.inFlight())
+		t.Errorf("name is %q with %d in flight, want another one with none", relay.name, relay.inFlight())
 	}
 	if got := relay.problems[notEchoed]; got != 3 {
 		t.Errorf("%d may be lost, want 3", got)
 	}
 
-	// They come back, as this node hears itself under its old name.
+	// The echoes of messages under the old name arrive.
 	for n := 4; n < 7; n++ {
 		if !relay.count(&nats.Msg{Header: numberedBy("mine", n), Data: message}) {
-			t.Errorf("its own number %d is old, want that its clients hear it", n)
+			t.Errorf("its own number %d is late, want that its clients receive it", n)
 		}
 	}
 	relay.published = 2
 	relay.count(&nats.Msg{Header: numberedBy(relay.name, 2)})
 	if got := relay.problems[notEchoed]; got != 5 {
-		t.Errorf("%d may be lost, want that the first two under the new name count, too", got)
+		t.Errorf("%d may be lost, want the first two under the new name as well", got)
 	}
 }
 
-func TestInboxIsBoundedInBytesAndLongMessagesTakeNoRoomInIt(t *testing.T) {
+func TestIncomingQueueIsBoundedInBytesAndHoldsNoLongMessages(t *testing.T) {
 	s := natsServer(t)
 	relay, book := joinWithoutHub(t, s.ClientURL())
-	nc := otherSoftware(t, s)
+	nc := otherPublisher(t, s)
 	memory := func() uint64 {
 		var m runtime.MemStats
 		runtime.GC()
@@ -1544,16 +1539,16 @@ func TestInboxIsBoundedInBytesAndLongMessagesTakeNoRoomInIt(t *testing.T) {
 	nc.Flush()
 	awaitAll(t, relay)
 	if got, most := memory()-before, uint64(16<<20); got > most {
-		t.Errorf("takes %d bytes, want at most %d", got, most)
+		t.Errorf("the relay takes %d bytes, want at most %d", got, most)
 	}
 	for _, want := range numbered("after them", lines) {
 		if got := string(<-relay.hub.broadcast); got != want {
-			t.Fatalf("the hub is told %q, want %q", got, want)
+			t.Fatalf("the hub receives %q, want %q", got, want)
 		}
 	}
-	eventually(t, "all that is refused is counted", func() bool {
+	eventually(t, "all refused messages are counted", func() bool {
 		total := 0
-		for line := range strings.Lines(book.String()) { // a report for each second
+		for line := range strings.Lines(book.String()) { // one report a second
 			var n int
 			if _, err := fmt.Sscanf(line, "NATS: %d × "+refused, &n); err == nil {
 				total += n
@@ -1563,8 +1558,8 @@ func TestInboxIsBoundedInBytesAndLongMessagesTakeNoRoomInIt(t *testing.T) {
 	})
 }
 
-// otherSoftware connects to s something that is no node, until the test ends.
-func otherSoftware(t *testing.T, s *server.Server) *nats.Conn {
+// otherPublisher returns a connection to s that is not a node.
+func otherPublisher(t *testing.T, s *server.Server) *nats.Conn {
 	t.Helper()
 	nc, err := nats.Connect(s.ClientURL())
 	if err != nil {
@@ -1574,7 +1569,7 @@ func otherSoftware(t *testing.T, s *server.Server) *nats.Conn {
 	return nc
 }
 
-func TestMessageFromOtherSoftwareIsCleanedOrRefused(t *testing.T) {
+func TestMessagesOfOtherPublishersAreCleanedOrRefused(t *testing.T) {
 	t.Parallel()
 	tests := []struct{ name, sent, want, logged string }{
 		{"several lines", "one\ntwo\r\nthree", "one two  three", "cleaned a message from NATS"},
@@ -1591,7 +1586,7 @@ func TestMessageFromOtherSoftwareIsCleanedOrRefused(t *testing.T) {
 			t.Parallel()
 			s, nodes := startRoom(t, 1)
 			listener := nodes[0].dial(t)
-			nc := otherSoftware(t, s)
+			nc := otherPublisher(t, s)
 			nc.Publish("chat", []byte(test.sent))
 			nc.Publish("chat", []byte("end"))
 			if test.want != "" {
@@ -1606,11 +1601,11 @@ func TestMessageFromOtherSoftwareIsCleanedOrRefused(t *testing.T) {
 	}
 }
 
-func TestOtherSoftwareCannotFillTheLog(t *testing.T) {
+func TestOtherPublishersCannotFillTheLog(t *testing.T) {
 	t.Parallel()
 	s, nodes := startRoom(t, 1)
 	listener := nodes[0].dial(t)
-	nc := otherSoftware(t, s)
+	nc := otherPublisher(t, s)
 	start := time.Now()
 	for range 1000 {
 		nc.Publish("chat", []byte("\xff"))
@@ -1624,8 +1619,8 @@ func TestOtherSoftwareCannotFillTheLog(t *testing.T) {
 	}
 }
 
-// guarded starts a NATS server with an account that may publish and subscribe on
-// chat only, messages of at most payload bytes, and returns its credentials' file.
+// guarded starts a NATS server with an account that can use the subject chat only, for
+// messages of at most payload bytes, and returns the file with its credentials.
 func guarded(t *testing.T, payload int64) (s *server.Server, file string) {
 	t.Helper()
 	key := func(pair nkeys.KeyPair, err error) (nkeys.KeyPair, string) {
@@ -1663,7 +1658,7 @@ func guarded(t *testing.T, payload int64) (s *server.Server, file string) {
 	return natsWith(t, &server.Options{TrustedKeys: []string{operatorKey}, AccountResolver: accounts}), file
 }
 
-func TestNodeDoesNotJoinWithAnAccountWhoseMessagesMustBeShort(t *testing.T) {
+func TestNodeDoesNotJoinIfItsAccountLimitsMessagesTooMuch(t *testing.T) {
 	t.Parallel()
 	s, file := guarded(t, payloadSize-1)
 	nc, err := connect(s.ClientURL(), file)
@@ -1677,14 +1672,14 @@ func TestNodeDoesNotJoinWithAnAccountWhoseMessagesMustBeShort(t *testing.T) {
 	}
 }
 
-func TestWhatNATSNoLongerAcceptsIsToldAndHoldsNothingUp(t *testing.T) {
+func TestMessageTooLongForNATSIsLoggedAndBlocksNoOthers(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t)
 	node := startNode(t, s.ClientURL(), "chat")
 	c := node.dial(t)
 	address := s.Addr().(*net.TCPAddr)
 	stopNATS(t, s)
-	eventually(t, "the node knows that NATS is away", node.nc.IsReconnecting)
+	eventually(t, "the node is disconnected", node.nc.IsReconnecting)
 	c.send(t, strings.Repeat("x", maxMessageSize))
 	c.send(t, "short")
 	natsWith(t, &server.Options{Port: address.Port, MaxPayload: maxMessageSize})
@@ -1694,7 +1689,7 @@ func TestWhatNATSNoLongerAcceptsIsToldAndHoldsNothingUp(t *testing.T) {
 	eventually(t, "the node is not ready", func() bool { return !node.ready.Load() })
 }
 
-func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
+func TestCredentialsAreForOneRoom(t *testing.T) {
 	t.Parallel()
 	s, file := guarded(t, payloadSize)
 	if _, err := connect(s.ClientURL(), ""); err == nil || !errors.Is(err, nats.ErrAuthorization) {
@@ -1705,7 +1700,7 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := join(newHub(), nc, "secrets", log.Default()); !errors.Is(err, nats.ErrPermissionViolation) {
-		t.Errorf("a room that the credentials are not for: got %v, want %v", err, nats.ErrPermissionViolation)
+		t.Errorf("another room: got %v, want %v", err, nats.ErrPermissionViolation)
 	}
 	nc.Close()
 	nc, err = connect(s.ClientURL(), file)
@@ -1719,19 +1714,18 @@ func TestCredentialsOpenTheRoomTheyAreFor(t *testing.T) {
 	relay.leave()
 }
 
-// allowed are options of a NATS server that lets everybody publish and subscribe
-// on these subjects only.
+// allowed returns the options of a NATS server that allows only these subjects.
 func allowed(publish, subscribe string) *server.Options {
 	return &server.Options{
-		NoAuthUser: "anybody",
-		Users: []*server.User{{Username: "anybody", Permissions: &server.Permissions{
+		NoAuthUser: "any",
+		Users: []*server.User{{Username: "any", Permissions: &server.Permissions{
 			Publish:   &server.SubjectPermission{Allow: []string{publish}},
 			Subscribe: &server.SubjectPermission{Allow: []string{subscribe}},
 		}}},
 	}
 }
 
-// reload has s go on with these options.
+// reload changes the options of s.
 func reload(t *testing.T, s *server.Server, options *server.Options) {
 	t.Helper()
 	options.Host, options.Port = "127.0.0.1", s.Addr().(*net.TCPAddr).Port
@@ -1741,21 +1735,21 @@ func reload(t *testing.T, s *server.Server, options *server.Options) {
 	}
 }
 
-func TestNodeThatWasNotAllowedToHearHearsAgain(t *testing.T) {
+func TestNodeReceivesAgainAfterItsPermissionReturns(t *testing.T) {
 	t.Parallel()
 	s := natsWith(t, allowed("chat", "chat"))
 	node := startNode(t, s.ClientURL(), "chat")
 	c := node.dial(t)
 	reload(t, s, allowed("chat", "nothing"))
 	node.log.wait(t, "permissions violation", 1)
-	reload(t, s, allowed("chat", "chat")) // of which NATS tells nobody
+	reload(t, s, allowed("chat", "chat")) // NATS does not notify the node.
 	eventually(t, "the node is not ready", func() bool { return !node.ready.Load() })
 	eventually(t, "the node is ready", node.ready.Load)
 	c.send(t, "hello")
 	c.want(t, "hello")
 }
 
-func TestWhatIsSaidWhileNATSDoesNotAllowItWaits(t *testing.T) {
+func TestMessagesWithoutPermissionAreQueued(t *testing.T) {
 	t.Parallel()
 	s := natsWith(t, allowed("chat", "chat"))
 	node := startNode(t, s.ClientURL(), "chat")
@@ -1769,7 +1763,7 @@ func TestWhatIsSaidWhileNATSDoesNotAllowItWaits(t *testing.T) {
 	eventually(t, "the node is ready", node.ready.Load)
 }
 
-func TestJoinReturnsWhyItCannot(t *testing.T) {
+func TestJoinReturnsTheReasonOfAFailure(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t)
 	small := natsWith(t, &server.Options{MaxPayload: maxMessageSize})
@@ -1802,8 +1796,7 @@ func TestJoinReturnsWhyItCannot(t *testing.T) {
 	}
 }
 
-// natsConfigured starts a NATS server with nats.conf, on loopback ports and with
-// these routes.
+// natsConfigured starts a NATS server with nats.conf, on loopback ports, and with routes.
 func natsConfigured(t *testing.T, routes string) *server.Server {
 	t.Helper()
 	t.Setenv("CHAT_PASSWORD", "hunter2")
@@ -1817,7 +1810,7 @@ func natsConfigured(t *testing.T, routes string) *server.Server {
 	return natsWith(t, options)
 }
 
-func TestNodesJoinServersWithTheNATSConfigurationAndNobodyElseDoes(t *testing.T) {
+func TestNATSConfigurationAdmitsNodesOnly(t *testing.T) {
 	first := natsConfigured(t, "")
 	second := natsConfigured(t, "nats://"+first.ClusterAddr().String())
 	eventually(t, "a cluster", func() bool {
@@ -1827,9 +1820,9 @@ func TestNodesJoinServersWithTheNATSConfigurationAndNobodyElseDoes(t *testing.T)
 		t.Error("JetStream is on, want it off")
 	}
 	url := func(s *server.Server) string { return "nats://chat:hunter2@" + s.Addr().String() }
-	speaker, listener := startNode(t, url(first), "chat"), startNode(t, url(second), "chat").dial(t)
+	sender, listener := startNode(t, url(first), "chat"), startNode(t, url(second), "chat").dial(t)
 	long := strings.Repeat("x", maxMessageSize)
-	speaker.front.broadcast <- []byte(long)
+	sender.front.broadcast <- []byte(long)
 	listener.want(t, long)
 
 	if nc, err := connect(first.ClientURL(), ""); err == nil {
