@@ -210,12 +210,9 @@ func (s *Store) transaction(f func(t *tx)) (err error) {
 		return err
 	}
 	if f(&t); t.err == nil {
-		t.err = t.Commit()
+		return t.Commit()
 	}
-	if t.err != nil {
-		t.Rollback()
-		s.db.Exec(`ROLLBACK`) // if Commit has failed, which may leave the transaction open
-	}
+	t.Rollback()
 	return t.err
 }
 

@@ -471,6 +471,46 @@ func TestStoreKeepsNoMoreRoomsThanItsLimit(t *testing.T) {
 	})
 }
 
+// A transaction that fails in any of its steps returns the error, writes nothing, and leaves
+// none open: the next one would fail.
+func TestTransactionThatFailsWritesNothing(t *testing.T) {
+	s, err := openStore(newFile(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	var n int
+	nothing := func() {}
+	for _, test := range []struct {
+		name, want string
+		f          func(t *tx)
+	}{
+		{"a change", "syntax error", func(t *tx) { t.exec(`nonsense`); t.query(nothing, []any{&n}, `SELECT 1`) }},
+		{"a query", "no such column", func(t *tx) { t.query(nothing, []any{&n}, `SELECT nonsense`); t.exec(`DELETE FROM lines`) }},
+		{"a value", "converting", func(t *tx) { t.query(nothing, []any{&n}, `SELECT 'text' UNION ALL SELECT 1`) }},
+		{"a later row", "overflow", func(t *tx) {
+			t.query(nothing, []any{&n}, `SELECT 1 UNION ALL SELECT abs(-9223372036854775807 - 1)`)
+		}},
+		{"the commit", "FOREIGN KEY", func(t *tx) {
+			t.exec(`PRAGMA defer_foreign_keys = 1`)
+			t.exec(`INSERT INTO lines VALUES ('no such room', 1, '', '')`)
+		}},
+	} {
+		done := make(chan bool)
+		s.operations <- func() {
+			defer close(done)
+			err := s.transaction(func(t *tx) { t.exec(`DELETE FROM server`); test.f(t) })
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("%s fails: transaction returns %v, want %q", test.name, err, test.want)
+			}
+			if err := s.transaction(func(t *tx) { t.query(nothing, []any{&n}, `SELECT count(*) FROM server`) }); err != nil || n != 1 {
+				t.Errorf("%s fails: then there are %d rows, %v, want 1", test.name, n, err)
+			}
+		}
+		<-done
+	}
+}
+
 // While a slow disk keeps the store, hubs wait as soon as its queue is full, and nothing
 // is skipped.
 func TestFullQueueIsBackpressure(t *testing.T) {
