@@ -231,7 +231,7 @@ func TestAtMostOneServerUsesADatabase(t *testing.T) {
 		var servers []*server
 		var starting sync.WaitGroup
 		for range 3 {
-			s := &server{Cmd: program(t, "CHAT_KEY=key", file)}
+			s := &server{Cmd: program(t, "CHAT_KEY="+testKey, file)}
 			stderr, err := s.StderrPipe()
 			if err != nil {
 				t.Fatal(err)
@@ -282,7 +282,7 @@ func TestAtMostOneServerUsesADatabase(t *testing.T) {
 		}
 		before = p
 		// A second server does not disturb the first one.
-		if output, status := runProgram(t, program(t, "CHAT_KEY=key", file)); status != 1 {
+		if output, status := runProgram(t, program(t, "CHAT_KEY="+testKey, file)); status != 1 {
 			t.Errorf("a second server ends with %d and %q", status, output)
 		}
 		p.send("still here")

@@ -67,7 +67,7 @@ func (h *Hub) run() {
 			h.publish(Line{Kind: "message", Text: string(message)})
 		case call := <-h.calls:
 			call()
-		case <-h.seconds:
+		case <-h.ticks:
 			h.expire()
 		case client := <-h.done:
 			h.drop(client, errUnregistered) // in case the application has not unregistered it

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	_ "embed"
+	"errors"
 	"flag"
 	"log"
 	"net"
@@ -60,6 +61,10 @@ func main() {
 // run opens the database, listens on addr and serves until ctx is done. It returns an
 // error if one of these fails, or if it cannot save what is queued for the database.
 func run(ctx context.Context, addr string) (err error) {
+	key := os.Getenv("CHAT_KEY")
+	if key != "" && len(key) < 32 {
+		return errors.New("CHAT_KEY has fewer than 32 bytes, so cookies could be forged")
+	}
 	store, err := openStore(*dbFile)
 	if err != nil {
 		return err
@@ -74,7 +79,7 @@ func run(ctx context.Context, addr string) (err error) {
 		host = "localhost"
 	}
 	logSoon("listening on http://%s/", net.JoinHostPort(host, port))
-	return serve(ctx, listener, newRooms(cmp.Or(os.Getenv("CHAT_KEY"), store.key), store))
+	return serve(ctx, listener, newRooms(cmp.Or(key, store.key), store))
 }
 
 // serve accepts connections on listener until ctx is done or listener fails. Then it

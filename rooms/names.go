@@ -38,9 +38,9 @@ func fold(name string) string {
 }
 
 // looks returns a key that is equal for names that look alike as written, as Gretel and
-// GreteI, or look alike but for case, as Gretel and greteI. A capital L is not taken for
-// a capital I, so TalkerI and TalkerL differ. No name contains the star, so these keys
-// differ from those of fold.
+// GreteI, or look alike but for case, as Gretel and greteI. The first star keeps these keys
+// apart from those of fold, as no name contains one. The others stand for capital Ls, so that
+// TalkerL differs from TalkerI.
 func looks(name string) string {
 	return "* " + cases.Fold().String(strings.ReplaceAll(confusables.Skeleton(name), "L", "*"))
 }

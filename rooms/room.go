@@ -41,6 +41,7 @@ var errKicked = &websocket.CloseError{Code: 4403, Text: "you were removed from t
 var errNameTaken = &websocket.CloseError{Code: 4409, Text: "a user in this room has your name, or one that looks like it"}
 var errTooManyTabs = &websocket.CloseError{Code: 4429, Text: "you have too many connections to this room"}
 var errRoomFull = &websocket.CloseError{Code: 4503, Text: "this room is full"}
+var errRoomClosed = &websocket.CloseError{Code: websocket.CloseGoingAway, Text: "this room has closed"}
 
 // A Line is what the server sends: one JSON document. Its kind is one of these:
 //
@@ -92,32 +93,32 @@ type User struct {
 	away    time.Time // when the last of them was dropped
 }
 
-// A Record is what the store keeps of a room. save takes a copy that shares the slices,
+// A Record is what the store keeps of a room. The store gets copies that share the slices,
 // so their elements must not change: append, or replace the slice.
 type Record struct {
 	id, name, owner string    // the owner is the ID of the user that opened the room
 	kicked          []string  // IDs
-	used            time.Time // when there was last a user in the room
+	used            time.Time // when a user last joined or left, or a day of presence ended
 	last            int64     // the number of the last line
 	history         []Line    // for all users, oldest first
 	private         []Line    // separate, so that they do not displace the history
-	forgotten       int64     // the number of the last line that is in neither
-	lost            int64     // a crash may have lost lines up to this number
+	forgotten       int64     // the highest number of a line that was trimmed or lost
+	lost            int64     // a crash may have lost lines up to this number, or it is 0
 }
 
-// A Room is what this program adds to a Hub. Its methods are for run's goroutine only:
-// run calls them when a client is registered or dropped or sends a line, and every
-// second.
+// A Room is what this program adds to a Hub. The methods of Hub in this file are for run's
+// goroutine only: run calls them when a client is registered or dropped or sends a line,
+// and every second.
 type Room struct {
 	rooms   *Rooms
 	joining atomic.Int32     // number of clients that serveRoom is about to register
-	seconds <-chan time.Time // when run calls expire
+	ticks   <-chan time.Time // every second, run calls expire
 
 	// Owned by run:
 	Record
-	unopened *websocket.CloseError // why the store could not return the Record
-	users    map[string]*User      // by ID
-	names    directory[User]       // the same users
+	refusal *websocket.CloseError // set if the store cannot read the Record, or the room has closed: do not save
+	users   map[string]*User      // by ID
+	names   directory[User]       // the same users
 }
 
 // join adds client to the room, sends it the lines that it has not received, and
@@ -126,8 +127,8 @@ func (h *Hub) join(client *Client) {
 	id, name := client.request.ID, client.request.Name
 	user := h.users[id]
 	switch {
-	case h.unopened != nil:
-		h.drop(client, h.unopened)
+	case h.refusal != nil:
+		h.drop(client, h.refusal)
 	case slices.Contains(h.kicked, id):
 		h.drop(client, errKicked)
 	case user != nil:
@@ -143,8 +144,7 @@ func (h *Hub) join(client *Client) {
 		user = &User{Identity: client.request.Identity, joined: h.last + 1}
 		h.users[id] = user
 		h.names.add(name, user)
-		h.owner = cmp.Or(h.owner, id)
-		h.used = time.Now()
+		h.owner, h.used = cmp.Or(h.owner, id), time.Now()
 		h.welcome(client, user)
 		h.publish(Line{Kind: "join", User: name})
 	}
@@ -160,8 +160,8 @@ func (h *Hub) welcome(client *Client, user *User) {
 	}
 	lines := slices.DeleteFunc(slices.Concat(h.history, h.private), func(l Line) bool { return l.N <= after || !l.isFor(client) })
 	slices.SortFunc(lines, func(a, b Line) int { return cmp.Compare(a.N, b.N) })
-	welcome := Line{Kind: "welcome", User: user.Name, RoomID: h.id, Time: time.Now()}
-	welcome.Missed = 0 < after && after < h.forgotten || after == 0 && len(lines) > 0 && lines[0].N < h.lost
+	welcome := Line{Kind: "welcome", User: user.Name, RoomID: h.id}
+	welcome.Missed = 0 < after && after < h.forgotten || len(lines) > 0 && lines[0].N < h.lost
 	for _, other := range h.users {
 		welcome.Users = append(welcome.Users, other.Name)
 	}
@@ -184,26 +184,29 @@ func (h *Hub) leave(client *Client) {
 func (h *Hub) remove(user *User, text string) {
 	delete(h.users, user.ID)
 	h.names.remove(user.Name)
+	h.used = time.Now()
 	h.publish(Line{Kind: "leave", User: user.Name, Text: text})
 }
 
-// expire removes users that have been away for awayTime. It closes the room when there has been no user in
-// it for roomLife, but not while a client is joining, which would meet a stopped hub.
+// expire removes users that have been away for awayTime. It closes the room when no user
+// has been in it for roomLife, but not while a client is joining, which would meet a
+// stopped hub. Once a day it saves that there are users, so that the store keeps the room.
 func (h *Hub) expire() {
 	for _, user := range h.users {
 		if len(user.clients) == 0 && time.Since(user.away) >= awayTime {
 			h.remove(user, "")
 		}
 	}
-	if len(h.users) > 0 {
+	if len(h.users) > 0 && time.Since(h.used) >= 24*time.Hour {
 		h.used = time.Now()
-		return
+		h.rooms.store.save(h.Record)
 	}
 	h.rooms.mu.Lock()
 	defer h.rooms.mu.Unlock()
 	// run goes on until its last client is done. By then the room may have another hub.
-	if h.rooms.hubs[fold(h.name)] == h && h.joining.Load() == 0 && time.Since(h.used) >= roomLife {
+	if h.rooms.hubs[fold(h.name)] == h && len(h.users) == 0 && h.joining.Load() == 0 && time.Since(h.used) >= roomLife {
 		delete(h.rooms.hubs, fold(h.name))
+		h.refusal = errRoomClosed
 		h.stop()
 	}
 }
@@ -260,7 +263,7 @@ func (h *Hub) host() *User {
 // publish numbers line, keeps it, and delivers it to the users that may read it.
 func (h *Hub) publish(line Line) {
 	h.last++
-	line.N, line.Time = h.last, time.Now()
+	line.N = h.last
 	line.message = line.encode()
 	kept := &h.history
 	if line.only != nil {
@@ -271,7 +274,7 @@ func (h *Hub) publish(line Line) {
 		h.forgotten = max(h.forgotten, (*kept)[0].N)
 		*kept = (*kept)[1:]
 	}
-	if h.unopened == nil { // else what the store has would be overwritten
+	if h.refusal == nil { // Otherwise this could overwrite what the store has.
 		h.rooms.store.save(h.Record)
 	}
 	h.deliver(line)
@@ -279,14 +282,16 @@ func (h *Hub) publish(line Line) {
 
 // notify sends client a notice about a line that it has sent.
 func (h *Hub) notify(client *Client, line, text string) {
-	h.queue(client, Line{Kind: "notice", Text: text, Line: line, Time: time.Now()}.encode())
+	h.queue(client, Line{Kind: "notice", Text: text, Line: line}.encode())
 }
 
 func (l Line) isFor(client *Client) bool {
 	return l.only == nil || slices.Contains(l.only, client.request.ID)
 }
 
+// encode returns the line as JSON, with the time.
 func (l Line) encode() []byte {
+	l.Time = time.Now()
 	var message bytes.Buffer
 	encoder := json.NewEncoder(&message)
 	encoder.SetEscapeHTML(false) // The page never parses text as HTML, and an escaped < takes six bytes.

@@ -69,10 +69,10 @@ func (rs *Rooms) admit(name string, user Identity) (hub *Hub, status int, reason
 	}
 	if hub = rs.hubs[fold(name)]; hub == nil {
 		hub = newHub()
-		hub.Room = Room{rooms: rs, seconds: time.Tick(time.Second), users: make(map[string]*User), names: make(directory[User])}
+		hub.Room = Room{rooms: rs, ticks: time.Tick(time.Second), users: make(map[string]*User), names: make(directory[User])}
 		rs.hubs[fold(name)] = hub
 		rs.running.Go(func() {
-			hub.Record, hub.unopened = rs.store.load(name)
+			hub.Record, hub.refusal = rs.store.load(name)
 			hub.run()
 		})
 	}
@@ -86,8 +86,8 @@ func (rs *Rooms) admit(name string, user Identity) (hub *Hub, status int, reason
 func (rs *Rooms) refuse(name string, user Identity) (status int, reason string) {
 	switch {
 	case name == "":
-		return http.StatusOK, "Choose a name and a room."
-	case len(name) > maxNameSize || parseName(name) != name: // the length first: parseName is slow
+		return http.StatusOK, "Choose a name and a room." // the form at /
+	case len(name) > maxNameSize || parseName(name) != name:
 		return http.StatusNotFound, "A room cannot have that name."
 	case user.ID == "" || user.Name == "" || parseName(user.Name) != user.Name:
 		return http.StatusUnauthorized, "Choose a name and a room."
@@ -154,14 +154,14 @@ func (rs *Rooms) serveHome(w http.ResponseWriter, r *http.Request) {
 
 // serveRoom connects a client to a room.
 func (rs *Rooms) serveRoom(w http.ResponseWriter, r *http.Request) {
-	request := JoinRequest{Identity: rs.identify(r)}
+	request := JoinRequest{Identity: rs.identify(r), RoomID: r.FormValue("room")}
 	hub, status, reason := rs.admit(strings.ToLower(r.PathValue("room")), request.Identity)
 	if reason != "" {
+		log.Printf("%s: handshake refused: %q: %s", r.RemoteAddr, r.URL, reason)
 		http.Error(w, reason, status)
 		return
 	}
 	defer hub.joining.Add(-1)
-	request.RoomID = r.FormValue("room")
 	request.After, _ = strconv.ParseInt(r.FormValue("after"), 10, 64)
 	serveWs(hub, request, w, r)
 }

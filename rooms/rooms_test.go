@@ -293,6 +293,42 @@ func TestClosedRoomKeepsItsHistoryHostAndKicksForThirtyDays(t *testing.T) {
 	})
 }
 
+// A room is also used while its users send nothing.
+func TestPresenceKeepsTheRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		w.join("Grete", "kitchen")
+		time.Sleep(25 * time.Hour)
+		done := make(chan error)
+		var used int64
+		w.store.operations <- func() { done <- w.store.db.QueryRow(`SELECT used FROM rooms`).Scan(&used) }
+		if err := <-done; err != nil || time.Since(time.Unix(used, 0)) > 2*time.Hour {
+			t.Errorf("the room was used %v ago, %v, want one hour", time.Since(time.Unix(used, 0)), err)
+		}
+	})
+}
+
+// An application that broadcasts to a hub whose room has closed cannot overwrite the room.
+func TestClosedRoomSavesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		grete := w.join("Grete", "kitchen")
+		grete.received()
+		closed := w.room("kitchen")
+		grete.leave()
+		time.Sleep(awayTime + 2*roomLife)
+		w.wantRooms()
+		hans := w.join("Hans", "kitchen")
+		hans.send("dinner")
+		hans.want("join Grete", "leave Grete", "join Hans", "message Hans: dinner")
+		closed.publish(Line{Kind: "message", Text: "late"}) // Its run has ended.
+		time.Sleep(2 * commitDelay)
+		hans.leave()
+		time.Sleep(awayTime + 2*roomLife)
+		w.join("Ursel", "kitchen").want("join Grete", "leave Grete", "join Hans", "message Hans: dinner", "leave Hans", "join Ursel")
+	})
+}
+
 // A refused client does not keep a room open.
 func TestRefusedClientKeepsNoRoomOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -384,7 +420,7 @@ func testJoinWhileClosing(t *testing.T) {
 
 func TestStoppedHubDoesNotRemoveTheNextOfItsRoom(t *testing.T) {
 	ending, next := newHub(), newHub()
-	rooms := newRooms("key", nil)
+	rooms := newRooms(testKey, nil)
 	rooms.hubs["kitchen"] = next
 	ending.Room = Room{rooms: rooms, Record: Record{name: "kitchen"}} // no user was ever in it
 	ending.expire()
@@ -509,7 +545,7 @@ func TestScriptsAndOtherSitesCannotUseTheCookie(t *testing.T) {
 	request := httptest.NewRequest("POST", "/", strings.NewReader("name=Grete&room=K%C3%BCche"))
 	request.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	got := httptest.NewRecorder()
-	newRooms("key", nil).handler().ServeHTTP(got, request)
+	newRooms(testKey, nil).handler().ServeHTTP(got, request)
 	if got.Code != http.StatusSeeOther || !strings.EqualFold(got.Header().Get("Location"), "/room/K%C3%BCche/") {
 		t.Errorf("got status %d and location %q, want 303 and the room's", got.Code, got.Header().Get("Location"))
 	}
@@ -520,14 +556,14 @@ func TestScriptsAndOtherSitesCannotUseTheCookie(t *testing.T) {
 
 	request.Header.Set("Sec-Fetch-Site", "cross-site")
 	got = httptest.NewRecorder()
-	newRooms("key", nil).handler().ServeHTTP(got, request)
+	newRooms(testKey, nil).handler().ServeHTTP(got, request)
 	if got.Code != http.StatusForbidden {
 		t.Errorf("another site's form gets status %d, want 403", got.Code)
 	}
 }
 
 func TestFormTrimsSpaceAroundNames(t *testing.T) {
-	w := &world{Rooms: newRooms("key", nil), t: t}
+	w := &world{Rooms: newRooms(testKey, nil), t: t}
 	got := w.post("Grete ", " Kitchen\u3000")
 	if got.Code != http.StatusSeeOther || got.Header().Get("Location") != "/room/kitchen/" {
 		t.Errorf("got status %d and location %q", got.Code, got.Header().Get("Location"))
@@ -712,7 +748,7 @@ func TestTellReachesOneClientAlone(t *testing.T) {
 		hub := w.room("kitchen")
 		var client *Client
 		hub.do(func() { client = hub.names.find("Grete").clients[0] })
-		if !client.tell(Line{Kind: "notice", Text: "for you alone", Time: time.Now()}.encode()) {
+		if !client.tell(Line{Kind: "notice", Text: "for you alone"}.encode()) {
 			t.Error("tell returned false for a connected client")
 		}
 		if got := grete.receivedLines(); len(got) != 1 || got[0].Text != "for you alone" {
@@ -1128,7 +1164,7 @@ func TestShutdownSendsWhatIsQueuedInEveryRoom(t *testing.T) {
 // The program.
 
 func TestSIGTERMClosesEveryRoomAndExitsWithStatusZero(t *testing.T) {
-	w, cmd, log := startProgram(t, "CHAT_KEY=key", newFile(t))
+	w, cmd, log := startProgram(t, "CHAT_KEY="+testKey, newFile(t))
 	peers := []*peer{w.join("Grete", "kitchen"), w.join("Hans", "kitchen"), w.join("Uwe", "garden")}
 	for _, p := range peers {
 		p.until("join Grete", "join Hans", "join Uwe")
@@ -1152,7 +1188,7 @@ func TestSIGTERMClosesEveryRoomAndExitsWithStatusZero(t *testing.T) {
 // Even right after the first.
 func TestSecondSignalForcesExit(t *testing.T) {
 	for range 30 {
-		w, cmd, log := startProgram(t, "CHAT_KEY=key", newFile(t))
+		w, cmd, log := startProgram(t, "CHAT_KEY="+testKey, newFile(t))
 		w.dialSilent(w.logIn("Stuck"), "kitchen") // which does not answer, so that the server would wait for it
 		cmd.Process.Signal(syscall.SIGTERM)
 		cmd.Process.Signal(os.Interrupt)
@@ -1169,7 +1205,7 @@ func TestLoginsSurviveARestart(t *testing.T) {
 	for _, test := range []struct {
 		key  string
 		want int
-	}{{"CHAT_KEY=key", 101}, {"CHAT_KEY=key", 101}, {"CHAT_KEY=", 401}} {
+	}{{"CHAT_KEY=" + testKey, 101}, {"CHAT_KEY=" + testKey, 101}, {"CHAT_KEY=", 401}} {
 		w, cmd, log := startProgram(t, test.key, file)
 		if cookie == "" {
 			cookie = w.logIn("Grete")
@@ -1203,8 +1239,15 @@ func TestDatabaseKeepsTheKeyWithoutCHAT_KEY(t *testing.T) {
 	}
 }
 
+func TestShortKeyIsOneLineAndStatusOne(t *testing.T) {
+	output, status := runProgram(t, program(t, "CHAT_KEY="+testKey[:31], newFile(t)))
+	if status != 1 || strings.Count(output, "\n") != 1 || !strings.Contains(output, "CHAT_KEY") {
+		t.Errorf("status %d and output %q, want 1 and one line", status, output)
+	}
+}
+
 func TestRoomWithoutATrailingSlashRedirects(t *testing.T) {
-	w := &world{Rooms: newRooms("key", nil), t: t}
+	w := &world{Rooms: newRooms(testKey, nil), t: t}
 	got := w.get(w.logIn("Grete"), "/room/kitchen")
 	if got.Code != http.StatusTemporaryRedirect || got.Header().Get("Location") != "/room/kitchen/" {
 		t.Errorf("without it the status is %d, and the location %q", got.Code, got.Header().Get("Location"))
@@ -1294,6 +1337,8 @@ func TestCodeStaysSmall(t *testing.T) {
 // patience only bounds how long a failing test takes.
 const patience = time.Minute
 
+const testKey = "a key of 32 bytes, as for CHAT_KEY"
+
 func TestMain(m *testing.M) {
 	if os.Getenv("RUN_MAIN") != "" {
 		main()
@@ -1345,7 +1390,7 @@ func startOn(t testing.TB, file string, listener net.Listener, connect func() (n
 	if err != nil {
 		t.Fatal(err)
 	}
-	rooms := newRooms("key", store)
+	rooms := newRooms(testKey, store)
 	server := &http.Server{Handler: rooms.handler()}
 	go server.Serve(listener)
 	stop := sync.OnceFunc(func() { rooms.stop(); server.Close() })
@@ -1407,7 +1452,7 @@ func startProgram(t *testing.T, variable, file string) (*world, *exec.Cmd, *bufi
 func startedProgram(t *testing.T, line string) *world {
 	address := regexp.MustCompile(`listening on http://(.*)/`).FindStringSubmatch(line)[1]
 	connect := func() (net.Conn, error) { return net.Dial("tcp", address) }
-	return &world{newRooms("key", nil), t, "http://" + address, connect, nil}
+	return &world{newRooms(testKey, nil), t, "http://" + address, connect, nil}
 }
 
 // newFile returns the path of a file for a database.

@@ -22,9 +22,10 @@ const commitDelay, retryDelay = 100 * time.Millisecond, time.Second
 const storeQueueSize = 1024
 
 // Time for which a room is kept after its last user has left, and maximum number of rooms
-// kept, to which those that are open and not saved yet add.
+// kept, and of rooms that wait to be saved.
 const keepTime, maxKeptRooms = 30 * 24 * time.Hour, 1000
 
+var errUnreadable = &websocket.CloseError{Code: websocket.CloseInternalServerErr, Text: "the room cannot be read"}
 var errTooManyRooms = &websocket.CloseError{Code: 4503, Text: "the server keeps too many rooms"}
 
 // Lists of user IDs are separated by spaces. A line without recipients is for all users.
@@ -85,7 +86,7 @@ func openStore(file string) (*Store, error) {
 func (s *Store) setUp(t *tx) {
 	t.exec(schema)
 	t.exec(`INSERT INTO server SELECT ?, 0 WHERE NOT EXISTS (SELECT * FROM server)`, rand.Text())
-	t.query(func() {}, []any{&s.key}, `SELECT cookie_key FROM server`)
+	t.query(`SELECT cookie_key FROM server`, nil, []any{&s.key}, nil)
 	t.exec(skipLost)
 	t.exec(`UPDATE server SET clean = 0`)
 }
@@ -132,24 +133,26 @@ func (s *Store) close() error {
 // commit writes what is unsaved. If that fails, it stays unsaved, and run tries again
 // after retryDelay.
 func (s *Store) commit() {
-	err := s.transaction(s.write)
-	if s.due = nil; err != nil {
-		s.due = time.After(retryDelay)
+	if err := s.transaction(s.write); err != nil {
+		s.due, s.failing = time.After(retryDelay), true
 		logSoon("%s: %v", s.file, err)
-	} else if clear(s.unsaved); s.failing {
+		return
+	}
+	if s.failing {
 		logSoon("%s: saved all changes since the error", s.file)
 	}
-	s.failing = err != nil
+	s.due, s.failing = nil, false
+	clear(s.unsaved)
 }
 
-// write deletes rooms that no user has been in for keepTime, and writes what is unsaved.
+// write deletes rooms that have not been used for keepTime, and writes what is unsaved.
 func (s *Store) write(t *tx) {
 	t.exec(`DELETE FROM rooms WHERE used < ?`, time.Now().Add(-keepTime).Unix())
 	for _, record := range s.unsaved {
 		t.exec(saveRoom, record.id, record.name, fold(record.name), record.owner, strings.Join(record.kicked, " "),
 			record.used.Unix(), record.last, record.forgotten, record.lost)
 		var saved int64
-		t.query(func() {}, []any{&saved}, `SELECT coalesce(max(n), 0) FROM lines WHERE room = ?`, record.id)
+		t.query(`SELECT coalesce(max(n), 0) FROM lines WHERE room = ?`, []any{record.id}, []any{&saved}, nil)
 		for _, kept := range [][]Line{record.history, record.private} {
 			for i, line := range kept {
 				if i == 0 {
@@ -176,27 +179,27 @@ func (s *Store) read(name string) (Record, *websocket.CloseError) {
 		return record, nil
 	}
 	record := Record{name: name}
-	var n, used int64
-	var kept int
-	var list, message string
+	var kept, used, n int64
+	var kicked, recipients, message string
+	cutoff := time.Now().Add(-keepTime).Unix()
 	err := s.transaction(func(t *tx) {
-		t.query(func() {}, []any{&kept}, `SELECT count(*) FROM rooms WHERE used >= ?`, time.Now().Add(-keepTime).Unix())
-		t.query(func() { record.kicked, record.used = strings.Fields(list), time.Unix(used, 0) },
-			[]any{&record.id, &record.owner, &list, &used, &record.last, &record.forgotten, &record.lost},
-			`SELECT id, owner, kicked, used, last, forgotten, lost FROM rooms WHERE fold = ? AND used >= ?`,
-			fold(name), time.Now().Add(-keepTime).Unix())
-		t.query(func() {
-			if list == "" {
-				record.history = append(record.history, Line{N: n, message: []byte(message)})
-			} else {
-				record.private = append(record.private, Line{N: n, message: []byte(message), only: strings.Fields(list)})
+		t.query(`SELECT count(*) FROM rooms WHERE used >= ?`, []any{cutoff}, []any{&kept}, nil)
+		t.query(`SELECT id, owner, kicked, used, last, forgotten, lost FROM rooms WHERE fold = ? AND used >= ?`, []any{fold(name), cutoff},
+			[]any{&record.id, &record.owner, &kicked, &used, &record.last, &record.forgotten, &record.lost},
+			func() { record.kicked, record.used = strings.Fields(kicked), time.Unix(used, 0) })
+		t.query(`SELECT n, recipients, line FROM lines WHERE room = ? ORDER BY n`, []any{record.id}, []any{&n, &recipients, &message}, func() {
+			line, list := Line{N: n, message: []byte(message)}, &record.history
+			if recipients != "" {
+				line.only, list = strings.Fields(recipients), &record.private
 			}
-		}, []any{&n, &list, &message}, `SELECT n, recipients, line FROM lines WHERE room = ? ORDER BY n`, record.id)
+			*list = append(*list, line)
+		})
 	})
 	switch {
 	case err != nil:
-		return record, &websocket.CloseError{Code: websocket.CloseInternalServerErr, Text: "cannot read the room: " + err.Error()}
-	case record.id == "" && kept >= maxKeptRooms:
+		logSoon("%s: cannot read a room: %v", s.file, err)
+		return record, errUnreadable
+	case record.id == "" && max(kept, int64(len(s.unsaved))) >= maxKeptRooms:
 		return record, errTooManyRooms
 	}
 	record.id = cmp.Or(record.id, rand.Text())
@@ -228,8 +231,8 @@ func (t *tx) exec(query string, args ...any) {
 	}
 }
 
-// query scans each row into dest, and calls row.
-func (t *tx) query(row func(), dest []any, query string, args ...any) {
+// query scans each row into dest, and then calls row, unless it is nil.
+func (t *tx) query(query string, args, dest []any, row func()) {
 	if t.err != nil {
 		return
 	}
@@ -239,8 +242,9 @@ func (t *tx) query(row func(), dest []any, query string, args ...any) {
 	}
 	defer rows.Close()
 	for t.err == nil && rows.Next() {
-		t.err = rows.Scan(dest...)
-		row()
+		if t.err = rows.Scan(dest...); row != nil {
+			row()
+		}
 	}
 	t.err = cmp.Or(t.err, rows.Err())
 }

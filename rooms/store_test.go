@@ -135,7 +135,7 @@ func restart(t *testing.T, rounds int, signal syscall.Signal) {
 	var previous, watcher *peer
 	var seen []Line // by the watcher, in all rounds
 	for round := range rounds {
-		w, cmd, log := startProgram(t, "CHAT_KEY=key", file)
+		w, cmd, log := startProgram(t, "CHAT_KEY="+testKey, file)
 		if round == 0 {
 			for n := range 10 {
 				cookies = append(cookies, w.logIn(fmt.Sprint("User-", n)))
@@ -294,7 +294,7 @@ func TestChatGoesOnWhileTheDatabaseFailsAndAllIsSavedAfterwards(t *testing.T) {
 func TestFullDiskLosesNothing(t *testing.T) {
 	t.Parallel()
 	file := newFile(t)
-	w, cmd, log := startProgram(t, "CHAT_KEY=key", file)
+	w, cmd, log := startProgram(t, "CHAT_KEY="+testKey, file)
 	limit := func(bytes string) {
 		t.Helper()
 		if out, err := exec.Command("prlimit", "--pid", fmt.Sprint(cmd.Process.Pid), "--fsize="+bytes+":").CombinedOutput(); err != nil {
@@ -329,7 +329,7 @@ func TestFullDiskLosesNothing(t *testing.T) {
 	cmd.Process.Kill() // without another commit
 	cmd.Wait()
 
-	w, _, _ = startProgram(t, "CHAT_KEY=key", file)
+	w, _, _ = startProgram(t, "CHAT_KEY="+testKey, file)
 	lines := w.join("Ursel", "kitchen").until("join Ursel")
 	if want := []string{"join Hans", "message Grete: dinner", "join Ursel"}; len(lines) != historySize+1 || !slices.Equal(lines[len(lines)-3:], want) {
 		t.Errorf("after a restart there are %d lines that end with %q, want %d and %q", len(lines), lines[len(lines)-3:], historySize+1, want)
@@ -457,17 +457,52 @@ func TestFileDoesNotGrowWithoutEnd(t *testing.T) {
 }
 
 func TestStoreKeepsNoMoreRoomsThanItsLimit(t *testing.T) {
+	for _, full := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			w := startPiped(t)
+			fillDisk(t, w.store, full) // Then the rooms wait to be saved.
+			for n := range maxKeptRooms {
+				w.store.save(Record{id: fmt.Sprint(n), name: fmt.Sprint("room", n), used: time.Now(), last: 1})
+			}
+			time.Sleep(2 * commitDelay)
+			cookie := w.logIn("Grete")
+			w.dial(cookie, "onemore").wantClose(errTooManyRooms)
+			w.dial(cookie, "room7").want("join Grete")
+			time.Sleep(time.Second)
+			w.wantRooms(fold("room7"))
+			fillDisk(t, w.store, false)
+		})
+	}
+}
+
+// While a room cannot be read its clients get 1011, nothing is overwritten, and the log has
+// the error.
+func TestUnreadableRoomIsRefusedAndKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
+		var logged bytes.Buffer
+		log.SetOutput(&logged)
+		defer log.SetOutput(io.Discard)
 		w := startPiped(t)
-		for n := range maxKeptRooms {
-			w.store.save(Record{id: fmt.Sprint(n), name: fmt.Sprint("room", n), used: time.Now(), last: 1})
+		w.join("Grete", "kitchen").leave()
+		time.Sleep(awayTime + 2*roomLife)
+		rename := func(from, to string) {
+			done := make(chan error)
+			w.store.operations <- func() {
+				_, err := w.store.db.Exec(fmt.Sprintf("ALTER TABLE %s RENAME TO %s", from, to))
+				done <- err
+			}
+			if err := <-done; err != nil {
+				t.Fatal(err)
+			}
 		}
-		time.Sleep(2 * commitDelay)
-		cookie := w.logIn("Grete")
-		w.dial(cookie, "onemore").wantClose(errTooManyRooms)
-		w.dial(cookie, "room7").want("join Grete")
-		time.Sleep(time.Second)
-		w.wantRooms(fold("room7"))
+		rename("lines", "hidden")
+		w.dial(w.logIn("Hans"), "kitchen").wantClose(errUnreadable)
+		rename("hidden", "lines")
+		time.Sleep(2 * time.Second) // The room closes.
+		w.join("Ursel", "kitchen").want("join Grete", "leave Grete", "join Ursel")
+		if got := logged.String(); strings.Count(got, "cannot read a room: ") != 1 || !strings.Contains(got, "no such table") {
+			t.Errorf("the log is %q, want why the room could not be read", got)
+		}
 	})
 }
 
@@ -485,11 +520,11 @@ func TestTransactionThatFailsWritesNothing(t *testing.T) {
 		name, want string
 		f          func(t *tx)
 	}{
-		{"a change", "syntax error", func(t *tx) { t.exec(`nonsense`); t.query(nothing, []any{&n}, `SELECT 1`) }},
-		{"a query", "no such column", func(t *tx) { t.query(nothing, []any{&n}, `SELECT nonsense`); t.exec(`DELETE FROM lines`) }},
-		{"a value", "converting", func(t *tx) { t.query(nothing, []any{&n}, `SELECT 'text' UNION ALL SELECT 1`) }},
+		{"a change", "syntax error", func(t *tx) { t.exec(`nonsense`); t.query(`SELECT 1`, nil, []any{&n}, nothing) }},
+		{"a query", "no such column", func(t *tx) { t.query(`SELECT nonsense`, nil, []any{&n}, nothing); t.exec(`DELETE FROM lines`) }},
+		{"a value", "converting", func(t *tx) { t.query(`SELECT 'text' UNION ALL SELECT 1`, nil, []any{&n}, nothing) }},
 		{"a later row", "overflow", func(t *tx) {
-			t.query(nothing, []any{&n}, `SELECT 1 UNION ALL SELECT abs(-9223372036854775807 - 1)`)
+			t.query(`SELECT 1 UNION ALL SELECT abs(-9223372036854775807 - 1)`, nil, []any{&n}, nothing)
 		}},
 		{"the commit", "FOREIGN KEY", func(t *tx) {
 			t.exec(`PRAGMA defer_foreign_keys = 1`)
@@ -503,7 +538,7 @@ func TestTransactionThatFailsWritesNothing(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%s fails: transaction returns %v, want %q", test.name, err, test.want)
 			}
-			if err := s.transaction(func(t *tx) { t.query(nothing, []any{&n}, `SELECT count(*) FROM server`) }); err != nil || n != 1 {
+			if err := s.transaction(func(t *tx) { t.query(`SELECT count(*) FROM server`, nil, []any{&n}, nothing) }); err != nil || n != 1 {
 				t.Errorf("%s fails: then there are %d rows, %v, want 1", test.name, n, err)
 			}
 		}
