@@ -726,8 +726,8 @@ func TestLongestLinesAreSentWhole(t *testing.T) {
 		}
 		w.join("Late", "kitchen").wantClose(errRoomFull)
 		p = w.dial(cookie, "kitchen")
-		if p.received(); len(p.welcome.Users) != maxUsers {
-			t.Errorf("the welcome has %d names", len(p.welcome.Users))
+		if p.received(); len(p.welcome.Users) != maxUsers || !slices.IsSorted(p.welcome.Users) {
+			t.Errorf("the welcome has %d names, want %d in order: %q", len(p.welcome.Users), maxUsers, p.welcome.Users)
 		}
 		if size := len(p.welcome.encode()); size > maxLineSize {
 			t.Errorf("the welcome has %d bytes", size)
@@ -1052,6 +1052,30 @@ func TestNothingFromAKickedUserFollowsTheKick(t *testing.T) {
 
 // The user that opened the room is the host, or, while absent, the user that joined first.
 // The host cannot be kicked.
+func TestRoomForgetsTheOldestKicks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		first, last := w.logIn("Mallory"), w.logIn("Malory")
+		grete := w.join("Grete", "kitchen")
+		w.dial(first, "kitchen")
+		grete.send("/kick Mallory")
+		grete.received()
+		hub := w.room("kitchen")
+		hub.do(func() {
+			for n := range maxKicked - 1 {
+				hub.kicked = append(hub.kicked, fmt.Sprint(n))
+			}
+		})
+		w.dial(first, "kitchen").wantClose(errKicked)
+		w.dial(last, "kitchen")
+		grete.send("/kick Malory")
+		w.dial(last, "kitchen").wantClose(errKicked)
+		if w.dial(first, "kitchen").received(); len(hub.kicked) != maxKicked {
+			t.Errorf("the room remembers %d kicks, want %d", len(hub.kicked), maxKicked)
+		}
+	})
+}
+
 func TestOnlyTheHostCanKick(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
