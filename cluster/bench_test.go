@@ -86,7 +86,7 @@ func BenchmarkDeliveries(b *testing.B) {
 	}
 }
 
-// BenchmarkFlood measures the latency of a message now and then while other clients flood: with
+// BenchmarkFlood measures the latency of one message at a time while other clients flood: with
 // one hub, as on one machine, with one node, and with two. It must not grow: early-s is the
 // maximum in the first third of a run, late-s in the last.
 func BenchmarkFlood(b *testing.B) {
@@ -127,7 +127,7 @@ func BenchmarkFlood(b *testing.B) {
 				}
 				start := time.Now()
 				listener.SetReadDeadline(start.Add(length + patience))
-				var late [3]time.Duration // the longest, in each third of the time
+				var late [3]time.Duration // maximum latency in each third of the run
 				received := 0
 				for at := time.Duration(0); at < length; at = time.Since(start) {
 					sender.send(b, fmt.Sprint("sent at ", at))
@@ -270,11 +270,11 @@ func BenchmarkNATS(b *testing.B) {
 	}
 }
 
-// BenchmarkDistance measures how many messages a second a node publishes by the round trip to
-// NATS: at most a window in that time.
+// BenchmarkDistance measures how many messages a second a node publishes, by the round-trip
+// time to NATS: at most one window per round trip.
 func BenchmarkDistance(b *testing.B) {
 	for _, latency := range []time.Duration{0, 50 * time.Millisecond, 200 * time.Millisecond} {
-		b.Run(fmt.Sprintf("there-and-back=%v", 2*latency), func(b *testing.B) {
+		b.Run(fmt.Sprintf("round-trip=%v", 2*latency), func(b *testing.B) {
 			proxy := newProxy(b, natsServer(b).Addr().String())
 			node := startNode(b, "nats://"+proxy.Addr().String(), "chat")
 			listener := node.dial(b)

@@ -261,7 +261,7 @@ func TestFailedStartIsOneLineAndStatus1(t *testing.T) {
 	}
 	unreachable := "no servers available for connection"
 	guarded := natsWith(t, &server.Options{Username: "bob", Password: "hunter2"})
-	deaf, mute := natsWith(t, allowed("chat", "nothing")), natsWith(t, allowed("nothing", "chat"))
+	publishOnly, subscribeOnly := natsWith(t, allowed("chat", "nothing")), natsWith(t, allowed("nothing", "chat"))
 	tests := []test{
 		{"the NATS server is down", []string{"-nats", strings.Replace(gone.ClientURL(), "//", "//bob:hunter2@", 1)}, unreachable},
 		{"all NATS servers are down", []string{"-nats", gone.ClientURL() + "," + gone.ClientURL()}, unreachable},
@@ -277,8 +277,8 @@ func TestFailedStartIsOneLineAndStatus1(t *testing.T) {
 		{"a space", []string{"-nats", nats.ClientURL(), "-subject", "two words"}, `"two words" cannot name a room`},
 		{"a tab, with the embedded server", []string{"-subject", "chat\t"}, `"chat\t" cannot name a room`},
 		{"5,000 characters", []string{"-nats", nats.ClientURL(), "-subject", strings.Repeat("x", 5000)}, "at most 255 bytes"},
-		{"permission to publish only", []string{"-nats", deaf.ClientURL()}, `Permissions Violation for Subscription to "chat"`},
-		{"permission to subscribe only", []string{"-nats", mute.ClientURL()}, `Permissions Violation for Publish to "chat"`},
+		{"permission to publish only", []string{"-nats", publishOnly.ClientURL()}, `Permissions Violation for Subscription to "chat"`},
+		{"permission to subscribe only", []string{"-nats", subscribeOnly.ClientURL()}, `Permissions Violation for Publish to "chat"`},
 		{"a port in use", []string{"-addr", busy, "-nats", nats.ClientURL()}, "address already in use"},
 	}
 	for _, special := range "/#?, \"%[]\\\n" {

@@ -34,7 +34,7 @@ import (
 // takes so long.
 const patience = time.Minute
 
-// TestMain is the program itself, for tests that need it as a process.
+// TestMain runs the program instead of the tests if a test has started it as a process.
 func TestMain(m *testing.M) {
 	if os.Getenv("RUN_MAIN") != "" {
 		main()
@@ -229,24 +229,24 @@ func (c *client) wantClose(t testing.TB, code int) (lines []string) {
 }
 
 // numbered returns n messages: the name of the sender, and a number from 0.
-func numbered(who string, n int) (lines []string) {
+func numbered(sender string, n int) (lines []string) {
 	for i := range n {
-		lines = append(lines, fmt.Sprintf("%s %d", who, i))
+		lines = append(lines, fmt.Sprintf("%s %d", sender, i))
 	}
 	return lines
 }
 
 // from returns those lines from numbered that name this sender.
-func from(who string, lines []string) (theirs []string) {
+func from(sender string, lines []string) (theirs []string) {
 	for _, line := range lines {
-		if strings.HasPrefix(line, who+" ") {
+		if strings.HasPrefix(line, sender+" ") {
 			theirs = append(theirs, line)
 		}
 	}
 	return theirs
 }
 
-// eventually waits until done.
+// eventually waits until done returns true, and fails after patience.
 func eventually(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); !done(); time.Sleep(time.Millisecond) {
@@ -274,7 +274,7 @@ func (l *logBook) String() string {
 	return l.text.String()
 }
 
-// wait waits until text has been logged n times.
+// wait waits until the log has text at least n times.
 func (l *logBook) wait(t testing.TB, text string, n int) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d × %q in the log", n, text), func() bool {
@@ -412,10 +412,10 @@ func TestOneOrderPerNodeAndPerSender(t *testing.T) {
 		if neighbour := i % len(nodes); !slices.Equal(seen[i], seen[neighbour]) {
 			t.Errorf("client %d received %q, client %d of the same node received %q", i, seen[i], neighbour, seen[neighbour])
 		}
-		for who := range clients {
-			who := fmt.Sprint(who)
-			if got, want := from(who, seen[i]), numbered(who, each); !slices.Equal(got, want) {
-				t.Errorf("client %d received from client %s %q, want %q", i, who, got, want)
+		for n := range clients {
+			sender := fmt.Sprint(n)
+			if got, want := from(sender, seen[i]), numbered(sender, each); !slices.Equal(got, want) {
+				t.Errorf("client %d received from client %s %q, want %q", i, sender, got, want)
 			}
 		}
 	}
@@ -449,10 +449,10 @@ func TestMessagesQueuedDuringAnOutageAreDeliveredAfterReconnect(t *testing.T) {
 				}
 				received = append(received, line)
 			}
-			for who := range clients {
-				who := fmt.Sprint(who)
-				if got, want := from(who, received), numbered(who, each); !slices.Equal(got, want) {
-					t.Errorf("client %d received from client %s %q, want %q", i, who, got, want)
+			for n := range clients {
+				sender := fmt.Sprint(n)
+				if got, want := from(sender, received), numbered(sender, each); !slices.Equal(got, want) {
+					t.Errorf("client %d received from client %s %q, want %q", i, sender, got, want)
 				}
 			}
 		})
@@ -772,8 +772,8 @@ func newProxy(t testing.TB, address string) *proxy {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &proxy{Listener: listener}
-	t.Cleanup(func() { listener.Close(); w.restore() })
+	p := &proxy{Listener: listener}
+	t.Cleanup(func() { listener.Close(); p.restore() })
 	go func() {
 		for {
 			near, err := listener.Accept()
@@ -786,18 +786,18 @@ func newProxy(t testing.TB, address string) *proxy {
 				continue
 			}
 			far.(*net.TCPConn).SetReadBuffer(64 << 10) // so that NATS soon notices a slow consumer
-			w.mu.Lock()
-			w.conns = append(w.conns, near, far)
-			w.mu.Unlock()
-			go w.forward(near, far, toNATS)
-			go w.forward(far, near, fromNATS)
+			p.mu.Lock()
+			p.conns = append(p.conns, near, far)
+			p.mu.Unlock()
+			go p.forward(near, far, toNATS)
+			go p.forward(far, near, fromNATS)
 		}
 	}()
-	return w
+	return p
 }
 
 // forward copies from one connection to the other, until one of them is closed.
-func (w *proxy) forward(from, to net.Conn, direction int) {
+func (p *proxy) forward(from, to net.Conn, direction int) {
 	defer from.Close()
 	defer to.Close()
 	buffer := make([]byte, 64<<10)
@@ -806,21 +806,21 @@ func (w *proxy) forward(from, to net.Conn, direction int) {
 		if err != nil {
 			return
 		}
-		w.mu.Lock()
-		cut, latency := w.isCut[direction], w.latency
-		fails := w.failures > 0 && direction == fromNATS && bytes.Contains(buffer[:n], []byte("PONG"))
+		p.mu.Lock()
+		cut, latency := p.isCut[direction], p.latency
+		fails := p.failures > 0 && direction == fromNATS && bytes.Contains(buffer[:n], []byte("PONG"))
 		if fails {
-			w.failures--
+			p.failures--
 		}
 		if cut {
-			w.lost[direction].Write(buffer[:n])
+			p.lost[direction].Write(buffer[:n])
 		}
-		w.mu.Unlock()
+		p.mu.Unlock()
 		time.Sleep(latency)
 		if !cut {
-			w.blocked[direction].RLock()
+			p.blocked[direction].RLock()
 			to.Write(buffer[:n])
-			w.blocked[direction].RUnlock()
+			p.blocked[direction].RUnlock()
 		}
 		if fails {
 			return
@@ -829,38 +829,38 @@ func (w *proxy) forward(from, to net.Conn, direction int) {
 }
 
 // cut loses data in that direction from now on.
-func (w *proxy) cut(direction int) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.isCut[direction] = true
+func (p *proxy) cut(direction int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.isCut[direction] = true
 }
 
 // delay delays data by latency from now on.
-func (w *proxy) delay(latency time.Duration) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.latency = latency
+func (p *proxy) delay(latency time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.latency = latency
 }
 
 // wait waits until text has been lost in that direction.
-func (w *proxy) wait(t testing.TB, direction int, text string) {
+func (p *proxy) wait(t testing.TB, direction int, text string) {
 	t.Helper()
 	eventually(t, text+" is lost", func() bool {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		return strings.Contains(w.lost[direction].String(), text)
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return strings.Contains(p.lost[direction].String(), text)
 	})
 }
 
 // restore closes all connections, and forwards new ones.
-func (w *proxy) restore() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.isCut = [2]bool{}
-	for _, conn := range w.conns {
+func (p *proxy) restore() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.isCut = [2]bool{}
+	for _, conn := range p.conns {
 		conn.Close()
 	}
-	w.conns = nil
+	p.conns = nil
 }
 
 func TestNodePublishesAfterSettleWait(t *testing.T) {
@@ -1119,14 +1119,14 @@ func TestRollingUpdateLosesNothingForClientsOfTheOtherNode(t *testing.T) {
 	s, nodes := startRoom(t, 2)
 	for round := range 2 {
 		stopping, staying := nodes[round%2], nodes[(round+1)%2]
-		who := fmt.Sprint("sender", round)
+		name := fmt.Sprint("sender", round)
 		listener := staying.dial(t)
 
 		// A client sends to the node that is about to stop, until it is disconnected.
 		sender := stopping.dial(t)
 		var group sync.WaitGroup
 		group.Go(func() {
-			for n := 0; sender.WriteMessage(websocket.TextMessage, fmt.Appendf(nil, "%s %d", who, n)) == nil; n++ {
+			for n := 0; sender.WriteMessage(websocket.TextMessage, fmt.Appendf(nil, "%s %d", name, n)) == nil; n++ {
 			}
 		})
 		var echoed []string
@@ -1145,8 +1145,8 @@ func TestRollingUpdateLosesNothingForClientsOfTheOtherNode(t *testing.T) {
 		again.send(t, "back")
 		again.want(t, "back")
 
-		received := from(who, listener.receiveUntil(t, "back"))
-		if want := numbered(who, len(received)); !slices.Equal(received, want) {
+		received := from(name, listener.receiveUntil(t, "back"))
+		if want := numbered(name, len(received)); !slices.Equal(received, want) {
 			t.Errorf("received %q, want no gap", received)
 		}
 		if len(received) < len(echoed) {
@@ -1184,7 +1184,7 @@ func TestFloodOnOneNodeDropsNoClientOfAnother(t *testing.T) {
 	wantNothingLost(t, nodes)
 }
 
-func TestConnectionThatBreaksAtOnceIsNoReconnect(t *testing.T) {
+func TestConnectionThatBreaksAtOnceIsNotLoggedAsReconnect(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t)
 	proxy := newProxy(t, s.Addr().String())
@@ -1315,7 +1315,7 @@ func TestSlowConsumerIsCountedInTheLog(t *testing.T) {
 	book.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total+1-received), 1)
 }
 
-func TestLateMessageIsDiscardedAndNoGap(t *testing.T) {
+func TestLateMessagesAreDiscardedAndGapsCountedOnce(t *testing.T) {
 	const probe = ""
 	tests := []struct {
 		name, node string
@@ -1446,10 +1446,10 @@ func TestNodeWhoseNameAnotherPublisherUsesIsStillReceived(t *testing.T) {
 		{"the next message of a twin, or a bot's answer to a probe", func(said uint64) uint64 { return said }, "forged"},
 	}
 	for n, test := range tests {
-		near.front.broadcast <- []byte("listen")
-		listener.want(t, "listen")
+		near.front.broadcast <- []byte("genuine")
+		listener.want(t, "genuine")
 		message, err := subscription.NextMsg(patience)
-		for err == nil && string(message.Data) != "listen" {
+		for err == nil && string(message.Data) != "genuine" {
 			message, err = subscription.NextMsg(patience)
 		}
 		if err != nil {
