@@ -33,6 +33,11 @@ const (
 )
 
 var addr = flag.String("addr", "localhost:8080", "listen on `host:port`")
+var dbFile = flag.String("db", "rooms.db", "keep rooms, history and the cookie key in `file`")
+var secure = flag.Bool("secure", false, "set cookies that browsers send over HTTPS only")
+
+//go:embed login.html
+var login string
 
 //go:embed home.html
 var home string

@@ -98,7 +98,7 @@ type User struct {
 type Record struct {
 	id, name, owner string    // the owner is the ID of the user that opened the room
 	kicked          []string  // IDs
-	used            time.Time // when a user last joined or left, or a day of presence ended
+	used            time.Time // when there was last a user: updated by each line, and once a day
 	last            int64     // the number of the last line
 	history         []Line    // for all users, oldest first
 	private         []Line    // separate, so that they do not displace the history
@@ -116,7 +116,7 @@ type Room struct {
 
 	// Owned by run:
 	Record
-	refusal *websocket.CloseError // set if the store cannot read the Record, or the room has closed: do not save
+	refusal *websocket.CloseError // set if the store cannot read the Record, or the room has closed: then publish does nothing
 	users   map[string]*User      // by ID
 	names   directory[User]       // the same users
 }
@@ -144,7 +144,7 @@ func (h *Hub) join(client *Client) {
 		user = &User{Identity: client.request.Identity, joined: h.last + 1}
 		h.users[id] = user
 		h.names.add(name, user)
-		h.owner, h.used = cmp.Or(h.owner, id), time.Now()
+		h.owner = cmp.Or(h.owner, id)
 		h.welcome(client, user)
 		h.publish(Line{Kind: "join", User: name})
 	}
@@ -182,10 +182,9 @@ func (h *Hub) leave(client *Client) {
 
 // remove removes user from the room and announces it, with text if it was kicked.
 func (h *Hub) remove(user *User, text string) {
+	h.publish(Line{Kind: "leave", User: user.Name, Text: text})
 	delete(h.users, user.ID)
 	h.names.remove(user.Name)
-	h.used = time.Now()
-	h.publish(Line{Kind: "leave", User: user.Name, Text: text})
 }
 
 // expire removes users that have been away for awayTime. It closes the room when no user
@@ -262,6 +261,12 @@ func (h *Hub) host() *User {
 
 // publish numbers line, keeps it, and delivers it to the users that may read it.
 func (h *Hub) publish(line Line) {
+	if h.refusal != nil {
+		return // Otherwise it could overwrite what the store has, or another hub.
+	}
+	if len(h.users) > 0 {
+		h.used = time.Now()
+	}
 	h.last++
 	line.N = h.last
 	line.message = line.encode()
@@ -274,9 +279,7 @@ func (h *Hub) publish(line Line) {
 		h.forgotten = max(h.forgotten, (*kept)[0].N)
 		*kept = (*kept)[1:]
 	}
-	if h.refusal == nil { // Otherwise this could overwrite what the store has.
-		h.rooms.store.save(h.Record)
-	}
+	h.rooms.store.save(h.Record)
 	h.deliver(line)
 }
 

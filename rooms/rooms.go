@@ -21,8 +21,6 @@ package main
 import (
 	"cmp"
 	"crypto/rand"
-	_ "embed"
-	"flag"
 	"html"
 	"log"
 	"net/http"
@@ -36,12 +34,6 @@ import (
 
 // Maximum number of open rooms.
 const maxRooms = 100
-
-var dbFile = flag.String("db", "rooms.db", "keep rooms, history and the cookie key in `file`")
-var secure = flag.Bool("secure", false, "set cookies that browsers send over HTTPS only")
-
-//go:embed login.html
-var login string
 
 // Rooms opens a room when a client joins it. expire closes it.
 type Rooms struct {

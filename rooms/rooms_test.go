@@ -562,6 +562,33 @@ func TestScriptsAndOtherSitesCannotUseTheCookie(t *testing.T) {
 	}
 }
 
+func TestFormIsAtTheRootAlsoWithALogin(t *testing.T) {
+	var logged bytes.Buffer
+	log.SetOutput(&logged)
+	defer log.SetOutput(io.Discard)
+	w := &world{Rooms: newRooms(testKey, nil), t: t}
+	for _, cookie := range []string{"", w.logIn("Grete")} {
+		got := w.get(cookie, "/")
+		if got.Code != http.StatusOK || !strings.Contains(got.Body.String(), `name="room"`) {
+			t.Errorf("with the cookie %q, / has status %d and %s", cookie, got.Code, got.Body)
+		}
+		if got := got.Header(); got.Get("Content-Type") != "text/html; charset=utf-8" || got.Get("Cache-Control") != "no-store" {
+			t.Errorf("got the headers %q", got)
+		}
+	}
+	w.get("", "/room/kitchen/ws")
+	for _, want := range []string{`GET "/"`, `handshake refused: "/room/kitchen/ws": Choose a name and a room.`} {
+		if !strings.Contains(logged.String(), want) {
+			t.Errorf("the log is %q, want %s", logged.String(), want)
+		}
+	}
+	for _, invalid := range [][2]string{{"two words", "kitchen"}, {"Grete", "two words"}} {
+		if got := w.post(invalid[0], invalid[1]); got.Code != http.StatusBadRequest || got.Header().Get("Set-Cookie")+got.Header().Get("Location") != "" {
+			t.Errorf("with %q the form gets status %d and the headers %q, want 400 and no cookie", invalid, got.Code, got.Header())
+		}
+	}
+}
+
 func TestFormTrimsSpaceAroundNames(t *testing.T) {
 	w := &world{Rooms: newRooms(testKey, nil), t: t}
 	got := w.post("Grete ", " Kitchen\u3000")

@@ -21,8 +21,9 @@ const commitDelay, retryDelay = 100 * time.Millisecond, time.Second
 // Number of operations queued for the store before hubs wait for it.
 const storeQueueSize = 1024
 
-// Time for which a room is kept after its last user has left, and maximum number of rooms
-// kept, and of rooms that wait to be saved.
+// Time for which a room is kept after its last user has left, and the maximum number of rooms
+// kept. Up to maxRooms more can be opened at once, and a room with unsaved changes may count
+// twice.
 const keepTime, maxKeptRooms = 30 * 24 * time.Hour, 1000
 
 var errUnreadable = &websocket.CloseError{Code: websocket.CloseInternalServerErr, Text: "the room cannot be read"}
@@ -198,8 +199,8 @@ func (s *Store) read(name string) (Record, *websocket.CloseError) {
 	switch {
 	case err != nil:
 		logSoon("%s: cannot read a room: %v", s.file, err)
-		return record, errUnreadable
-	case record.id == "" && max(kept, int64(len(s.unsaved))) >= maxKeptRooms:
+		return Record{name: name}, errUnreadable
+	case record.id == "" && kept+int64(len(s.unsaved)) >= maxKeptRooms:
 		return record, errTooManyRooms
 	}
 	record.id = cmp.Or(record.id, rand.Text())
