@@ -64,9 +64,11 @@ func silentProxy(t *testing.T, to string) (addr string, cut func()) {
 	return listener.Addr().String(), func() { cuts.Add(1) }
 }
 
-// silentServer serves the page of s, with WebSockets that read all messages and broadcast
+// silentServer serves the page of a server, with WebSockets that read all messages and broadcast
 // none. The test sends what it likes on the connections from conns.
-func silentServer(t *testing.T, s *server) (url string, conns chan *websocket.Conn) {
+func silentServer(t *testing.T) (url string, conns chan *websocket.Conn) {
+	t.Helper()
+	s := startServer(t, "localhost:0")
 	t.Helper()
 	conns = make(chan *websocket.Conn, 100)
 	return fakeServer(t, s, func(n int, upgrade func() *websocket.Conn) {
@@ -125,8 +127,7 @@ func TestHalfOpenConnectionIsDetectedInAboutAMinute(t *testing.T) {
 
 func TestHeartbeatsKeepAnIdleConnection(t *testing.T) {
 	t.Parallel()
-	s := startServer(t, "localhost:0")
-	url, conns := silentServer(t, s)
+	url, conns := silentServer(t)
 	p := newTab(t)
 	p.beforePage(fast)
 	p.open(url)
@@ -152,8 +153,7 @@ func TestHeartbeatsKeepAnIdleConnection(t *testing.T) {
 // After a sleep, timers may fire before the browser delivers queued messages.
 func TestQueuedHeartbeatKeepsTheConnectionAfterASleep(t *testing.T) {
 	t.Parallel()
-	s := startServer(t, "localhost:0")
-	url, conns := silentServer(t, s)
+	url, conns := silentServer(t)
 	p := newTab(t)
 	// The test fires long timers itself, as a browser does after a sleep.
 	p.beforePage(`
@@ -190,8 +190,7 @@ func TestServerNegotiatesTheHeartbeatSubprotocol(t *testing.T) {
 
 func TestPendingMessageIsShownUntilTheServerSendsItBack(t *testing.T) {
 	t.Parallel()
-	s := startServer(t, "localhost:0")
-	url, conns := silentServer(t, s)
+	url, conns := silentServer(t)
 	p := newTab(t)
 	p.open(url)
 	conn := <-conns
@@ -219,8 +218,7 @@ func TestPendingMessageIsShownUntilTheServerSendsItBack(t *testing.T) {
 
 func TestPendingMessageStaysInViewAtTheEnd(t *testing.T) {
 	t.Parallel()
-	s := startServer(t, "localhost:0")
-	url, conns := silentServer(t, s)
+	url, conns := silentServer(t)
 	p := newTab(t)
 	p.open(url)
 	conn := <-conns
@@ -247,8 +245,7 @@ const stored = `sessionStorage["chat / undelivered"]`
 func TestUndeliveredMessagesAreStoredUntilDeliveredOrDiscarded(t *testing.T) {
 	t.Parallel()
 	inAllEngines(t, func(t *testing.T, w *window) {
-		s := startServer(t, "localhost:0")
-		url, conns := silentServer(t, s)
+		url, conns := silentServer(t)
 		open := func() *websocket.Conn {
 			t.Helper()
 			w.open(strings.TrimPrefix(url, "http://"))
@@ -322,8 +319,7 @@ func TestUndeliveredMessagesAreStoredUntilDeliveredOrDiscarded(t *testing.T) {
 
 func TestOnlyALastingConnectionResetsTheBackoff(t *testing.T) {
 	t.Parallel()
-	s := startServer(t, "localhost:0")
-	url, conns := silentServer(t, s)
+	url, conns := silentServer(t)
 	p := newTab(t)
 	p.beforePage(recordBackoffs + `
 		const realNow = performance.now.bind(performance);
@@ -455,8 +451,7 @@ func TestOnlyALostConnectionShowsTheAlarmColor(t *testing.T) {
 func TestSendAgainSendsTheMessage(t *testing.T) {
 	t.Parallel()
 	inAllEngines(t, func(t *testing.T, w *window) {
-		s := startServer(t, "localhost:0")
-		url, conns := silentServer(t, s)
+		url, conns := silentServer(t)
 		w.open(strings.TrimPrefix(url, "http://"))
 		get[bool](w, `$("name").focus() ?? true`)
 		w.typeText("Grete")

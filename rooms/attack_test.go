@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net/http"
 	"os/exec"
 	"slices"
 	"strconv"
@@ -15,6 +16,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/gorilla/websocket"
 )
 
 var attack = flag.Duration("attack", 0, "repeat attacks for this `duration` each, as in: go test -race -attack 10m -timeout 2h")
@@ -49,10 +52,10 @@ func TestSQLInNamesAndMessagesIsOnlyText(t *testing.T) {
 			var cookies []string
 			for len(cookies) < 4 {
 				name := hostileText(4)
-				if response := w.post(name, "kitchen"); response.Code == 303 {
+				if response := w.post(name, "kitchen"); response.Code == http.StatusSeeOther {
 					value, _, _ := strings.Cut(response.Header().Get("Set-Cookie"), ";")
 					cookies = append(cookies, value)
-				} else if response.Code != 400 {
+				} else if response.Code != http.StatusBadRequest {
 					t.Fatalf("%q gets status %d, want 400", name, response.Code)
 				}
 			}
@@ -74,7 +77,7 @@ func TestSQLInNamesAndMessagesIsOnlyText(t *testing.T) {
 				watcher.receivedLines()
 				for range 20 {
 					for _, p := range peers {
-						p.WriteMessage(1, []byte(hostileText(12))) // It may have been kicked, or its name taken.
+						p.WriteMessage(websocket.TextMessage, []byte(hostileText(12))) // It may have been kicked, or its name taken.
 					}
 				}
 				synctest.Wait()
@@ -86,15 +89,15 @@ func TestSQLInNamesAndMessagesIsOnlyText(t *testing.T) {
 				w.wantRooms() // so what follows is from the database
 				again := w.join("Reader", room)
 				kept := again.receivedLines()
-				isPublic := func(lines []Line) (public []string) {
+				public := func(lines []Line) (messages []string) {
 					for _, line := range lines {
 						if line.Kind == "message" {
-							public = append(public, fmt.Sprint(line.N, line.User, line.Text))
+							messages = append(messages, fmt.Sprint(line.N, line.User, line.Text))
 						}
 					}
-					return public
+					return messages
 				}
-				got, want := isPublic(kept), isPublic(sent)
+				got, want := public(kept), public(sent)
 				if len(want) > len(got) {
 					want = want[len(want)-len(got):]
 				}
@@ -128,7 +131,7 @@ func TestSQLInNamesAndMessagesIsOnlyText(t *testing.T) {
 func TestDatabaseThatFailsUnderLoadLosesNothing(t *testing.T) {
 	repeat(t, func(t *testing.T) {
 		w := startTCP(t)
-		var talk sync.WaitGroup
+		var talk, watch sync.WaitGroup
 		over := make(chan struct{})
 		var watchers []*peer
 		for room := range 5 {
@@ -155,32 +158,54 @@ func TestDatabaseThatFailsUnderLoadLosesNothing(t *testing.T) {
 		}
 		// Each room's lines arrive without a gap, whatever the database does.
 		for _, p := range watchers {
-			talk.Go(func() {
+			watch.Go(func() {
 				last := int64(0)
-				for {
-					select {
-					case <-over:
-						return
-					case <-time.After(time.Millisecond):
-						for _, line := range p.takeLines() {
-							if last > 0 && line.N != last+1 {
-								t.Errorf("line %d follows %d", line.N, last)
-							}
-							last = line.N
+				for p.more() {
+					for _, line := range p.takeLines() {
+						if last > 0 && line.N != last+1 {
+							t.Errorf("line %d follows %d", line.N, last)
+						}
+						if last = line.N; line.Text == "over" {
+							return
 						}
 					}
 				}
 			})
 		}
+		pacer := w.join("Pacer", "room0")
+		pace := func(messages int) {
+			for n := range messages {
+				text := fmt.Sprint("message ", n)
+				pacer.send(text)
+				pacer.until("message Pacer: " + text)
+			}
+		}
+		failing := func() bool {
+			got := make(chan bool)
+			w.store.operations <- func() { got <- w.store.failing }
+			return <-got
+		}
+		pace(rateBurst) // From now on each message takes rateInterval.
 		for n := range 6 {
+			isReadOnly := n%3 == 1
 			fillDisk(t, w.store, n%2 == 0)
-			readOnly(t, w.store, rand.N(3) == 0)
-			time.Sleep(time.Duration(rand.N(400)) * time.Millisecond)
+			readOnly(t, w.store, isReadOnly)
+			pace(rand.N(40))
+			for tries := 0; isReadOnly && !failing(); tries++ {
+				if tries == 1000 {
+					t.Fatal("no commit fails")
+				}
+				pace(1)
+			}
 		}
 		fillDisk(t, w.store, false)
 		readOnly(t, w.store, false)
 		close(over)
 		talk.Wait()
+		for room := range 5 {
+			w.room(fmt.Sprint("room", room)).broadcast <- []byte("over")
+		}
+		watch.Wait()
 		for room := range 5 {
 			hub := w.room(fmt.Sprint("room", room))
 			var record Record
@@ -204,14 +229,7 @@ func TestDatabaseThatFailsUnderLoadLosesNothing(t *testing.T) {
 // readOnly has every commit of the store fail, or no longer.
 func readOnly(t *testing.T, s *Store, on bool) {
 	t.Helper()
-	done := make(chan error)
-	s.operations <- func() {
-		_, err := s.db.Exec(fmt.Sprint("PRAGMA query_only = ", on))
-		done <- err
-	}
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
+	execute(t, s, fmt.Sprint("PRAGMA query_only = ", on))
 }
 
 func TestAtMostOneServerUsesADatabase(t *testing.T) {
@@ -230,14 +248,7 @@ func TestAtMostOneServerUsesADatabase(t *testing.T) {
 		var starting sync.WaitGroup
 		for range 3 {
 			s := &server{Cmd: program(t, "CHAT_KEY="+testKey, file)}
-			stderr, err := s.StderrPipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			s.log = bufio.NewReader(stderr)
-			if err := s.Start(); err != nil {
-				t.Fatal(err)
-			}
+			s.log = startLogged(t, s.Cmd)
 			servers = append(servers, s)
 			starting.Go(func() { s.line, _ = s.log.ReadString('\n') })
 		}

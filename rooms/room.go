@@ -103,7 +103,7 @@ type Record struct {
 	history         []Line    // for all users, oldest first
 	private         []Line    // separate, so that they do not displace the history
 	forgotten       int64     // the highest number of a line that was trimmed or lost
-	lost            int64     // a crash may have lost lines up to this number, or it is 0
+	lost            int64     // a crash may have lost lines up to this number
 }
 
 // A Room is what this program adds to a Hub. The methods of Hub in this file are for run's
@@ -116,7 +116,7 @@ type Room struct {
 
 	// Owned by run:
 	Record
-	refusal *websocket.CloseError // set if the store cannot read the Record, or the room has closed: then publish does nothing
+	refusal *websocket.CloseError // if the Record cannot be read, or the room has closed: publish does nothing
 	users   map[string]*User      // by ID
 	names   directory[User]       // the same users
 }

@@ -1484,6 +1484,17 @@ func program(t *testing.T, variable, file string) *exec.Cmd {
 func startProgram(t *testing.T, variable, file string) (*world, *exec.Cmd, *bufio.Reader) {
 	t.Helper()
 	cmd := program(t, variable, file)
+	log := startLogged(t, cmd)
+	line, err := log.ReadString('\n')
+	if !strings.Contains(line, "listening on") {
+		t.Fatalf("it logs %q, %v, want where it listens", line, err)
+	}
+	return startedProgram(t, line), cmd, log
+}
+
+// startLogged starts cmd, and returns its log.
+func startLogged(t *testing.T, cmd *exec.Cmd) *bufio.Reader {
+	t.Helper()
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -1491,12 +1502,7 @@ func startProgram(t *testing.T, variable, file string) (*world, *exec.Cmd, *bufi
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	log := bufio.NewReader(stderr)
-	line, err := log.ReadString('\n')
-	if !strings.Contains(line, "listening on") {
-		t.Fatalf("it logs %q, %v, want where it listens", line, err)
-	}
-	return startedProgram(t, line), cmd, log
+	return bufio.NewReader(stderr)
 }
 
 // startedProgram returns the world of a program that has logged where it listens.

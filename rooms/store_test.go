@@ -228,9 +228,15 @@ func fillDisk(t *testing.T, s *Store, isFull bool) {
 	if isFull {
 		pages = 1 // SQLite raises it to what there is.
 	}
+	execute(t, s, fmt.Sprint("PRAGMA max_page_count = ", pages))
+}
+
+// execute executes statement on the store's goroutine.
+func execute(t *testing.T, s *Store, statement string) {
+	t.Helper()
 	done := make(chan error)
 	s.operations <- func() {
-		_, err := s.db.Exec(fmt.Sprint("PRAGMA max_page_count = ", pages))
+		_, err := s.db.Exec(statement)
 		done <- err
 	}
 	if err := <-done; err != nil {
@@ -485,19 +491,9 @@ func TestUnreadableRoomIsRefusedAndKept(t *testing.T) {
 		w := startPiped(t)
 		w.join("Grete", "kitchen").leave()
 		time.Sleep(awayTime + 2*roomLife)
-		rename := func(from, to string) {
-			done := make(chan error)
-			w.store.operations <- func() {
-				_, err := w.store.db.Exec(fmt.Sprintf("ALTER TABLE %s RENAME TO %s", from, to))
-				done <- err
-			}
-			if err := <-done; err != nil {
-				t.Fatal(err)
-			}
-		}
-		rename("lines", "hidden")
+		execute(t, w.store, `ALTER TABLE lines RENAME TO hidden`)
 		w.dial(w.logIn("Hans"), "kitchen").wantClose(errUnreadable)
-		rename("hidden", "lines")
+		execute(t, w.store, `ALTER TABLE hidden RENAME TO lines`)
 		time.Sleep(2 * time.Second) // The room closes.
 		w.join("Ursel", "kitchen").want("join Grete", "leave Grete", "join Ursel")
 		if got := logged.String(); strings.Count(got, "cannot read a room: ") != 1 || !strings.Contains(got, "no such table") {
