@@ -5,8 +5,8 @@ go 1.26.0
 require (
 	github.com/gorilla/securecookie v1.1.2
 	github.com/gorilla/websocket v1.5.3
-	github.com/mtibben/confusables v0.0.0-20210201002637-9d1b0723b659
-	golang.org/x/text v0.40.0
+	go.mau.fi/util v0.11.0
+	golang.org/x/text v0.43.0
 	modernc.org/sqlite v1.62.0
 )
 

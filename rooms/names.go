@@ -5,20 +5,22 @@ import (
 	"regexp"
 	"strings"
 
-	"github.com/mtibben/confusables"
+	"go.mau.fi/util/confusable"
 	"golang.org/x/text/cases"
 	"golang.org/x/text/secure/precis"
 )
 
-var word = regexp.MustCompile(`^[\p{L}\p{Nd}][\p{L}\p{M}\p{Nd}_-]*$`)
+var word = regexp.MustCompile(`^[\p{L}\p{Nd}][\p{L}\p{M}\p{Nd}\x{200C}\x{200D}_-]*$`)
 
-// parseName returns a name in the form that RFC 8265 has for user names, or "" if it is
-// invalid. A name is one word, so that a command can have text after it.
+// parseName returns a name in the form that RFC 8265 (PRECIS) has for user names, or "" if
+// it is invalid. A name is one word, so that a command can have text after it. The invisible
+// joiners U+200C and U+200D are valid where the script needs them, as in علی‌رضا.
 func parseName(text string) string {
-	if name, err := precis.UsernameCasePreserved.String(text); err == nil && len(name) <= maxNameSize && word.MatchString(name) {
-		return name
+	name, err := precis.UsernameCasePreserved.String(text)
+	if err != nil || len(name) > maxNameSize || !word.MatchString(name) {
+		return ""
 	}
-	return ""
+	return name
 }
 
 // A directory maps names to values, and treats confusable names as equal: each value has
@@ -34,7 +36,7 @@ func (d directory[T]) remove(name string)        { delete(d, fold(name)); delete
 // https://www.unicode.org/reports/tr39/#Confusable_Detection
 func fold(name string) string {
 	small := strings.ReplaceAll(cases.Fold().String(name), "i\u0307", "i") // from the Turkish capital i
-	return cases.Fold().String(confusables.Skeleton(small))
+	return cases.Fold().String(confusable.Skeleton(small))
 }
 
 // looks returns a key that is equal for names that look alike as written, as Gretel and
@@ -42,5 +44,5 @@ func fold(name string) string {
 // apart from those of fold, as no name contains one. The others stand for capital Ls, so that
 // TalkerL differs from TalkerI.
 func looks(name string) string {
-	return "* " + cases.Fold().String(strings.ReplaceAll(confusables.Skeleton(name), "L", "*"))
+	return "* " + cases.Fold().String(strings.ReplaceAll(confusable.Skeleton(name), "L", "*"))
 }

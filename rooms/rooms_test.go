@@ -606,13 +606,14 @@ func TestFormTrimsSpaceAroundNames(t *testing.T) {
 }
 
 func TestNameIsOneWordInItsNormalForm(t *testing.T) {
-	for _, name := range []string{"Grete", "grete-2", "Jörg", "Ἀθηνᾶ", "Дмитрий", "世界", "مريم", strings.Repeat("x", 32)} {
+	for _, name := range []string{"Grete", "grete-2", "Jörg", "Ἀθηνᾶ", "Дмитрий", "世界", "مريم",
+		"علی\u200cرضا", "ශ\u0dca\u200dරී", strings.Repeat("x", 32)} {
 		if got := parseName(name); got != name {
 			t.Errorf("%q is taken as %q", name, got)
 		}
 	}
 	for _, name := range []string{"", " ", "Grete ", "Grete Hans", "Grete:", "Grete: hi", "* Grete", "*", "/to", "_", "-x", "a/b", "a.b", "..",
-		"\u3164", "Grete\u200b", "Grete\u202e", "\u0301", "Grete\u00a0", "🦊", "a\nb", "\xff", strings.Repeat("x", 33)} {
+		"\u3164", "Grete\u200b", "Gre\u200cte", "\u200cGrete", "علی\u200c", "علی\u200c\u200cرضا", "Grete\u200d", "क\u094d\u200d", "Grete\u202e", "\u0301", "Grete\u00a0", "🦊", "a\nb", "\xff", strings.Repeat("x", 33)} {
 		if got := parseName(name); got != "" {
 			t.Errorf("%q is taken as %q", name, got)
 		}
@@ -637,6 +638,9 @@ func TestConfusableNamesAreRefused(t *testing.T) {
 			{"Дмитрий", "ДМИТРИЙ", true}, {"Lisa", "L\u0130SA", true}, {"Lisa", "l\u0131sa", true}, {"Lisa", "L\u0130sa", true}, {"L\u0130SA", "lisa", true},
 			{"Νίκος", "ΝΊΚΟΣ", true}, {"Bob", "B0B", true}, {"Oskar", "0skar", true}, {"modem", "rnodem", true}, {"АННА", "АHHА", true}, {"José", "JOSÉ", true},
 			{"Роза", "РОЗА", true}, {"ИВАН", "Иван", true}, {"Ｈａｎｓ", "hans", true}, {"lisa", "Iisa", true}, {"illi", "ILLI", true},
+			{"علی\u200cرضا", "علیرضا", true}, {"ශ\u0dca\u200dරී", "ශ\u0dcaරී", true}, {"Grete", "\ua4d6rete", true}, {"Paul", "\u01bfaul", true}, {"willi", "\u1d21illi", true},
+			// README.md says that these still pass.
+			{"Grete", "Greté", false}, {"Grete", "Grete_", false}, {"Grete", "Grete-", false}, {"Grete", "ɢrete", false}, {"willi", "vvilli", false},
 			{"TalkerI", "TalkerL", false}, {"Grete", "Gretel", false}, {"Hans", "Hanna", false}, {"Guest-1", "Guest-2", false}, {"José", "Jose", false},
 			{"Ina", "Lna", false}, {"Lisa", "Iisa", false}, {"Дмитрий", "Дмитрии", false},
 		} {
