@@ -137,7 +137,8 @@ var contentSecurityPolicy = "default-src 'none'; script-src " + hashSource("scri
 // hashSource returns the CSP hash source for the content of the only element of that
 // name in home. Browsers normalize \r\n, which git may have made, to \n before hashing.
 func hashSource(element string) string {
-	_, content, _ := strings.Cut(strings.ReplaceAll(home, "\r\n", "\n"), "<"+element+">")
+	_, content, _ := strings.Cut(strings.ReplaceAll(home, "\r\n", "\n"), "<"+element)
+	_, content, _ = strings.Cut(content, ">")
 	content, _, _ = strings.Cut(content, "</"+element+">")
 	hash := sha256.Sum256([]byte(content))
 	return "'sha256-" + base64.StdEncoding.EncodeToString(hash[:]) + "'"

@@ -175,7 +175,7 @@ func servePage(w http.ResponseWriter, r *http.Request, status int, reason, name,
 		"'; img-src data:; connect-src 'self' ws: wss:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
 	w.WriteHeader(status)
 	strings.NewReplacer(
-		"<script>", `<script nonce="`+nonce+`">`, "<style>", `<style nonce="`+nonce+`">`, "{{status}}", strconv.Itoa(status),
+		"<script", `<script nonce="`+nonce+`"`, "<style", `<style nonce="`+nonce+`"`, "{{status}}", strconv.Itoa(status),
 		"{{reason}}", html.EscapeString(reason), "{{name}}", html.EscapeString(name), "{{room}}", html.EscapeString(room),
 	).WriteString(w, page)
 }
