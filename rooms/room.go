@@ -96,14 +96,23 @@ type User struct {
 // A Record is what the store keeps of a room. The store gets copies that share the slices,
 // so their elements must not change: append, or replace the slice.
 type Record struct {
-	id, name, owner string    // the owner is the ID of the user that opened the room
-	kicked          []string  // IDs
-	used            time.Time // when there was last a user: updated by each line, and once a day
-	last            int64     // the number of the last line
-	history         []Line    // for all users, oldest first
-	private         []Line    // separate, so that they do not displace the history
-	forgotten       int64     // the highest number of a line that was trimmed or lost
-	lost            int64     // a crash may have lost lines up to this number
+	id, name, owner string        // the owner is the ID of the user that opened the room
+	present         []Identity    // the users in the room, in the order in which they joined
+	kicks           []Kick        // oldest first
+	used            time.Time     // when there was last a user: updated by each line, and once a day
+	last            int64         // the number of the last line
+	history         []Line        // for all users, oldest first
+	private         []Line        // separate, so that they do not displace the history
+	forgotten       int64         // the highest number of a line that was trimmed or lost
+	lost            int64         // a crash may have lost lines up to this number
+	open            bool          // a hub has the room: a crash may lose lines
+	committed       *atomic.Int64 // set by the store: the number of the last line that a crash cannot lose
+}
+
+// A Kick is a user that cannot join the room again.
+type Kick struct {
+	Identity
+	StandIn bool // The owner was absent: the kick ends when the owner joins.
 }
 
 // A Room is what this program adds to a Hub. The methods of Hub in this file are for run's
@@ -129,7 +138,7 @@ func (h *Hub) join(client *Client) {
 	switch {
 	case h.refusal != nil:
 		h.drop(client, h.refusal)
-	case slices.Contains(h.kicked, id):
+	case slices.ContainsFunc(h.kicks, func(k Kick) bool { return k.ID == id }):
 		h.drop(client, errKicked)
 	case user != nil:
 		if len(user.clients) >= maxTabs {
@@ -144,6 +153,7 @@ func (h *Hub) join(client *Client) {
 		user = &User{Identity: client.request.Identity, joined: h.last + 1}
 		h.users[id] = user
 		h.names.add(name, user)
+		h.present = append(h.present, user.Identity)
 		h.owner = cmp.Or(h.owner, id)
 		h.welcome(client, user)
 		h.publish(Line{Kind: "join", User: name})
@@ -182,6 +192,7 @@ func (h *Hub) leave(client *Client) {
 
 // remove removes user from the room and announces it, with text if it was kicked.
 func (h *Hub) remove(user *User, text string) {
+	h.present = slices.DeleteFunc(slices.Clone(h.present), func(other Identity) bool { return other == user.Identity })
 	h.publish(Line{Kind: "leave", User: user.Name, Text: text})
 	delete(h.users, user.ID)
 	h.names.remove(user.Name)
@@ -203,7 +214,8 @@ func (h *Hub) expire() {
 	h.rooms.mu.Lock()
 	defer h.rooms.mu.Unlock()
 	// run goes on until its last client is done. By then the room may have another hub.
-	if h.rooms.hubs[fold(h.name)] == h && len(h.users) == 0 && h.joining.Load() == 0 && time.Since(h.used) >= roomLife {
+	if h.rooms.hubs[fold(h.name)] == h && len(h.users) == 0 && h.joining.Load() == 0 && time.Since(h.used) >= roomLife &&
+		h.rooms.store.release(h.Record) {
 		delete(h.rooms.hubs, fold(h.name))
 		h.refusal = errRoomClosed
 		h.stop()
@@ -240,8 +252,8 @@ func (h *Hub) receive(client *Client, line string) {
 	case user == sender: // This protects the owner, who is the host while present.
 		h.notify(client, line, "You cannot remove yourself.")
 	default:
-		h.kicked = append(h.kicked, user.ID)
-		h.kicked = h.kicked[max(0, len(h.kicked)-maxKicked):]
+		h.kicks = append(h.kicks, Kick{user.Identity, sender.ID != h.owner})
+		h.kicks = h.kicks[max(0, len(h.kicks)-maxKicked):]
 		h.notify(client, line, "Done.")
 		h.remove(user, "kicked by "+sender.Name)
 		for _, other := range slices.Clone(user.clients) { // leave removes each from the list
@@ -266,6 +278,9 @@ func (h *Hub) publish(line Line) {
 	}
 	if len(h.users) > 0 {
 		h.used = time.Now()
+	}
+	for h.last-h.committed.Load() >= maxUncommitted {
+		time.Sleep(commitDelay) // Commits fail: backpressure.
 	}
 	h.last++
 	line.N = h.last
