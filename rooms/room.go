@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
-	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -25,7 +24,8 @@ const maxKicked = 1000
 // A user leaves when all their connections have been closed for awayTime, so a page
 // reload or a brief disconnect is not announced. A room without users closes after
 // roomLife: then only the database has it.
-const awayTime, roomLife = 10 * time.Second, time.Minute
+// After a start, users that were in the room have restartTime to return.
+const awayTime, restartTime, roomLife = 10 * time.Second, 30 * time.Second, time.Minute
 
 // Number of lines in a room's history, and of private messages beside them. A client
 // that joins may get all of these at once: sendQueueSize must be larger.
@@ -36,9 +36,10 @@ const historySize = 100
 const maxNameSize, maxLineSize = 32, 4 << 10
 
 // The reasons for which a room closes connections. The page does not reconnect after
-// codes from 4400 on.
+// codes from 4400 on, which are 4000 more than the HTTP status of the form with that reason.
+var errLoggedOut = &websocket.CloseError{Code: 4401, Text: "you have logged out, or logged in with another name"}
 var errKicked = &websocket.CloseError{Code: 4403, Text: "you were removed from this room"}
-var errNameTaken = &websocket.CloseError{Code: 4409, Text: "a user in this room has your name, or one that looks like it"}
+var errNameTaken = &websocket.CloseError{Code: 4409, Text: "a user in this room has this name, or one that looks like it; it may be free in ten seconds"}
 var errTooManyTabs = &websocket.CloseError{Code: 4429, Text: "you have too many connections to this room"}
 var errRoomFull = &websocket.CloseError{Code: 4503, Text: "this room is full"}
 var errRoomClosed = &websocket.CloseError{Code: websocket.CloseGoingAway, Text: "this room has closed"}
@@ -73,9 +74,6 @@ type Line struct {
 	message []byte   // the line as JSON
 }
 
-// An Identity is the content of a user's cookie.
-type Identity struct{ ID, Name string }
-
 // A JoinRequest is the user that connects, and the last line that its client has
 // received before: the ID of the room and the number of the line, or 0.
 type JoinRequest struct {
@@ -88,7 +86,6 @@ type JoinRequest struct {
 // first of them until it leaves.
 type User struct {
 	Identity
-	joined  int64     // the number of the line that announced it
 	clients []*Client // oldest first
 	away    time.Time // when the last of them was dropped
 }
@@ -115,6 +112,8 @@ type Kick struct {
 	StandIn bool // The owner was absent: the kick ends when the owner joins.
 }
 
+func (k Kick) isByStandIn() bool { return k.StandIn }
+
 // A Room is what this program adds to a Hub. The methods of Hub in this file are for run's
 // goroutine only: run calls them when a client is registered or dropped or sends a line,
 // and every second.
@@ -130,34 +129,57 @@ type Room struct {
 	names   directory[User]       // the same users
 }
 
+// refuse returns the reason for which user cannot join, or nil. The owner always can.
+func (h *Hub) refuse(user Identity) *websocket.CloseError {
+	switch {
+	case h.refusal != nil:
+		return h.refusal
+	case user.ID == h.owner || h.users[user.ID] != nil:
+		return nil
+	case slices.ContainsFunc(h.kicks, func(k Kick) bool { return k.ID == user.ID }):
+		return errKicked
+	case len(h.users) >= maxUsers:
+		return errRoomFull
+	case h.names.find(user.Name) != nil:
+		return errNameTaken
+	}
+	return nil
+}
+
 // join adds client to the room, sends it the lines that it has not received, and
 // announces a user that is new. Or it drops client, and the others see nothing.
 func (h *Hub) join(client *Client) {
-	id, name := client.request.ID, client.request.Name
-	user := h.users[id]
-	switch {
-	case h.refusal != nil:
-		h.drop(client, h.refusal)
-	case slices.ContainsFunc(h.kicks, func(k Kick) bool { return k.ID == id }):
-		h.drop(client, errKicked)
-	case user != nil:
+	identity := client.request.Identity
+	if reason := h.refuse(identity); reason != nil {
+		h.drop(client, reason)
+		return
+	}
+	user := h.users[identity.ID]
+	if user != nil {
 		if len(user.clients) >= maxTabs {
 			h.drop(user.clients[0], errTooManyTabs)
 		}
 		h.welcome(client, user)
-	case len(h.users) >= maxUsers:
-		h.drop(client, errRoomFull)
-	case h.names.find(name) != nil:
-		h.drop(client, errNameTaken)
-	default:
-		user = &User{Identity: client.request.Identity, joined: h.last + 1}
-		h.users[id] = user
-		h.names.add(name, user)
-		h.present = append(h.present, user.Identity)
-		h.owner = cmp.Or(h.owner, id)
-		h.welcome(client, user)
-		h.publish(Line{Kind: "join", User: name})
+		return
 	}
+	h.owner = cmp.Or(h.owner, identity.ID)
+	if identity.ID == h.owner { // Nobody keeps the owner out by taking its name.
+		for other := h.names.find(identity.Name); other != nil; other = h.names.find(identity.Name) {
+			h.expel(other, "", errNameTaken)
+		}
+		h.kicks = slices.DeleteFunc(slices.Clone(h.kicks), Kick.isByStandIn)
+	}
+	h.present = append(h.present, identity)
+	h.welcome(client, h.add(identity))
+	h.publish(Line{Kind: "join", User: identity.Name})
+}
+
+// add adds a user.
+func (h *Hub) add(identity Identity) *User {
+	user := &User{Identity: identity}
+	h.users[user.ID] = user
+	h.names.add(user.Name, user)
+	return user
 }
 
 // welcome adds client to user's connections, and sends it what it has not received.
@@ -196,6 +218,17 @@ func (h *Hub) remove(user *User, text string) {
 	h.publish(Line{Kind: "leave", User: user.Name, Text: text})
 	delete(h.users, user.ID)
 	h.names.remove(user.Name)
+}
+
+// expel removes user, if it is not nil, and drops all its clients.
+func (h *Hub) expel(user *User, text string, reason *websocket.CloseError) {
+	if user == nil {
+		return
+	}
+	h.remove(user, text)
+	for _, client := range slices.Clone(user.clients) { // leave removes each from the list
+		h.drop(client, reason)
+	}
 }
 
 // expire removes users that have been away for awayTime. It closes the room when no user
@@ -239,36 +272,52 @@ func (h *Hub) receive(client *Client, line string) {
 		return
 	}
 	verb, name, text := strings.ToLower(norm.NFKC.String(parts[1])), parseName(parts[2]), parts[3]
+	usage := map[string]string{"to": "/to NAME text", "kick": "/kick NAME", "allow": "/allow NAME"}[verb]
 	user := h.names.find(name)
 	switch {
-	case verb != "to" && verb != "kick" || verb == "to" && text == "":
-		h.notify(client, line, "Unknown command. There are /to NAME text and /kick NAME.")
+	case usage == "":
+		h.notify(client, line, "Unknown command. There are /to NAME text, /kick NAME and /allow NAME.")
+	case parts[2] == "" || verb == "to" && text == "":
+		h.notify(client, line, "Write "+usage+".")
+	case verb != "to" && sender != h.host():
+		h.notify(client, line, "Only the host, "+h.host().Name+", can remove and allow users.")
+	case verb == "allow":
+		h.allow(client, line, name)
 	case user == nil || !strings.EqualFold(user.Name, name): // else "/to Paul" would go to Pau1
 		h.notify(client, line, "There is no user with that name in this room.")
 	case verb == "to":
 		h.publish(Line{Kind: "private", User: sender.Name, To: user.Name, Text: text, Line: line, only: []string{sender.ID, user.ID}})
-	case sender != h.host():
-		h.notify(client, line, "Only the host, "+h.host().Name+", can remove users.")
 	case user == sender: // This protects the owner, who is the host while present.
 		h.notify(client, line, "You cannot remove yourself.")
 	default:
 		h.kicks = append(h.kicks, Kick{user.Identity, sender.ID != h.owner})
-		h.kicks = h.kicks[max(0, len(h.kicks)-maxKicked):]
-		h.notify(client, line, "Done.")
-		h.remove(user, "kicked by "+sender.Name)
-		for _, other := range slices.Clone(user.clients) { // leave removes each from the list
-			h.drop(other, errKicked)
+		if len(h.kicks) > maxKicked { // A stand-in must not push out the owner's kicks.
+			oldest := max(0, slices.IndexFunc(h.kicks, Kick.isByStandIn))
+			h.kicks = slices.Delete(slices.Clone(h.kicks), oldest, oldest+1)
 		}
+		h.notify(client, line, "Done.")
+		h.expel(user, "kicked by "+sender.Name, errKicked)
 	}
+}
+
+// allow takes back the kicks of users of that name, but the owner's for the owner only.
+func (h *Hub) allow(client *Client, line, name string) {
+	kicks := slices.DeleteFunc(slices.Clone(h.kicks), func(k Kick) bool {
+		return k.Name != "" && strings.EqualFold(k.Name, name) && (k.StandIn || client.user.ID == h.owner)
+	})
+	if len(kicks) == len(h.kicks) {
+		h.notify(client, line, "There is no removed user with that name whom you can allow.")
+		return
+	}
+	h.kicks = kicks
+	h.rooms.store.save(h.Record)
+	h.notify(client, line, "Done.")
 }
 
 // host returns the user that may kick others: the owner, or, while the owner is absent,
 // the user that joined first.
 func (h *Hub) host() *User {
-	if owner := h.users[h.owner]; owner != nil {
-		return owner
-	}
-	return slices.MinFunc(slices.Collect(maps.Values(h.users)), func(a, b *User) int { return cmp.Compare(a.joined, b.joined) })
+	return cmp.Or(h.users[h.owner], h.users[h.present[0].ID])
 }
 
 // publish numbers line, keeps it, and delivers it to the users that may read it.
@@ -303,8 +352,9 @@ func (h *Hub) notify(client *Client, line, text string) {
 	h.queue(client, Line{Kind: "notice", Text: text, Line: line}.encode())
 }
 
+// isFor reports whether client receives the line: if it has been let in, and may read it.
 func (l Line) isFor(client *Client) bool {
-	return l.only == nil || slices.Contains(l.only, client.request.ID)
+	return client.user != nil && (l.only == nil || slices.Contains(l.only, client.request.ID))
 }
 
 // encode returns the line as JSON, with the time.

@@ -19,7 +19,6 @@ package main
 //go:generate sh -c "sed -n '/^--- /,/^```$/p' README.md | cat - main.diff home.diff | patch --no-backup-if-mismatch"
 
 import (
-	"cmp"
 	"crypto/rand"
 	"html"
 	"log"
@@ -30,6 +29,7 @@ import (
 	"time"
 
 	"github.com/gorilla/securecookie"
+	"github.com/gorilla/websocket"
 )
 
 // Maximum number of open rooms.
@@ -41,13 +41,34 @@ type Rooms struct {
 	cookies *securecookie.SecureCookie
 	running sync.WaitGroup // the hubs' run
 
-	mu   sync.Mutex      // expire locks it on run's goroutine: do not wait for a hub or the store while you hold it
+	// expire locks it on run's goroutine: do not wait for a hub or the store while you hold it.
+	mu   sync.Mutex
 	hubs map[string]*Hub // of the open rooms, by fold of their names; nil after stop
 }
 
-// newRooms returns the rooms of the store, which the caller closes after stop.
+// newRooms returns the rooms of the store, which the caller closes after stop. It opens those
+// that had users when the server last ran.
 func newRooms(key string, store *Store) *Rooms {
-	return &Rooms{store: store, cookies: securecookie.New([]byte(key), nil), hubs: make(map[string]*Hub)}
+	rs := &Rooms{store: store, cookies: securecookie.New([]byte(key), nil), hubs: make(map[string]*Hub)}
+	for _, name := range store.occupied {
+		rs.open(name)
+	}
+	return rs
+}
+
+// open opens the room, and returns its hub. The caller holds mu.
+func (rs *Rooms) open(name string) *Hub {
+	hub := newHub()
+	hub.Room = Room{rooms: rs, ticks: time.Tick(time.Second), users: make(map[string]*User), names: make(directory[User])}
+	rs.hubs[fold(name)] = hub
+	rs.running.Go(func() {
+		hub.Record, hub.refusal = rs.store.load(name)
+		for _, identity := range hub.present { // as of when the server last ran
+			hub.add(identity).away = time.Now().Add(restartTime - awayTime)
+		}
+		hub.run()
+	})
+	return hub
 }
 
 // admit returns the hub of the room, which it opens if it is not open, or the HTTP status
@@ -60,21 +81,14 @@ func (rs *Rooms) admit(name string, user Identity) (hub *Hub, status int, reason
 		return nil, status, reason
 	}
 	if hub = rs.hubs[fold(name)]; hub == nil {
-		hub = newHub()
-		hub.Room = Room{rooms: rs, ticks: time.Tick(time.Second), users: make(map[string]*User), names: make(directory[User])}
-		rs.hubs[fold(name)] = hub
-		rs.running.Go(func() {
-			hub.Record, hub.refusal = rs.store.load(name)
-			hub.run()
-		})
+		hub = rs.open(name)
 	}
 	hub.joining.Add(1)
 	return hub, status, ""
 }
 
 // refuse returns the reason for which user cannot connect to the hub of that room, and an
-// HTTP status, or "". The hub itself refuses users that are kicked, whose name is taken,
-// or for which there is no space. The caller holds mu.
+// HTTP status, or "". The hub refuses users for reasons of its own. The caller holds mu.
 func (rs *Rooms) refuse(name string, user Identity) (status int, reason string) {
 	switch {
 	case name == "":
@@ -107,32 +121,10 @@ func (rs *Rooms) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", rs.serveHome)
 	mux.HandleFunc("POST /{$}", rs.logIn)
+	mux.HandleFunc("POST /logout", rs.logOut)
 	mux.HandleFunc("GET /room/{room}/{$}", rs.serveHome)
 	mux.HandleFunc("GET /room/{room}/ws", rs.serveRoom)
 	return http.MaxBytesHandler(http.NewCrossOriginProtection().Handler(mux), 4<<10)
-}
-
-// identify returns the user that the request's cookie names, or none.
-func (rs *Rooms) identify(r *http.Request) (user Identity) {
-	if cookie, err := r.Cookie("chat"); err == nil {
-		rs.cookies.Decode("chat", cookie.Value, &user)
-	}
-	return user
-}
-
-// logIn sets the cookie for the name in the form, and redirects to the room. Authenticate
-// users here: ask for a password, or redirect them to an identity provider.
-func (rs *Rooms) logIn(w http.ResponseWriter, r *http.Request) {
-	// Phone keyboards add a space after a word.
-	name, room := strings.TrimSpace(r.PostFormValue("name")), strings.ToLower(strings.TrimSpace(r.PostFormValue("room")))
-	user := Identity{ID: cmp.Or(rs.identify(r).ID, rand.Text()), Name: parseName(name)}
-	if user.Name == "" || parseName(room) == "" {
-		servePage(w, r, http.StatusBadRequest, "A name is one word of letters, digits, - and _, of at most 32 bytes.", name, room)
-		return
-	}
-	value, _ := rs.cookies.Encode("chat", user) // No name is too long for a cookie.
-	http.SetCookie(w, &http.Cookie{Name: "chat", Value: value, Path: "/", HttpOnly: true, Secure: *secure, SameSite: http.SameSiteLaxMode})
-	http.Redirect(w, r, "/room/"+parseName(room)+"/", http.StatusSeeOther)
 }
 
 // serveHome serves a room's page, or the login form with the reason for it.
@@ -140,14 +132,35 @@ func (rs *Rooms) serveHome(w http.ResponseWriter, r *http.Request) {
 	room, user := strings.ToLower(r.PathValue("room")), rs.identify(r)
 	rs.mu.Lock()
 	status, reason := rs.refuse(room, user)
+	hub := rs.hubs[fold(room)]
 	rs.mu.Unlock()
+	hasLoggedIn := r.URL.RawQuery == "login" // logIn has redirected it to here
+	switch {
+	case hasLoggedIn && status == http.StatusUnauthorized:
+		reason = "Your browser did not return this server's cookie. Allow cookies for this site."
+		if *secure {
+			reason += " The server runs with -secure: the address has to start with https."
+		}
+	case hasLoggedIn: // Without the query, a reload or a shared link is no login.
+		http.Redirect(w, r, r.URL.EscapedPath(), http.StatusSeeOther)
+		return
+	case reason == "" && hub != nil:
+		hub.do(func() {
+			if refusal := hub.refuse(user); refusal != nil && refusal.Code >= 4400 {
+				status, reason = refusal.Code-4000, "You cannot join: "+refusal.Text+"."
+			}
+		})
+	}
 	servePage(w, r, status, reason, user.Name, room)
 }
 
 // serveRoom connects a client to a room.
 func (rs *Rooms) serveRoom(w http.ResponseWriter, r *http.Request) {
 	request := JoinRequest{Identity: rs.identify(r), RoomID: r.FormValue("room")}
-	hub, status, reason := rs.admit(strings.ToLower(r.PathValue("room")), request.Identity)
+	hub, status, reason := (*Hub)(nil), http.StatusBadRequest, "This is not a WebSocket handshake."
+	if websocket.IsWebSocketUpgrade(r) { // Otherwise it would open the room.
+		hub, status, reason = rs.admit(strings.ToLower(r.PathValue("room")), request.Identity)
+	}
 	if reason != "" {
 		log.Printf("%s: handshake refused: %q: %s", r.RemoteAddr, r.URL, reason)
 		http.Error(w, reason, status)

@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/cookiejar"
 	"net/http/httptest"
 	"net/url"
 	"os"
@@ -27,6 +28,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/gorilla/securecookie"
 	"github.com/gorilla/websocket"
 )
 
@@ -349,13 +351,66 @@ func TestRefusedClientKeepsNoRoomOpen(t *testing.T) {
 	})
 }
 
+// The host of a full room is a puppet, or a puppet has the owner's name.
+func TestOwnerAlwaysGetsIn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		cookie := w.logIn("GreteI")
+		grete := w.dial(cookie, "kitchen")
+		grete.received()
+		grete.leave()
+		time.Sleep(awayTime + time.Second)
+		puppets := []*peer{w.join("gretei", "kitchen"), w.join("Gretel", "kitchen")} // one looks like it, the other differs in case
+		for n := range maxUsers - 2 {
+			puppets = append(puppets, w.join(fmt.Sprint("Puppet-", n), "kitchen"))
+		}
+		w.join("Late", "kitchen").wantClose(errRoomFull)
+		for _, p := range puppets {
+			p.received()
+		}
+		grete = w.dial(cookie, "kitchen")
+		puppets[0].wantClose(errNameTaken)
+		puppets[1].wantClose(errNameTaken)
+		puppets[2].want("leave gretei", "leave Gretel", "join GreteI")
+		w.join("Another", "kitchen").received()
+		grete.received()
+		grete.leave()
+		time.Sleep(awayTime + time.Second)
+		w.join("More", "kitchen").received() // which makes it full again
+		grete = w.dial(cookie, "kitchen")
+		if got := grete.received(); grete.welcome == nil || len(grete.welcome.Users) != maxUsers+1 || len(grete.welcome.encode()) > maxLineSize {
+			t.Errorf("the owner of a full room receives %q, and the welcome %+v", got, grete.welcome)
+		}
+		grete.send("/kick Puppet-0")
+		puppets[2].wantClose(errKicked)
+	})
+}
+
+// Browsers send the cookie with a link from another site.
+func TestPlainGETOpensNoRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		cookie := w.logIn("Grete")
+		for n := range 2 * maxRooms {
+			if got := w.get(cookie, fmt.Sprintf("/room/room%d/ws", n)); got.Code != http.StatusBadRequest {
+				t.Fatalf("a plain GET has status %d, want 400", got.Code)
+			}
+		}
+		w.wantRooms()
+		w.join("Hans", "kitchen").want("join Hans")
+	})
+}
+
 func TestFailedHandshakeKeepsNoRoomOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		cookie := w.logIn("Grete")
 		for n := range maxRooms {
-			if got := w.get(cookie, fmt.Sprintf("/room/room%d/ws", n)); got.Code != http.StatusBadRequest {
-				t.Errorf("a plain GET has status %d, want 400", got.Code)
+			request := httptest.NewRequest("GET", fmt.Sprintf("/room/room%d/ws", n), nil)
+			request.Header = http.Header{"Cookie": {cookie}, "Connection": {"Upgrade"}, "Upgrade": {"websocket"}} // and no key
+			got := httptest.NewRecorder()
+			if w.handler().ServeHTTP(got, request); got.Code != http.StatusBadRequest {
+				t.Errorf("a handshake without a key has status %d, want 400", got.Code)
 			}
 		}
 		time.Sleep(time.Second)
@@ -420,7 +475,7 @@ func testJoinWhileClosing(t *testing.T) {
 
 func TestStoppedHubDoesNotRemoveTheNextOfItsRoom(t *testing.T) {
 	ending, next := newHub(), newHub()
-	rooms := newRooms(testKey, nil)
+	rooms := newRooms(testKey, new(Store))
 	rooms.hubs["kitchen"] = next
 	ending.Room = Room{rooms: rooms, Record: Record{name: "kitchen"}} // no user was ever in it
 	ending.expire()
@@ -524,7 +579,7 @@ func TestRequestWithoutALoginGets401AndTheForm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
 		good := w.logIn("Grete")
-		foreign := newRooms("another key", nil).logInAs(t, "Grete", "")
+		foreign := newRooms("another key", new(Store)).logInAs(t, "Grete", "")
 		signed := func(who Identity) string { // as an application's own login might
 			value, _ := w.cookies.Encode("chat", who)
 			return "chat=" + value
@@ -545,8 +600,8 @@ func TestScriptsAndOtherSitesCannotUseTheCookie(t *testing.T) {
 	request := httptest.NewRequest("POST", "/", strings.NewReader("name=Grete&room=K%C3%BCche"))
 	request.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	got := httptest.NewRecorder()
-	newRooms(testKey, nil).handler().ServeHTTP(got, request)
-	if got.Code != http.StatusSeeOther || !strings.EqualFold(got.Header().Get("Location"), "/room/K%C3%BCche/") {
+	newRooms(testKey, new(Store)).handler().ServeHTTP(got, request)
+	if got.Code != http.StatusSeeOther || !strings.EqualFold(got.Header().Get("Location"), "/room/K%C3%BCche/?login") {
 		t.Errorf("got status %d and location %q, want 303 and the room's", got.Code, got.Header().Get("Location"))
 	}
 	cookie := got.Result().Cookies()[0]
@@ -556,9 +611,86 @@ func TestScriptsAndOtherSitesCannotUseTheCookie(t *testing.T) {
 
 	request.Header.Set("Sec-Fetch-Site", "cross-site")
 	got = httptest.NewRecorder()
-	newRooms(testKey, nil).handler().ServeHTTP(got, request)
+	newRooms(testKey, new(Store)).handler().ServeHTTP(got, request)
 	if got.Code != http.StatusForbidden {
 		t.Errorf("another site's form gets status %d, want 403", got.Code)
+	}
+}
+
+// Cookies ignore ports.
+func TestServersOnOneHostKeepTheirLogins(t *testing.T) {
+	jar, _ := cookiejar.New(nil)
+	client := &http.Client{Jar: jar}
+	var servers []*world
+	for range 2 {
+		w := startTCP(t)
+		w.cookies = securecookie.New([]byte(fmt.Sprint("a key of 32 bytes, for server ", len(servers))), nil)
+		servers = append(servers, w)
+	}
+	for _, w := range append(servers, servers...) {
+		response, err := client.PostForm(w.url, url.Values{"name": {"Grete"}, "room": {"kitchen"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+	}
+	for _, w := range servers {
+		response, err := client.Get(w.url + "/room/kitchen/")
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			t.Errorf("after logging in on two servers, one answers with status %d, want 200", response.StatusCode)
+		}
+	}
+}
+
+// Another path of this host, or of its domain, can set a cookie that the browser sends first.
+func TestForeignCookieOfThatNameLocksNobodyOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		good, foreign := w.logIn("Grete"), newRooms("another key", new(Store)).logInAs(t, "Mallory", "")
+		for _, cookies := range []string{foreign + "; " + good, good + "; " + foreign, "chat=; chat=x; " + foreign + "; " + good + "; chat"} {
+			got := w.get(cookies, "/room/kitchen/")
+			if got.Code != http.StatusOK || !strings.Contains(got.Body.String(), ">Grete</output>") {
+				t.Errorf("with %q the page has status %d, want 200 and Grete's", cookies, got.Code)
+			}
+		}
+	})
+}
+
+func TestSecureCookieIsThisHostsAlone(t *testing.T) {
+	*secure = true
+	defer func() { *secure = false }()
+	rooms := newRooms(testKey, new(Store))
+	cookie := rooms.post("Grete", "kitchen").Result().Cookies()[0]
+	if cookie.Name != "__Host-chat" || !cookie.Secure || cookie.Path != "/" || cookie.Domain != "" || !cookie.HttpOnly {
+		t.Errorf("the cookie is %v", cookie)
+	}
+	w := &world{Rooms: rooms, t: t}
+	for name, status := range map[string]int{"__Host-chat": http.StatusOK, "chat": http.StatusUnauthorized} {
+		if got := w.get(name+"="+cookie.Value, "/room/kitchen/"); got.Code != status {
+			t.Errorf("a cookie of the name %s gets status %d, want %d", name, got.Code, status)
+		}
+	}
+}
+
+func TestLoginWhoseCookieDoesNotReturnSaysWhy(t *testing.T) {
+	defer func() { *secure = false }()
+	w := &world{Rooms: newRooms(testKey, new(Store)), t: t}
+	location := w.post("Grete", "K\u00fcche").Header().Get("Location")
+	for _, *secure = range []bool{false, true} {
+		got := w.get("", location)
+		if got.Code != http.StatusUnauthorized || !strings.Contains(got.Body.String(), "Allow cookies for this site.") ||
+			strings.Contains(got.Body.String(), "has to start with https") != *secure {
+			t.Errorf("the page has status %d and %s, want 401 and the reason", got.Code, got.Body)
+		}
+	}
+	*secure = false
+	got := w.get(w.logIn("Grete"), location) // With the cookie, the address becomes the room's.
+	if got.Code != http.StatusSeeOther || !strings.EqualFold(got.Header().Get("Location"), "/room/k%C3%BCche/") {
+		t.Errorf("with the cookie, got status %d and location %q", got.Code, got.Header().Get("Location"))
 	}
 }
 
@@ -566,7 +698,7 @@ func TestFormIsAtTheRootAlsoWithALogin(t *testing.T) {
 	var logged bytes.Buffer
 	log.SetOutput(&logged)
 	defer log.SetOutput(io.Discard)
-	w := &world{Rooms: newRooms(testKey, nil), t: t}
+	w := &world{Rooms: newRooms(testKey, new(Store)), t: t}
 	for _, cookie := range []string{"", w.logIn("Grete")} {
 		got := w.get(cookie, "/")
 		if got.Code != http.StatusOK || !strings.Contains(got.Body.String(), `name="room"`) {
@@ -577,22 +709,22 @@ func TestFormIsAtTheRootAlsoWithALogin(t *testing.T) {
 		}
 	}
 	w.get("", "/room/kitchen/ws")
-	for _, want := range []string{`GET "/"`, `handshake refused: "/room/kitchen/ws": Choose a name and a room.`} {
+	for _, want := range []string{`GET "/"`, `handshake refused: "/room/kitchen/ws": This is not a WebSocket handshake.`} {
 		if !strings.Contains(logged.String(), want) {
 			t.Errorf("the log is %q, want %s", logged.String(), want)
 		}
 	}
-	for _, invalid := range [][2]string{{"two words", "kitchen"}, {"Grete", "two words"}} {
-		if got := w.post(invalid[0], invalid[1]); got.Code != http.StatusBadRequest || got.Header().Get("Set-Cookie")+got.Header().Get("Location") != "" {
-			t.Errorf("with %q the form gets status %d and the headers %q, want 400 and no cookie", invalid, got.Code, got.Header())
+	for invalid, status := range map[[2]string]int{{"two words", "kitchen"}: http.StatusBadRequest, {"Grete", "two words"}: http.StatusNotFound} {
+		if got := w.post(invalid[0], invalid[1]); got.Code != status || got.Header().Get("Set-Cookie")+got.Header().Get("Location") != "" {
+			t.Errorf("with %q the form gets status %d and the headers %q, want %d and no cookie", invalid, got.Code, got.Header(), status)
 		}
 	}
 }
 
 func TestFormTrimsSpaceAroundNames(t *testing.T) {
-	w := &world{Rooms: newRooms(testKey, nil), t: t}
+	w := &world{Rooms: newRooms(testKey, new(Store)), t: t}
 	got := w.post("Grete ", " Kitchen\u3000")
-	if got.Code != http.StatusSeeOther || got.Header().Get("Location") != "/room/kitchen/" {
+	if got.Code != http.StatusSeeOther || got.Header().Get("Location") != "/room/kitchen/?login" {
 		t.Errorf("got status %d and location %q", got.Code, got.Header().Get("Location"))
 	}
 	got = w.post(" two words ", "kitchen ")
@@ -681,13 +813,17 @@ func TestNameIsFreeOnceItsUserHasLeft(t *testing.T) {
 	})
 }
 
-// A user is an ID, and keeps its name in a room, also if a later cookie has another.
+// A user is an ID, and keeps its name in a room, also if an application's login gives that ID
+// another one.
 func TestUserHasOneNameInARoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
+		signed := func(user Identity) string {
+			value, _ := w.cookies.Encode("chat", user)
+			return "chat=" + value
+		}
 		grete := w.join("Grete", "kitchen")
-		cookie := w.logIn("Hans")
-		hans, ursel := w.dial(cookie, "kitchen"), w.dial(w.logInAs(t, "Ursel", cookie), "kitchen")
+		hans, ursel := w.dial(signed(Identity{"1", "Hans"}), "kitchen"), w.dial(signed(Identity{"1", "Ursel"}), "kitchen")
 		grete.want("join Grete", "join Hans")
 		if ursel.received(); ursel.welcome.User != "Hans" {
 			t.Errorf("the second is told that it is %q", ursel.welcome.User)
@@ -698,12 +834,119 @@ func TestUserHasOneNameInARoom(t *testing.T) {
 		for _, p := range []*peer{hans, ursel} {
 			p.wantClose(errKicked)
 		}
-		w.dial(w.logInAs(t, "Ursel", cookie), "kitchen").wantClose(errKicked)
-		ursel = w.dial(w.logInAs(t, "Ursel", cookie), "garden")
+		w.dial(signed(Identity{"1", "Ursel"}), "kitchen").wantClose(errKicked)
+		ursel = w.dial(signed(Identity{"1", "Ursel"}), "garden")
 		ursel.received()
 		if ursel.welcome.User != "Ursel" {
 			t.Errorf("in another room it is %q", ursel.welcome.User)
 		}
+	})
+}
+
+// A browser is one user at a time: whoever logs in next receives no private message of the
+// user before, and is not the host of their rooms.
+func TestLoggingOutOrInWithAnotherNameEndsTheUser(t *testing.T) {
+	for _, name := range []string{"", "Greta", "grete", "Grete"} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := startPiped(t)
+				cookie := w.logIn("Grete")
+				grete, tab, garden := w.dial(cookie, "kitchen"), w.dial(cookie, "kitchen"), w.dial(cookie, "garden")
+				hans := w.join("Hans", "kitchen")
+				hans.send("/to Grete for you alone")
+				hans.received()
+				if name == "" {
+					if got := w.logOutAs(cookie); got.Code != http.StatusSeeOther || got.Header().Get("Location") != "/" || got.Result().Cookies()[0].MaxAge >= 0 {
+						t.Errorf("logging out has status %d and the headers %q", got.Code, got.Header())
+					}
+					cookie = w.logIn("Grete")
+				} else {
+					cookie = w.logInAs(t, name, cookie)
+				}
+				if name == "Grete" { // the same user
+					hans.want()
+					w.dial(cookie, "kitchen").want("join Grete", "join Hans", "private Hans > Grete: for you alone")
+					return
+				}
+				for _, p := range []*peer{grete, tab, garden} {
+					p.wantClose(errLoggedOut)
+				}
+				hans.want("leave Grete")
+				next := w.dial(cookie, "kitchen")
+				for _, line := range next.received() {
+					if strings.HasPrefix(line, "private ") {
+						t.Errorf("the next user receives %q", line)
+					}
+				}
+				next.send("/kick Hans")
+				if lines := next.received(); len(lines) != 1 || !strings.HasPrefix(lines[0], "notice /kick Hans: Only the host") {
+					t.Errorf("the next user kicks as the owner, and receives %q", lines)
+				}
+				w.join("Uwe", "garden").received()
+			})
+		})
+	}
+}
+
+func TestOnlyItsOwnCookieLogsAUserOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		cookie := w.logIn("Grete")
+		grete := w.dial(cookie, "kitchen")
+		foreign := newRooms("another key", new(Store)).logInAs(t, "Grete", "")
+		for _, other := range []string{"", foreign, cookie[:len(cookie)-4] + "AAAA", w.logIn("Grete")} {
+			w.logOutAs(other)
+			w.post("Greta", "kitchen", other)
+		}
+		request := httptest.NewRequest("POST", "/logout", nil) // from another site
+		request.Header.Set("Cookie", cookie)
+		request.Header.Set("Sec-Fetch-Site", "cross-site")
+		response := httptest.NewRecorder()
+		if w.handler().ServeHTTP(response, request); response.Code != http.StatusForbidden {
+			t.Errorf("another site's form has status %d, want 403", response.Code)
+		}
+		if got := w.get(cookie, "/logout"); got.Code != http.StatusMethodNotAllowed {
+			t.Errorf("a link to /logout has status %d, want 405", got.Code)
+		}
+		grete.want("join Grete")
+		grete.send("still here")
+		grete.want("message Grete: still here")
+	})
+}
+
+// Names that are refused lead back to the form, also those that only a hub knows.
+func TestPageOfARoomThatRefusesTheUserIsTheForm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		grete, hans, kicked := w.logIn("Grete"), w.join("Hans", "kitchen"), w.logIn("Mallory")
+		w.dial(kicked, "kitchen")
+		hans.send("/kick Mallory")
+		hans.received()
+		impostor := w.logIn("HANS")
+		wantPage := func(cookie string, status int, want ...string) {
+			t.Helper()
+			got := w.get(cookie, "/room/Kitchen/")
+			for _, want := range want {
+				if !strings.Contains(got.Body.String(), want) {
+					t.Errorf("the page has no %q: %s", want, got.Body)
+				}
+			}
+			if got.Code != status || (status == http.StatusOK) != strings.Contains(got.Body.String(), `id="log"`) {
+				t.Errorf("the page has status %d, want %d: %s", got.Code, status, got.Body)
+			}
+		}
+		wantPage(impostor, http.StatusConflict, "a user in this room has this name", `value="HANS"`, `value="kitchen"`)
+		wantPage(kicked, http.StatusForbidden, "you were removed from this room", `value="Mallory"`, `value="kitchen"`)
+		wantPage(grete, http.StatusOK)
+		for n := range maxUsers - 1 {
+			w.join(fmt.Sprint("Guest-", n), "kitchen")
+		}
+		synctest.Wait()
+		wantPage(grete, http.StatusServiceUnavailable, "this room is full", `value="kitchen"`)
+		hans.leave()
+		time.Sleep(awayTime + time.Second)
+		wantPage(impostor, http.StatusOK) // as the name is free now
+		wantPage(grete, http.StatusOK)
 	})
 }
 
@@ -861,6 +1104,7 @@ func TestInvalidHandshakeIsNotAnnounced(t *testing.T) {
 		{"GET", "", "", http.StatusSwitchingProtocols}, // so the others fail for the reason given
 	} {
 		request, _ := http.NewRequest(test.method, w.url+"/room/kitchen/ws", nil)
+		request.Host = "pipe" // as the cookie's name has the port
 		for name, value := range handshake {
 			request.Header.Set(name, value)
 		}
@@ -1002,14 +1246,16 @@ func TestCommandMayStartWithAnyKindOfSlash(t *testing.T) {
 		grete.received()
 		for sent, want := range map[string]string{
 			"/to Ursel hello":   "There is no user with that name in this room.",
-			"/to":               "Unknown command. There are /to NAME text and /kick NAME.",
+			"/to":               "Write /to NAME text.",
+			"/kick":             "Write /kick NAME.",
+			"／ALLOW":            "Write /allow NAME.",
 			"/kick Ursel":       "There is no user with that name in this room.",
 			"/to Ha\u200bns hi": "There is no user with that name in this room.",
-			"/":                 "Unknown command. There are /to NAME text and /kick NAME.",
-			"//":                "Unknown command. There are /to NAME text and /kick NAME.",
-			"/to Hans":          "Unknown command. There are /to NAME text and /kick NAME.",
-			"/tp Hans hush":     "Unknown command. There are /to NAME text and /kick NAME.",
-			"\u200b／tp Hans":    "Unknown command. There are /to NAME text and /kick NAME.",
+			"/":                 "Unknown command. There are /to NAME text, /kick NAME and /allow NAME.",
+			"//":                "Unknown command. There are /to NAME text, /kick NAME and /allow NAME.",
+			"/to Hans":          "Write /to NAME text.",
+			"/tp Hans hush":     "Unknown command. There are /to NAME text, /kick NAME and /allow NAME.",
+			"\u200b／tp Hans":    "Unknown command. There are /to NAME text, /kick NAME and /allow NAME.",
 		} {
 			grete.send(sent)
 			grete.want("notice " + sent + ": " + want)
@@ -1119,20 +1365,21 @@ func TestOnlyTheHostCanKick(t *testing.T) {
 			p.want("notice " + line + ": " + why)
 		}
 		const self = "You cannot remove yourself."
-		refused(hans, "/kick Uwe", "Only the host, Grete, can remove users.")
-		refused(hans, "/kick Grete", "Only the host, Grete, can remove users.")
+		refused(hans, "/kick Uwe", "Only the host, Grete, can remove and allow users.")
+		refused(hans, "/kick Grete", "Only the host, Grete, can remove and allow users.")
 		refused(grete, "/kick Grete", self)
 		grete.leave()
 		synctest.Wait()
-		refused(hans, "/kick Uwe", "Only the host, Grete, can remove users.") // for she has not left yet
+		refused(hans, "/kick Uwe", "Only the host, Grete, can remove and allow users.") // for she has not left yet
 		time.Sleep(awayTime + time.Second)
-		refused(uwe, "/kick Hans", "Only the host, Hans, can remove users.")
+		refused(uwe, "/kick Hans", "Only the host, Hans, can remove and allow users.")
 		refused(hans, "/kick Hans", self)
 		w.join("Grete", "kitchen").leave() // The owner is known by ID, not by name.
-		refused(hans, "/kick nobody", "There is no user with that name in this room.")
+		refused(hans, "/allow Grete", "There is no removed user with that name whom you can allow.")
 		time.Sleep(awayTime + time.Second)
+		refused(hans, "/kick nobody", "There is no user with that name in this room.")
 		grete = w.dial(cookie, "kitchen")
-		refused(hans, "/kick Grete", "Only the host, Grete, can remove users.")
+		refused(hans, "/kick Grete", "Only the host, Grete, can remove and allow users.")
 		grete.leave()
 		time.Sleep(awayTime + time.Second)
 		hans.received()
@@ -1280,7 +1527,10 @@ func TestDatabaseKeepsTheKeyWithoutCHAT_KEY(t *testing.T) {
 		w, cmd, log := startProgram(t, "CHAT_KEY=", file)
 		if cookie == "" {
 			client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-			response, err := client.PostForm(w.url+"/", url.Values{"name": {"Grete"}, "room": {"kitchen"}})
+			request, _ := http.NewRequest("POST", w.url, strings.NewReader("name=Grete&room=kitchen"))
+			request.Host = "pipe" // as the cookie's name has the port
+			request.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+			response, err := client.Do(request)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -1302,7 +1552,7 @@ func TestShortKeyIsOneLineAndStatusOne(t *testing.T) {
 }
 
 func TestRoomWithoutATrailingSlashRedirects(t *testing.T) {
-	w := &world{Rooms: newRooms(testKey, nil), t: t}
+	w := &world{Rooms: newRooms(testKey, new(Store)), t: t}
 	got := w.get(w.logIn("Grete"), "/room/kitchen")
 	if got.Code != http.StatusTemporaryRedirect || got.Header().Get("Location") != "/room/kitchen/" {
 		t.Errorf("without it the status is %d, and the location %q", got.Code, got.Header().Get("Location"))
@@ -1368,7 +1618,7 @@ func TestDiffsAreTheWholeDifference(t *testing.T) {
 }
 
 func TestCodeStaysSmall(t *testing.T) {
-	for names, limit := range map[string]int{"rooms.go room.go": 420, "store.go": 350, "names.go": 40} {
+	for names, limit := range map[string]int{"rooms.go room.go": 420, "login.go": 80, "store.go": 350, "names.go": 40} {
 		lines := 0
 		for name := range strings.FieldsSeq(names) {
 			text, err := os.ReadFile(name)
@@ -1514,7 +1764,7 @@ func startLogged(t *testing.T, cmd *exec.Cmd) *bufio.Reader {
 func startedProgram(t *testing.T, line string) *world {
 	address := regexp.MustCompile(`listening on http://(.*)/`).FindStringSubmatch(line)[1]
 	connect := func() (net.Conn, error) { return net.Dial("tcp", address) }
-	return &world{newRooms(testKey, nil), t, "http://" + address, connect, nil}
+	return &world{newRooms(testKey, new(Store)), t, "http://" + address, connect, nil}
 }
 
 // newFile returns the path of a file for a database.
@@ -1551,6 +1801,14 @@ func (rs *Rooms) post(name, room string, cookie ...string) *httptest.ResponseRec
 	request.Header.Set("Cookie", strings.Join(cookie, ""))
 	response := httptest.NewRecorder()
 	rs.handler().ServeHTTP(response, request)
+	return response
+}
+
+func (w *world) logOutAs(cookie string) *httptest.ResponseRecorder {
+	request := httptest.NewRequest("POST", "/logout", nil)
+	request.Header.Set("Cookie", cookie)
+	response := httptest.NewRecorder()
+	w.handler().ServeHTTP(response, request)
 	return response
 }
 

@@ -384,12 +384,13 @@ func TestWelcomeTellsThatACrashMayHaveLostLines(t *testing.T) {
 
 		w = startPipedOn(t, file)
 		back := w.reconnect(cookie, "kitchen", grete)
-		back.want("join Grete")
+		back.send("anew")
+		back.want("message Grete: anew")
 		if !back.welcome.Missed || back.welcome.RoomID != grete.welcome.RoomID || back.last <= grete.last {
 			t.Errorf("the welcome is %+v, and the number %d after %d", back.welcome, back.last, grete.last)
 		}
 		hans := w.join("Hans", "kitchen")
-		if hans.want("join Grete", "join Grete", "join Hans"); !hans.welcome.Missed {
+		if hans.want("join Grete", "message Grete: anew", "join Hans"); !hans.welcome.Missed {
 			t.Error("a newcomer is not told that lines are missing between those")
 		}
 		for n := range historySize {
