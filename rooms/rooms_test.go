@@ -1081,6 +1081,88 @@ func TestBriefDisconnectIsNotAnnounced(t *testing.T) {
 	})
 }
 
+// After a restart, users that were there keep their names and roles, and have half a minute
+// to return.
+func TestRestartIsNoNews(t *testing.T) {
+	for name, end := range map[string]func(*world){"crash": func(w *world) { w.crash() }, "exit": func(w *world) { w.exit() }} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				file := newFile(t)
+				w := startPipedOn(t, file)
+				cookies := []string{w.logIn("Grete")}
+				w.dial(cookies[0], "kitchen").received()
+				for n := range 24 {
+					cookies = append(cookies, w.logIn(fmt.Sprint("Guest-", n)))
+					w.dial(cookies[n+1], "kitchen").received()
+				}
+				w.join("Uwe", "garden").received()
+				time.Sleep(2 * commitDelay)
+				end(w)
+				time.Sleep(8 * time.Hour)
+
+				w = startPipedOn(t, file)
+				w.wantRooms("garden", "kitchen")
+				// Whoever connects first gets neither a name nor the role.
+				w.join("grete", "kitchen").wantClose(errNameTaken)
+				w.join("Uwe", "garden").wantClose(errNameTaken)
+				mallory := w.join("Mallory", "kitchen")
+				if lines := mallory.received(); lines[len(lines)-1] != "join Mallory" {
+					t.Errorf("Mallory receives %q", lines)
+				}
+				mallory.send("/kick Guest-1")
+				mallory.want("notice /kick Guest-1: Only the host, Grete, can remove and allow users.")
+				if got := mallory.welcome.Users; len(got) != 26 {
+					t.Errorf("the room has the users %q, want the 25 of before and Mallory", got)
+				}
+				for _, cookie := range cookies[1:24] { // all but Grete and the last guest
+					w.dial(cookie, "kitchen")
+				}
+				time.Sleep(restartTime - time.Second)
+				w.join("grete", "kitchen").wantClose(errNameTaken)
+				mallory.want()
+				grete := w.dial(cookies[0], "kitchen")
+				grete.received()
+				time.Sleep(2 * time.Second)
+				mallory.want("leave Guest-23")
+				grete.send("/kick Mallory")
+				mallory.wantClose(errKicked)
+				grete.received()
+				w.join("Guest-23", "kitchen").received()
+				grete.want("join Guest-23")
+				time.Sleep(roomLife)
+				w.wantRooms("kitchen") // as nobody has returned to the garden
+			})
+		})
+	}
+}
+
+// Without the owner, the host is the user that joined first, also after a restart.
+func TestRestartKeepsTheStandIn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		file := newFile(t)
+		w := startPipedOn(t, file)
+		grete := w.join("Grete", "kitchen")
+		grete.received()
+		hans, uwe := w.logIn("Hans"), w.logIn("Uwe")
+		w.dial(hans, "kitchen").received()
+		w.dial(uwe, "kitchen").received()
+		grete.leave()
+		time.Sleep(awayTime + time.Second)
+		w.exit()
+		w = startPipedOn(t, file)
+		back := w.dial(uwe, "kitchen")
+		back.received()
+		back.send("/kick Hans")
+		back.want("notice /kick Hans: Only the host, Hans, can remove and allow users.")
+		time.Sleep(restartTime + time.Second)
+		back.want("leave Hans")
+		late := w.dial(hans, "kitchen")
+		late.received()
+		late.send("/kick Uwe")
+		late.want("notice /kick Uwe: Only the host, Uwe, can remove and allow users.")
+	})
+}
+
 func TestInvalidHandshakeIsNotAnnounced(t *testing.T) {
 	w := startTCP(t)
 	hans := w.join("Hans", "kitchen")
@@ -1327,8 +1409,83 @@ func TestNothingFromAKickedUserFollowsTheKick(t *testing.T) {
 	}
 }
 
-// The user that opened the room is the host, or, while absent, the user that joined first.
-// The host cannot be kicked.
+func TestHostCanAllowAKickedUser(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		file := newFile(t)
+		w := startPipedOn(t, file)
+		owner, kicked := w.logIn("Grete"), w.logIn("Hans")
+		grete, hans, uwe := w.dial(owner, "kitchen"), w.dial(kicked, "kitchen"), w.join("Uwe", "kitchen")
+		grete.send("/kick Hans")
+		hans.wantClose(errKicked)
+		const none = "There is no removed user with that name whom you can allow."
+		for _, name := range []string{"Uwe", "Ursel", "Han5", "H\u0430ns", ":"} { // one has a Cyrillic а
+			grete.received()
+			grete.send("/allow " + name)
+			grete.want("notice /allow " + name + ": " + none)
+		}
+		w.dial(kicked, "kitchen").wantClose(errKicked)
+		w.exit()
+
+		w = startPipedOn(t, file)
+		grete = w.dial(owner, "kitchen")
+		grete.received()
+		w.dial(kicked, "kitchen").wantClose(errKicked)
+		grete.send("/ALLOW hans")
+		grete.want("notice /ALLOW hans: Done.")
+		grete.send("/allow hans")
+		grete.want("notice /allow hans: " + none)
+		w.exit()
+
+		w = startPipedOn(t, file)
+		w.dial(kicked, "kitchen").received()
+		uwe.Close()
+	})
+}
+
+// A user that stands in for an absent owner decides for that time only.
+func TestKicksOfAStandInEndWhenTheOwnerJoins(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		file := newFile(t)
+		w := startPipedOn(t, file)
+		owner, jens, ursel := w.logIn("Grete"), w.logIn("Jens"), w.logIn("Ursel")
+		grete, uwe := w.dial(owner, "kitchen"), w.join("Uwe", "kitchen")
+		w.dial(jens, "kitchen")
+		grete.send("/kick Jens")
+		grete.received()
+		grete.leave()
+		time.Sleep(awayTime + time.Second)
+		kick := func() {
+			t.Helper()
+			p := w.dial(ursel, "kitchen")
+			p.received()
+			uwe.send("/kick Ursel")
+			p.wantClose(errKicked)
+			w.dial(ursel, "kitchen").wantClose(errKicked)
+			uwe.received()
+		}
+		kick()
+		uwe.send("/allow Ursel")
+		uwe.want("notice /allow Ursel: Done.")
+		kick()
+		uwe.send("/allow Jens") // whom the owner has kicked
+		uwe.want("notice /allow Jens: There is no removed user with that name whom you can allow.")
+		grete = w.dial(owner, "kitchen")
+		grete.received()
+		w.dial(ursel, "kitchen").received()
+		w.dial(jens, "kitchen").wantClose(errKicked)
+		grete.leave()
+		time.Sleep(awayTime + time.Second)
+		kick()
+		w.exit()
+
+		w = startPipedOn(t, file)
+		w.dial(ursel, "kitchen").wantClose(errKicked)
+		w.dial(owner, "kitchen").received()
+		w.dial(ursel, "kitchen").received()
+		w.dial(jens, "kitchen").wantClose(errKicked)
+	})
+}
+
 func TestRoomForgetsTheOldestKicks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
@@ -1353,6 +1510,38 @@ func TestRoomForgetsTheOldestKicks(t *testing.T) {
 	})
 }
 
+// A stand-in whose puppets fill the list pushes out no kick of the owner.
+func TestKicksOfAStandInAreForgottenFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := startPiped(t)
+		kicked, puppet := w.logIn("Mallory"), w.logIn("Puppet")
+		grete, uwe := w.join("Grete", "kitchen"), w.join("Uwe", "kitchen")
+		w.dial(kicked, "kitchen")
+		grete.send("/kick Mallory")
+		grete.received()
+		grete.leave()
+		time.Sleep(awayTime + time.Second)
+		w.dial(puppet, "kitchen")
+		uwe.send("/kick Puppet")
+		uwe.received()
+		hub := w.room("kitchen")
+		hub.do(func() {
+			for n := range maxKicked - 2 {
+				hub.kicks = append(hub.kicks, Kick{Identity: Identity{ID: fmt.Sprint(n)}})
+			}
+		})
+		last := w.logIn("Malory")
+		w.dial(last, "kitchen")
+		uwe.send("/kick Malory")
+		uwe.received()
+		w.dial(kicked, "kitchen").wantClose(errKicked)
+		w.dial(last, "kitchen").wantClose(errKicked)
+		w.dial(puppet, "kitchen").received()
+	})
+}
+
+// The user that opened the room is the host, or, while absent, the user that joined first.
+// The host cannot be kicked.
 func TestOnlyTheHostCanKick(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := startPiped(t)
@@ -1659,7 +1848,8 @@ type world struct {
 	t       testing.TB
 	url     string
 	connect func() (net.Conn, error)
-	crash   func()
+	crash   func() // as kill -9 does
+	exit    func() // as SIGTERM does
 }
 
 func startTCP(t testing.TB) *world { t.Helper(); return startTCPOn(t, newFile(t)) }
@@ -1717,7 +1907,14 @@ func startOn(t testing.TB, file string, listener net.Listener, connect func() (n
 		store.db.Close()
 		store.lock.Unlock()
 	}
-	return &world{rooms, t, "http://pipe", connect, crash}
+	exit := func() {
+		crashed = true
+		stop()
+		if err := store.close(); err != nil {
+			t.Error(err)
+		}
+	}
+	return &world{rooms, t, "http://pipe", connect, crash, exit}
 }
 
 // program returns the command that runs the program, with its database in file and one
@@ -1764,7 +1961,7 @@ func startLogged(t *testing.T, cmd *exec.Cmd) *bufio.Reader {
 func startedProgram(t *testing.T, line string) *world {
 	address := regexp.MustCompile(`listening on http://(.*)/`).FindStringSubmatch(line)[1]
 	connect := func() (net.Conn, error) { return net.Dial("tcp", address) }
-	return &world{newRooms(testKey, new(Store)), t, "http://" + address, connect, nil}
+	return &world{newRooms(testKey, new(Store)), t, "http://" + address, connect, nil, nil}
 }
 
 // newFile returns the path of a file for a database.
