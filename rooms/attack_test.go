@@ -161,7 +161,7 @@ func TestDatabaseThatFailsUnderLoadLosesNothing(t *testing.T) {
 			watch.Go(func() {
 				last := int64(0)
 				for p.more() {
-					for _, line := range p.takeLines() {
+					for _, line := range p.takeMessages() {
 						if last > 0 && line.N != last+1 {
 							t.Errorf("line %d follows %d", line.N, last)
 						}

@@ -53,9 +53,8 @@ var errRoomClosed = &websocket.CloseError{Code: websocket.CloseGoingAway, Text: 
 //	leave    User has left; Text is "kicked by NAME" if NAME has kicked it
 //	notice   Text is the server's answer to Line, which this connection has sent
 //
-// N increases by one with each line of a room. A client does not receive private
-// messages of others, so it may see gaps. A welcome and a notice have no number, as the
-// history does not include them.
+// N increases by one with each message of a room, private ones included, so a client may see
+// gaps. The other kinds have no number: they are not history.
 type Line struct {
 	N    int64     `json:"n,omitempty"`
 	Time time.Time `json:"time"`
@@ -70,7 +69,7 @@ type Line struct {
 	Users  []string `json:"users,omitempty"`  // the users in the room
 	Missed bool     `json:"missed,omitempty"` // lines after JoinRequest.After, or between those that follow, may be missing
 
-	only    []string // the IDs of the recipients, which include the sender; nil for all users
+	only    []string // the IDs of the sender and of the recipients; nil for all users
 	message []byte   // the line as JSON
 }
 
@@ -320,7 +319,8 @@ func (h *Hub) host() *User {
 	return cmp.Or(h.users[h.owner], h.users[h.present[0].ID])
 }
 
-// publish numbers line, keeps it, and delivers it to the users that may read it.
+// publish delivers line to the users that may read it, and saves the room. It numbers and
+// keeps messages.
 func (h *Hub) publish(line Line) {
 	if h.refusal != nil {
 		return // Otherwise it could overwrite what the store has, or another hub.
@@ -328,23 +328,52 @@ func (h *Hub) publish(line Line) {
 	if len(h.users) > 0 {
 		h.used = time.Now()
 	}
-	for h.last-h.committed.Load() >= maxUncommitted {
-		time.Sleep(commitDelay) // Commits fail: backpressure.
-	}
-	h.last++
-	line.N = h.last
-	line.message = line.encode()
-	kept := &h.history
-	if line.only != nil {
-		kept = &h.private
-	}
-	*kept = append(*kept, line)
-	for len(*kept) > historySize { // more than one if the constant has been lowered
-		h.forgotten = max(h.forgotten, (*kept)[0].N)
-		*kept = (*kept)[1:]
+	if line.Kind == "message" || line.Kind == "private" {
+		for h.last-h.committed.Load() >= maxUncommitted {
+			time.Sleep(commitDelay) // Commits fail: backpressure.
+		}
+		h.last++
+		line.N = h.last
+		line.message = line.encode()
+		h.keep(line)
+	} else {
+		line.message = line.encode()
 	}
 	h.rooms.store.save(h.Record)
 	h.deliver(line)
+}
+
+// keep adds line to the history or to the private messages, and forgets what is too much.
+func (h *Hub) keep(line Line) {
+	if line.only == nil {
+		h.history = append(h.history, line)
+	} else {
+		h.private = append(h.private, line)
+	}
+	for len(h.history) > historySize { // more than one if the constant has been lowered
+		h.forgotten = max(h.forgotten, h.history[0].N)
+		h.history = h.history[1:]
+	}
+	for len(h.private) > historySize {
+		i := oldestOfMost(h.private)
+		h.forgotten = max(h.forgotten, h.private[i].N)
+		h.private = slices.Delete(slices.Clone(h.private), i, i+1)
+	}
+}
+
+// oldestOfMost returns the index of the oldest line of the sender that has the most, so that
+// no user can push out the private messages of the others.
+func oldestOfMost(lines []Line) (oldest int) {
+	counts := make(map[string]int)
+	for _, line := range lines {
+		counts[line.only[0]]++
+	}
+	for i := range lines {
+		if counts[lines[i].only[0]] > counts[lines[oldest].only[0]] {
+			oldest = i
+		}
+	}
+	return oldest
 }
 
 // notify sends client a notice about a line that it has sent.

@@ -115,10 +115,9 @@ func TestLinesHaveTheirRoomsNumbersAndTheServersTime(t *testing.T) {
 		time.Sleep(time.Minute)
 		start := time.Now().Add(-2 * time.Minute)
 		want := []Line{
-			{N: 1, Time: start, Kind: "join", User: "Grete"},
-			{N: 2, Time: start, Kind: "message", User: "Grete", Text: "one"},
-			{N: 3, Time: start.Add(time.Minute), Kind: "message", User: "Grete", Text: `<b>"two"</b>`},
-			{N: 4, Time: start.Add(time.Minute), Kind: "join", User: "Hans"},
+			{N: 1, Time: start, Kind: "message", User: "Grete", Text: "one"},
+			{N: 2, Time: start.Add(time.Minute), Kind: "message", User: "Grete", Text: `<b>"two"</b>`},
+			{Time: start.Add(time.Minute), Kind: "join", User: "Hans"},
 		}
 		got := hans.receivedLines()
 		for i := range got {
@@ -209,14 +208,17 @@ func TestNumbersOfADeletedRoomMeanNothingInTheNext(t *testing.T) {
 		w := startPiped(t)
 		cookie := w.logIn("Hans")
 		hans := w.dial(cookie, "kitchen")
+		hans.send("breakfast")
+		hans.send("lunch")
 		hans.received()
 		hans.leave()
 		time.Sleep(keepTime + deleteInterval + time.Hour)
 		cookie = w.logIn("Hans") // as the old cookie has expired
 		grete := w.join("Grete", "kitchen")
+		grete.send("dinner")
 		grete.received()
 		back := w.reconnect(cookie, "kitchen", hans)
-		back.want("join Grete", "join Hans")
+		back.want("message Grete: dinner", "join Hans")
 		if back.welcome.Missed {
 			t.Error("Hans is told that he missed something here")
 		}
@@ -225,7 +227,7 @@ func TestNumbersOfADeletedRoomMeanNothingInTheNext(t *testing.T) {
 		}
 		for _, query := range []string{"?after=x", "?after=-1", "?after=99999999999999999999", "?room=x&after=1", "?after=" + fmt.Sprint(back.last)} {
 			p := w.dial(cookie, "kitchen", query)
-			p.want("join Grete", "join Hans")
+			p.want("message Grete: dinner")
 			p.leave()
 		}
 	})
@@ -243,7 +245,7 @@ func TestPrivateMessagesDoNotDisplaceTheHistory(t *testing.T) {
 			grete.received()
 			time.Sleep(2 * rateInterval)
 		}
-		w.join("Hans", "kitchen").want("join Grete", "message Grete: dinner", "join Hans")
+		w.join("Hans", "kitchen").want("message Grete: dinner", "join Hans")
 	})
 }
 
@@ -322,12 +324,12 @@ func TestClosedRoomSavesNothing(t *testing.T) {
 		w.wantRooms()
 		hans := w.join("Hans", "kitchen")
 		hans.send("dinner")
-		hans.want("join Grete", "leave Grete", "join Hans", "message Hans: dinner")
+		hans.want("join Hans", "message Hans: dinner")
 		closed.publish(Line{Kind: "message", Text: "late"}) // Its run has ended.
 		time.Sleep(2 * commitDelay)
 		hans.leave()
 		time.Sleep(awayTime + 2*roomLife)
-		w.join("Ursel", "kitchen").want("join Grete", "leave Grete", "join Hans", "message Hans: dinner", "leave Hans", "join Ursel")
+		w.join("Ursel", "kitchen").want("message Hans: dinner", "join Ursel")
 	})
 }
 
@@ -540,11 +542,11 @@ func TestEleventhConnectionOfAUserReplacesTheOldest(t *testing.T) {
 			tab.wantClose(errTooManyTabs)
 		}
 		for _, tab := range tabs[2*maxTabs:] {
-			tab.want("join Grete")
+			tab.want()
 		}
 		tabs[2*maxTabs+3].leave()
 		synctest.Wait()
-		w.dial(cookie, "kitchen").want("join Grete")
+		w.dial(cookie, "kitchen").want()
 		tabs[2*maxTabs].send("all ten are here")
 		for i, tab := range tabs[2*maxTabs:] {
 			if i != 3 {
@@ -809,7 +811,7 @@ func TestNameIsFreeOnceItsUserHasLeft(t *testing.T) {
 		synctest.Wait()
 		w.join("GreteI", "kitchen").wantClose(errNameTaken)
 		time.Sleep(awayTime + time.Second)
-		w.join("GreteI", "kitchen").want("join Gretel", "leave Gretel", "join GreteI")
+		w.join("GreteI", "kitchen").want("join GreteI")
 	})
 }
 
@@ -865,7 +867,7 @@ func TestLoggingOutOrInWithAnotherNameEndsTheUser(t *testing.T) {
 				}
 				if name == "Grete" { // the same user
 					hans.want()
-					w.dial(cookie, "kitchen").want("join Grete", "join Hans", "private Hans > Grete: for you alone")
+					w.dial(cookie, "kitchen").want("private Hans > Grete: for you alone")
 					return
 				}
 				for _, p := range []*peer{grete, tab, garden} {
@@ -1043,7 +1045,7 @@ func TestJoinsAndLeavesAreAnnounced(t *testing.T) {
 		grete.want("join Grete")
 		cookie := w.logIn("Hans")
 		hans := w.dial(cookie, "kitchen")
-		hans.want("join Grete", "join Hans")
+		hans.want("join Hans")
 		grete.want("join Hans")
 		tab := w.dial(cookie, "kitchen") // which is no news
 		tab.received()
@@ -1726,7 +1728,9 @@ func TestDatabaseKeepsTheKeyWithoutCHAT_KEY(t *testing.T) {
 			response.Body.Close()
 			cookie, _, _ = strings.Cut(response.Header.Get("Set-Cookie"), ";")
 		}
-		w.dial(cookie, "kitchen").until("join Grete")
+		grete := w.dial(cookie, "kitchen")
+		grete.send("dinner")
+		grete.until("message Grete: dinner")
 		cmd.Process.Signal(syscall.SIGTERM)
 		io.Copy(io.Discard, log)
 		cmd.Wait()
@@ -1807,7 +1811,7 @@ func TestDiffsAreTheWholeDifference(t *testing.T) {
 }
 
 func TestCodeStaysSmall(t *testing.T) {
-	for names, limit := range map[string]int{"rooms.go room.go": 420, "login.go": 80, "store.go": 350, "names.go": 40} {
+	for names, limit := range map[string]int{"rooms.go room.go": 450, "login.go": 80, "store.go": 360, "names.go": 40} {
 		lines := 0
 		for name := range strings.FieldsSeq(names) {
 			text, err := os.ReadFile(name)
@@ -2202,7 +2206,7 @@ func (p *peer) takeLines() (lines []Line) {
 		if (line.Kind == "welcome") != (p.welcome == nil) {
 			p.t.Errorf("receives %v, want one welcome, as the first line", line)
 		}
-		switch numbered := line.Kind != "welcome" && line.Kind != "notice"; {
+		switch numbered := line.Kind == "message" || line.Kind == "private"; {
 		case line.Time.IsZero() || numbered != (line.N > 0) || numbered && line.N <= p.last:
 			p.t.Errorf("receives %+v after number %d", line, p.last)
 		case numbered:
@@ -2295,6 +2299,7 @@ func (p *peer) row(after int64, count int) int64 {
 		if isNew && p.welcome != nil && p.welcome.Missed {
 			after = 0
 		}
+		lines = slices.DeleteFunc(lines, func(line Line) bool { return line.N == 0 })
 		for _, line := range lines {
 			if after > 0 && line.N != after+1 {
 				p.t.Errorf("number %d follows %d", line.N, after)
