@@ -63,8 +63,9 @@ func main() {
 	}
 }
 
-// run opens the database, listens on addr and serves until ctx is done. It returns an
-// error if one of these fails, or if it cannot save what is queued for the database.
+// run opens the database, listens on addr and serves until ctx is done, or until the
+// database's file is deleted or replaced. It returns an error if one of these fails, or if it
+// cannot save what is queued for the database.
 func run(ctx context.Context, addr string) (err error) {
 	key := os.Getenv("CHAT_KEY")
 	if key != "" && len(key) < 32 {
@@ -75,6 +76,9 @@ func run(ctx context.Context, addr string) (err error) {
 		return err
 	}
 	defer func() { err = cmp.Or(err, store.close()) }()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go store.db.watch(ctx, cancel)
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
 		return err

@@ -1811,7 +1811,7 @@ func TestDiffsAreTheWholeDifference(t *testing.T) {
 }
 
 func TestCodeStaysSmall(t *testing.T) {
-	for names, limit := range map[string]int{"rooms.go room.go": 450, "login.go": 80, "store.go": 360, "names.go": 40} {
+	for names, limit := range map[string]int{"rooms.go room.go": 450, "login.go": 80, "store.go": 250, "database.go": 210, "names.go": 40} {
 		lines := 0
 		for name := range strings.FieldsSeq(names) {
 			text, err := os.ReadFile(name)
@@ -1908,8 +1908,8 @@ func startOn(t testing.TB, file string, listener net.Listener, connect func() (n
 		stop()
 		store.operations <- nil
 		synctest.Wait()
-		store.db.Close()
-		store.lock.Unlock()
+		store.db.DB.Close()
+		store.db.lock.Unlock()
 	}
 	exit := func() {
 		crashed = true

@@ -104,7 +104,7 @@ func TestReadOnlyDatabaseIsOneLineAndStatusOne(t *testing.T) {
 func TestOnlyItsOwnerCanReadTheDatabase(t *testing.T) {
 	w := startTCP(t)
 	w.join("Grete", "kitchen").until("join Grete")
-	files, _ := filepath.Glob(w.store.file + "*")
+	files, _ := filepath.Glob(w.store.db.file + "*")
 	if len(files) < 2 {
 		t.Errorf("there are %q, want the database and its log", files)
 	}
@@ -543,11 +543,11 @@ func TestTransactionThatFailsWritesNothing(t *testing.T) {
 		done := make(chan bool)
 		s.operations <- func() {
 			defer close(done)
-			err := s.transaction(func(t *tx) { t.exec(`DELETE FROM server`); test.f(t) })
+			err := s.db.transaction(func(t *tx) { t.exec(`DELETE FROM server`); test.f(t) })
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%s fails: transaction returns %v, want %q", test.name, err, test.want)
 			}
-			if err := s.transaction(func(t *tx) { t.query(`SELECT count(*) FROM server`, nil, []any{&n}, nothing) }); err != nil || n != 1 {
+			if err := s.db.transaction(func(t *tx) { t.query(`SELECT count(*) FROM server`, nil, []any{&n}, nothing) }); err != nil || n != 1 {
 				t.Errorf("%s fails: then there are %d rows, %v, want 1", test.name, n, err)
 			}
 		}
