@@ -93,8 +93,8 @@ func (s *Store) setUp(t *tx) {
 	t.query(`SELECT cookie_key FROM server`, nil, []any{&s.key}, nil)
 	t.exec(skipLost, maxUncommitted)
 	var name string
-	t.query(`SELECT name FROM rooms WHERE id IN (SELECT room FROM users WHERE kicked = 0)`, nil,
-		[]any{&name}, func() { s.occupied = append(s.occupied, name) })
+	t.query(`SELECT name FROM rooms WHERE id IN (SELECT room FROM users WHERE kicked = 0)
+		AND fold <> id`, nil, []any{&name}, func() { s.occupied = append(s.occupied, name) })
 }
 
 // run executes operations, commits commitDelay after the first change, and deletes rooms
