@@ -53,7 +53,8 @@ var _ = map[string][]func(*testing.T){
 	"5. Any message or control frame shows that a peer is alive": {
 		TestPeerTimesOutPongWaitAfterItsLastMessageOrControlFrame, TestClientDelayedByTheHubDoesNotTimeOut},
 	"6. SIGINT or SIGTERM, and a port in use": {
-		TestSignalShutsDownGracefullyWithStatus0, TestSecondSignalForcesAnExit,
+		TestSignalShutsDownGracefullyWithStatus0, TestSecondSignalForcesAnExitOneSecondAfterTheFirst,
+		TestTwoSignalsAtOnceAreOne, TestHangupIsIgnoredIfItWasAtTheStart,
 		TestProcessThatCannotListenExitsWithOneLine, TestServeReturnsAtOnceIfAllClientsDisconnect,
 		TestServeReturnsAfterShutdownWaitDespiteASlowClient, TestStoppedHubDropsAllClientsAndWaitsForThem,
 		TestShutdownIsReadByAClientThatSendsBeforeItReads, TestHandshakeDuringShutdownIsRejected,
@@ -98,6 +99,8 @@ func TestConstantsAndCloseReasonsAreAsPromised(t *testing.T) {
 		"logWait":           {logWait, time.Second / 10},
 		"maxHeaderSize":     {maxHeaderSize, 16384},
 		"httpTimeout":       {httpTimeout, 10 * time.Second},
+		"idleTimeout":       {idleTimeout, 75 * time.Second},
+		"forceAfter":        {forceAfter, time.Second},
 		"newline":           {string(newline), "\n"},
 		"addr":              {*addr, ":8080"},
 		"read buffer":       {upgrader.ReadBufferSize, 512},
@@ -567,7 +570,7 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 
 func TestClientThatNeverReadsIsClosed(t *testing.T) {
 	ping := func(p *peer) { p.write(encode(0x89, "")) }
-	timeout := abnormal(os.ErrDeadlineExceeded) // the failed write's error
+	timeout := closeError(1006, "%v", os.ErrDeadlineExceeded) // the failed write's error
 	for name, test := range map[string]struct {
 		begin func(*room, *peer)
 		after time.Duration
@@ -1134,7 +1137,11 @@ func TestServeWsReturnsAfterTheHandshake(t *testing.T) {
 
 func TestServerLogsAURLThatCanBeOpened(t *testing.T) {
 	watch(t, patience)
-	for addr, want := range map[string]string{":0": "localhost", "0.0.0.0:0": "localhost", "127.0.0.1:0": "127.0.0.1"} {
+	for addr, want := range map[string]string{
+		":0":          `localhost:[1-9]\d*/ \(all interfaces\)`,
+		"0.0.0.0:0":   `localhost:[1-9]\d*/ \(all interfaces\)`,
+		"127.0.0.1:0": `127.0.0.1:[1-9]\d*/`,
+	} {
 		book := captureLog(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
@@ -1144,7 +1151,7 @@ func TestServerLogsAURLThatCanBeOpened(t *testing.T) {
 		if got := book.lines(); len(got) > 2 {
 			t.Fatalf("the log is %q, although no client was connected", got)
 		}
-		if got := book.lines()[0]; !regexp.MustCompile(`^listening on http://` + want + `:[1-9]\d*/$`).MatchString(got) {
+		if got := book.lines()[0]; !regexp.MustCompile(`^listening on http://` + want + `$`).MatchString(got) {
 			t.Errorf("on %s the log is %q, want %s there", addr, got, want)
 		}
 	}
@@ -1213,12 +1220,13 @@ func TestServeClosesASlowHTTPConnection(t *testing.T) {
 		name, sent string
 		drip       string // sent each second after that
 		reads      bool
+		after      time.Duration
 	}{
-		{"nothing sent", "", "", true},
-		{"header that never ends", "GET / HTTP/1.1\r\nX: ", "x", true},
-		{"body that never ends", "POST /ws HTTP/1.1\r\nHost: pipe\r\nContent-Length: 1000\r\n\r\n", "x", true},
-		{"page that the peer does not read", page, "", false},
-		{"no second request", page, "", true},
+		{"nothing sent", "", "", true, httpTimeout},
+		{"header that never ends", "GET / HTTP/1.1\r\nX: ", "x", true, httpTimeout},
+		{"body that never ends", "POST /ws HTTP/1.1\r\nHost: pipe\r\nContent-Length: 1000\r\n\r\n", "x", true, httpTimeout},
+		{"page that the peer does not read", page, "", false, httpTimeout},
+		{"no second request", page, "", true, idleTimeout},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
@@ -1236,13 +1244,13 @@ func TestServeClosesASlowHTTPConnection(t *testing.T) {
 				if test.reads {
 					go io.Copy(io.Discard, conn)
 				}
-				time.Sleep(httpTimeout - 1)
+				time.Sleep(test.after - 1)
 				if synctest.Wait(); conn.far.isClosed() {
-					t.Errorf("the connection is closed before %v have passed", httpTimeout)
+					t.Errorf("the connection is closed before %v have passed", test.after)
 				}
 				time.Sleep(time.Second)
 				if synctest.Wait(); !conn.far.isClosed() {
-					t.Errorf("the connection is still open after %v", httpTimeout)
+					t.Errorf("the connection is still open after %v", test.after)
 				}
 			})
 		})

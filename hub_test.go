@@ -217,9 +217,9 @@ func TestReasonIsSetBeforeTheQueueIsClosed(t *testing.T) {
 		}()
 		hub.drop(client, errSlowClient)
 	}()
-	if got := client.reason.Load(); got != errSlowClient || !client.dropped || hub.clients[client] {
-		t.Errorf("when the queue is closed the reason is %v, dropped %v, and in the room %v; want %v, true and false",
-			got, client.dropped, hub.clients[client], errSlowClient)
+	if got := client.reason.Load(); got != errSlowClient || !client.registered || hub.clients[client] {
+		t.Errorf("when the queue is closed the reason is %v, registered %v, and in the room %v; want %v, true and false",
+			got, client.registered, hub.clients[client], errSlowClient)
 	}
 }
 
@@ -404,6 +404,7 @@ func copied(t *testing.T, joined func(*Client), received func(*Hub, []byte)) *Hu
 					delete(h.clients, client)
 					close(client.send)
 				}
+			case <-h.opened:
 			case <-h.done:
 				present--
 			case message := <-h.broadcast:
@@ -802,21 +803,50 @@ func TestSignalShutsDownGracefullyWithStatus0(t *testing.T) {
 	}
 }
 
-func TestSecondSignalForcesAnExit(t *testing.T) {
+func TestSecondSignalForcesAnExitOneSecondAfterTheFirst(t *testing.T) {
 	signals := signals(t)
 	for i, first := range signals {
-		second := signals[1-i]
-		for _, during := range []bool{true, false} { // the shutdown, or right behind the first signal
-			process := startProcess(t, "slow client", "-addr", "127.0.0.1:0")
-			joinProcess(t, process.url(t))
-			process.Process.Signal(first)
-			if during {
-				process.next(t, "shutting down")
+		second := signals[(i+1)%len(signals)]
+		process := startProcess(t, "slow client", "-addr", "127.0.0.1:0")
+		joinProcess(t, process.url(t))
+		start := time.Now()
+		process.Process.Signal(first)
+		process.next(t, "shutting down")
+		sending, ended := time.NewTicker(10*time.Millisecond), make(chan bool)
+		go func() {
+			defer close(ended)
+			for err := error(nil); err == nil; <-sending.C { // until it has ended
+				err = process.Process.Signal(second)
 			}
-			process.Process.Signal(second)
-			process.wantEnd(t, "exit status 1")
+		}()
+		process.wantEnd(t, "exit status 1")
+		if got := time.Since(start); got < forceAfter || got > shutdownWait {
+			t.Errorf("%v after %v: exited after %v, want %v", second, first, got, forceAfter)
 		}
+		<-ended
 	}
+}
+
+func TestTwoSignalsAtOnceAreOne(t *testing.T) {
+	for _, signal := range signals(t) {
+		process := startProcess(t, "sound", "-addr", "127.0.0.1:0")
+		p := joinProcess(t, process.url(t))
+		process.Process.Signal(signal)
+		process.Process.Signal(signal)
+		process.next(t, "shutting down")
+		p.wantClose(errShuttingDown) // The process has waited for this.
+		process.wantEnd(t, "exit status 0")
+	}
+}
+
+func TestHangupIsIgnoredIfItWasAtTheStart(t *testing.T) {
+	signals(t)
+	process := startProcess(t, "nohup", "-addr", "127.0.0.1:0")
+	url := process.url(t)
+	process.Process.Signal(syscall.SIGHUP)
+	p := joinProcess(t, url)
+	p.send("still here")
+	p.wantLines("still here")
 }
 
 func TestSignalEndsTheProcessAlthoughItsLogBlocks(t *testing.T) {
@@ -849,7 +879,7 @@ func signals(t *testing.T) []os.Signal {
 	if runtime.GOOS == "windows" {
 		t.Skip("on Windows no process can send another one an interrupt or SIGTERM")
 	}
-	return []os.Signal{os.Interrupt, syscall.SIGTERM}
+	return []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP}
 }
 
 func TestProcessThatCannotListenExitsWithOneLine(t *testing.T) {
@@ -889,7 +919,11 @@ type process struct {
 func startProcess(t *testing.T, mode string, args ...string) *process {
 	t.Helper()
 	watch(t, patience)
-	p := &process{Cmd: exec.Command(os.Args[0], args...), log: make(chan string, 1000)}
+	args = append([]string{os.Args[0]}, args...)
+	if mode == "nohup" {
+		args = append([]string{"nohup"}, args...)
+	}
+	p := &process{Cmd: exec.Command(args[0], args[1:]...), log: make(chan string, 1000)}
 	// The race detector would have each process end a second later.
 	p.Env = append(os.Environ(), asProcess+"="+mode, "GORACE=atexit_sleep_ms=0")
 	stderr, err := p.StderrPipe()
@@ -925,7 +959,11 @@ func (p *process) next(t *testing.T, want string) string {
 }
 
 // url returns the URL in its log.
-func (p *process) url(t *testing.T) string { t.Helper(); return p.next(t, "listening on ") }
+func (p *process) url(t *testing.T) string {
+	t.Helper()
+	url, _, _ := strings.Cut(p.next(t, "listening on "), " ")
+	return url
+}
 
 // wantEnd waits until the process has ended as want says. It returns the rest of
 // its log, which must be these lines if there are any.

@@ -5,8 +5,8 @@
 //	chat [-addr host:port]
 //
 // It serves a page for browsers at / and the WebSocket endpoint at /ws, where one text
-// message is one line of chat. SIGINT or SIGTERM starts a graceful shutdown, which ends
-// the process with status 0; a second signal forces it to exit with status 1.
+// message is one line of chat. SIGINT, SIGTERM or SIGHUP starts a graceful shutdown, which
+// ends the process with status 0; a second signal forces it to exit with status 1.
 package main
 
 import (
@@ -26,9 +26,13 @@ import (
 )
 
 const (
-	// Time allowed to read a request, to write its response, and between two requests. It
-	// does not apply to WebSocket connections.
+	// Time allowed to read a request, and to write its response. It does not apply to
+	// WebSocket connections.
 	httpTimeout = 10 * time.Second
+
+	// Time allowed between two requests on a connection: longer than the idle timeout of load
+	// balancers, which answer 502 if the server closes first (60 s in AWS).
+	idleTimeout = 75 * time.Second
 
 	// Maximum size in bytes of a request header, which also bounds the URLs in the log.
 	// (net/http allows 4 KiB more.)
@@ -37,6 +41,10 @@ const (
 	// Time allowed for all clients to disconnect during a graceful shutdown: less than the
 	// ten seconds that docker stop allows by default.
 	shutdownWait = 8 * time.Second
+
+	// A second signal forces an exit if it comes this long after the first, or later:
+	// coreutils' timeout sends SIGTERM twice at the same moment.
+	forceAfter = time.Second
 
 	// Longest time that startup and shutdown wait for a write to the log.
 	logWait = 100 * time.Millisecond
@@ -57,10 +65,15 @@ func main() {
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) { // as under nohup
+		signal.Notify(signals, syscall.SIGHUP)
+	}
 	go func() {
 		<-signals
 		cancel()
-		<-signals
+		for first := time.Now(); time.Since(first) < forceAfter; {
+			<-signals
+		}
 		os.Exit(1)
 	}()
 	if err := run(ctx, *addr); err != nil {
@@ -76,10 +89,11 @@ func run(ctx context.Context, addr string) error {
 		return err
 	}
 	host, port, _ := net.SplitHostPort(listener.Addr().String())
+	scope := ""
 	if net.ParseIP(host).IsUnspecified() {
-		host = "localhost"
+		host, scope = "localhost", " (all interfaces)"
 	}
-	logSoon("listening on http://%s/", net.JoinHostPort(host, port))
+	logSoon("listening on http://%s/%s", net.JoinHostPort(host, port), scope)
 	return serve(ctx, listener)
 }
 
@@ -88,8 +102,7 @@ func run(ctx context.Context, addr string) error {
 // the listener's error, if any.
 func serve(ctx context.Context, listener net.Listener) error {
 	hub := newHub()
-	disconnected := make(chan struct{})
-	go func() { hub.run(); close(disconnected) }()
+	go hub.run()
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", serveHome)
@@ -98,6 +111,7 @@ func serve(ctx context.Context, listener net.Listener) error {
 		Handler:        mux,
 		ReadTimeout:    httpTimeout,
 		WriteTimeout:   httpTimeout,
+		IdleTimeout:    idleTimeout,
 		MaxHeaderBytes: maxHeaderSize,
 	}
 	context.AfterFunc(ctx, func() { server.Close() }) // This does not close WebSockets: the hub does.
@@ -109,7 +123,7 @@ func serve(ctx context.Context, listener net.Listener) error {
 	hub.stop()
 	logSoon("shutting down")
 	select {
-	case <-disconnected:
+	case <-hub.ended:
 	case <-time.After(shutdownWait):
 		logSoon("exiting: some clients are still connected after %v", shutdownWait)
 	}
@@ -146,7 +160,7 @@ func hashSource(element string) string {
 
 // serveHome serves the page at /, and an error at every other path.
 func serveHome(w http.ResponseWriter, r *http.Request) {
-	log.Printf("%s: %s %q", r.RemoteAddr, r.Method, r.URL)
+	log.Printf("%s: %s %q", r.RemoteAddr, excerpt(r.Method), excerpt(r.URL.String()))
 	switch {
 	case r.URL.Path != "/":
 		http.NotFound(w, r)
