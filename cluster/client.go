@@ -1,3 +1,5 @@
+// SPDX-License-Identifier: 0BSD
+
 package main
 
 import (
@@ -8,7 +10,7 @@ import (
 	"log"
 	"net"
 	"net/http"
-	"strconv"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -34,12 +36,13 @@ const (
 	// first read what precedes it: with one second, some peers lost it during shutdown.
 	closeWait = 5 * time.Second
 
-	// Maximum size in bytes of a message from the peer. If you raise it, keep
-	// maxBatchSize several times as large, and change the figure in home.html.
+	// Maximum size in bytes of a message from the peer. If you raise it, change the figure
+	// in home.html.
 	maxMessageSize = 512
 
-	// Maximum size in bytes of a batch of messages to the peer: below 32 KiB, the
-	// default read limit of common client libraries.
+	// Maximum size in bytes of a batch of messages to the peer: below 32 KiB, the default
+	// read limit of common client libraries. A message that is larger goes out alone, in one
+	// frame. With 0, each message does.
 	maxBatchSize = 32<<10 - 1
 
 	// Number of messages that may be queued for a peer. One more, and the hub drops it as
@@ -53,29 +56,33 @@ const (
 	rateBurst    = sendQueueSize / 2
 	rateInterval = 10 * time.Millisecond
 
-	// A client that asks for this subprotocol also gets an empty text message with each
-	// ping. A browser's script cannot see pings, and so could not tell an idle connection
-	// from a half-open one.
+	// A client whose URL has this parameter (ws?heartbeat), or that asks for this
+	// subprotocol, also gets an empty text message with each ping. A browser's script cannot
+	// see pings, and so could not tell an idle connection from a half-open one.
 	heartbeat = "heartbeat"
 )
 
 var newline = []byte{'\n'}
 
-// Reasons for which the server closes connections: a close code (RFC 6455 section 7.4) and a text.
-// Codes from 4000 to 4999 are free for applications.
+// Reasons for which the server closes connections: a close code (RFC 6455 section 7.4) and a
+// text. Codes from 4000 to 4999 are free for applications.
 var (
-	errShuttingDown = &websocket.CloseError{Code: websocket.CloseGoingAway, Text: "server shutting down"}
-	errUnregistered = &websocket.CloseError{Code: websocket.CloseNormalClosure, Text: "closed by the server"}
-	errBinary       = &websocket.CloseError{Code: websocket.CloseUnsupportedData, Text: "binary messages are not supported"}
-	errInvalidUTF8  = &websocket.CloseError{Code: websocket.CloseInvalidFramePayloadData, Text: "message is not valid UTF-8"}
-	errTooBig       = &websocket.CloseError{Code: websocket.CloseMessageTooBig, Text: "message exceeds " + strconv.Itoa(maxMessageSize) + " bytes"}
-	errTimeout      = &websocket.CloseError{Code: websocket.ClosePolicyViolation, Text: "no pong, or no complete message, for " + pongWait.String()}
-	errSlowClient   = &websocket.CloseError{Code: websocket.CloseTryAgainLater, Text: "slow client: " + strconv.Itoa(sendQueueSize) + " messages queued"}
+	errShuttingDown = closeError(1001, "server shutting down")
+	errUnregistered = closeError(1000, "closed by the server")
+	errBinary       = closeError(1003, "binary messages are not supported")
+	errInvalidUTF8  = closeError(1007, "message is not valid UTF-8")
+	errTooBig       = closeError(1009, "message exceeds %d bytes", maxMessageSize)
+	errTimeout      = closeError(1008, "no pong, or no complete message, for %v", pongWait)
+	errSlowClient   = closeError(1013, "slow client: %d messages queued", sendQueueSize)
 )
 
+func closeError(code int, format string, args ...any) *websocket.CloseError {
+	return &websocket.CloseError{Code: code, Text: fmt.Sprintf(format, args...)}
+}
+
 // The read buffer is small because every connection keeps one; longer messages are read
-// in pieces. Write buffers come from a pool, and hold a whole batch, so that a batch is
-// one frame. Add your own subprotocols here: with Subprotocols set, Upgrade ignores its
+// in pieces. Write buffers come from a pool, and hold a whole batch, so that one system
+// call writes it. Add your own subprotocols here: with Subprotocols set, Upgrade ignores its
 // responseHeader argument's. A peer gets one of them: yours, or heartbeat.
 var upgrader = websocket.Upgrader{
 	ReadBufferSize:  512,
@@ -86,17 +93,20 @@ var upgrader = websocket.Upgrader{
 
 // A Client connects one WebSocket peer to the hub. Its life:
 //
-//  1. serveWs upgrades the connection, registers the client, and starts both pumps.
-//  2. The hub or a pump finds a reason to end the client. The first reason wins.
-//  3. run removes the client from the hub and closes send.
-//  4. writePump writes the queued messages, then the close frame. (To a protocol
-//     violation, gorilla/websocket itself has already written one.)
-//  5. readPump reads on until the peer has answered, for at most closeWait. Then it
-//     closes conn and tells run that the client is done.
+//  1. serve upgrades the connection, registers the client, and starts both pumps.
+//  2. The hub (drop) or a pump finds a reason to end the client. The first reason wins.
+//  3. Hub.run removes the client from the hub and closes send (drop).
+//  4. writePump writes the queued messages, then the close frame (writeClose). To a
+//     protocol violation, gorilla/websocket itself has already written one.
+//  5. readPump reads on until the peer has answered, for at most closeWait.
+//  6. writePump closes conn, and tells Hub.run that the client is done (finish).
 //
 // If a write fails, the client stays registered for closeWait, so that readPump can still
-// read what the peer has sent, such as a close frame. Then steps 2, 3 and 5 follow.
+// read what the peer has sent, such as a close frame. Then steps 2, 3 and 6 follow.
 type Client struct {
+	// Set by the application, or by serve, before the pumps start. The zero value of every
+	// other field is ready. The application's fields may follow; if handle changes one that
+	// other goroutines read, it does so in do.
 	hub  *Hub
 	conn *websocket.Conn
 
@@ -106,113 +116,78 @@ type Client struct {
 	// at the same time.
 	send chan []byte
 
-	// Owned by run: drop has closed send, so the client must not be registered again.
-	dropped bool
+	heartbeat bool // the peer has asked for it by its URL; set by serve
+
+	// Owned by run: the client has been registered, or has ended before, and must not be
+	// registered again, as its send may be closed. (reason does not tell: readPump sets it
+	// first, and run closes send later.)
+	registered bool
 
 	// The reason for closing the connection. The first one set wins.
 	reason atomic.Pointer[websocket.CloseError]
-
-	// readPump waits on this for writePump to return.
-	writing sync.WaitGroup
 
 	// Owned by readPump:
 	bucketFullAt time.Time // when the token bucket of the rate limit is full again
 	limited      bool      // the log already says that the rate limit delays this client
 	receiving    bool      // a message has begun and is not complete
+
+	// Owned by writePump: there was a reason after the last write.
+	ending bool
+
+	// For readEnd, which makes the channel.
+	readEndOnce sync.Once
+	readEndChan chan *websocket.CloseError
 }
 
-// serveWs upgrades the request to a WebSocket connection and registers its peer with
-// hub. It starts the pumps and returns, so that the request's memory can be freed.
+// serveWs serves a WebSocket peer as a client of hub.
+func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
+	(&Client{hub: hub}).serve(w, r)
+}
+
+// serve upgrades the request to a WebSocket connection and registers c, whose hub is set,
+// and any of the application's fields. It starts the pumps and returns, so that the
+// request's memory can be freed. An error has been answered and logged.
 //
 // The handshake response is delayed until the client is registered: a peer that knows
 // it is connected misses no message.
-func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
+func (c *Client) serve(w http.ResponseWriter, r *http.Request) {
 	handshake := &delayedHandshake{ResponseWriter: w}
 	conn, err := upgrader.Upgrade(handshake, r, nil)
 	if err != nil {
-		log.Printf("%s: handshake refused: %q (Origin %q, Host %q)", r.RemoteAddr, err, r.Header.Get("Origin"), r.Host)
+		log.Printf("%s: handshake refused: %q (Origin %q, Host %q)", r.RemoteAddr, err,
+			excerpt(r.Header.Get("Origin")), excerpt(r.Host))
 		return
 	}
-	client := &Client{hub: hub, conn: conn, send: make(chan []byte, sendQueueSize)}
+	c.conn, c.send = conn, make(chan []byte, sendQueueSize)
+	c.heartbeat = r.URL.Query().Has(heartbeat)
 	select {
-	case hub.register <- client:
-	case <-hub.stopped:
-		handshake.conn.reject(errShuttingDown.Text)
-		return
-	}
-	// Nothing may return from here on: a registered client needs both pumps.
-	handshake.conn.respond()            // If this fails, the pumps get the same error.
-	client.writing.Go(client.writePump) // before readPump, which waits for it
-	go client.readPump()
-}
-
-// tell queues message for this client alone. It returns false if the client has been
-// dropped or the hub stopped. Any goroutine may call it except run's, which calls queue.
-func (c *Client) tell(message []byte) bool {
-	queued := false
-	c.hub.do(func() {
-		c.hub.queue(c, message)
-		queued = c.hub.clients[c]
-	})
-	return queued
-}
-
-// readPump forwards the peer's messages to the hub. It does all reads on conn. It ends
-// when reading fails: usually with the peer's close frame, or because writePump has
-// closed conn. Once the client has a reason to end, readPump discards what it reads.
-//
-// It is kept small, so that the goroutine of an idle client keeps a stack of 2 KiB.
-func (c *Client) readPump() {
-	c.conn.SetPingHandler(func(data string) error {
-		c.limitRate()
-		// Ignore the error: after a failed write, writePump fails too.
-		c.conn.WriteControl(websocket.PongMessage, []byte(data), time.Now().Add(writeWait))
-		return nil
-	})
-	c.conn.SetPongHandler(func(string) error { c.limitRate(); return nil })
-	// writePump answers a close frame, after what is queued.
-	c.conn.SetCloseHandler(func(int, string) error { return nil })
-	for {
-		// The hub may have been slow to receive the last message: allow pongWait from now.
-		c.conn.SetReadDeadline(time.Now().Add(pongWait))
-		messageType, r, err := c.conn.NextReader()
-		if err == nil {
-			err = c.receive(messageType, r)
-		}
-		if err != nil {
-			c.finish(err)
+	case c.hub.register <- c:
+		handshake.conn.answer(handshake.conn.response)
+	case <-c.hub.stopped:
+		if handshake.conn.answer([]byte(unavailable)) {
+			conn.Close()
 			return
 		}
+		// The application has exchanged messages with the peer: the pumps close the connection.
 	}
+	// A client that is registered needs both pumps.
+	go c.writePump()
+	go c.readPump()
 }
 
-// limitRate takes a token for the start of a message, or a control frame. If the bucket
-// is empty it sleeps until the next token, so that TCP backpressure delays the peer. It
-// also extends the read deadline.
-func (c *Client) limitRate() {
-	if c.reason.Load() != nil {
-		return // No delay: the peer's close frame may follow what it has already sent.
-	}
-	if !c.receiving { // Control frames within a message do not give it more time.
-		c.conn.SetReadDeadline(time.Now().Add(pongWait))
-	}
-	if now := time.Now(); c.bucketFullAt.Before(now) {
-		c.bucketFullAt = now
-	}
-	c.bucketFullAt = c.bucketFullAt.Add(rateInterval)
-	wait := time.Until(c.bucketFullAt) - rateBurst*rateInterval
-	if wait > 0 && !c.limited {
-		c.limited = true
-		// In a goroutine, as writes to a log can block.
-		go log.Printf("%v: rate limited to %d messages a second", c.conn.RemoteAddr(), time.Second/rateInterval)
-	}
-	time.Sleep(wait)
+// handle does what the application does with a line from the peer. It runs on readPump's
+// goroutine, so it may call tell, do, hub.do and end, send to hub.broadcast, and block: that
+// delays this client's input, and run's return after stop. line is its own to keep.
+func (c *Client) handle(line []byte) {
+	// APPLICATION: the peer has sent line. Replace the next statement.
+	c.hub.broadcast <- line
 }
 
-// receive broadcasts the message in r as one clean line. It ignores blank messages, and
-// all messages once the client has a reason to end; an invalid message is one. It returns
-// read errors only. (SetReadLimit would close the connection without a text.)
+// receive reads the message in r, and handles it as one clean line. It ignores blank
+// messages, and all messages once the client has a reason to end; an invalid message is one.
+// It returns read errors only. (SetReadLimit would close the connection without a text.)
 func (c *Client) receive(messageType int, r io.Reader) error {
+	c.alive()
 	c.limitRate()
 	c.receiving = true
 	message, err := io.ReadAll(io.LimitReader(r, maxMessageSize+1))
@@ -230,7 +205,7 @@ func (c *Client) receive(messageType int, r io.Reader) error {
 	case !utf8.Valid(message):
 		c.end(errInvalidUTF8)
 	case len(line) > 0:
-		c.hub.broadcast <- line
+		c.handle(line)
 	}
 	return nil
 }
@@ -248,58 +223,197 @@ func clean(message []byte) []byte {
 	}, message))
 }
 
+// writeBatch writes message, and as many of those that have queued up behind it as fit into
+// maxBatchSize, in one frame: the peer must split it at newlines. It puts the message that
+// does not fit into next.
+func (c *Client) writeBatch(message []byte, next chan []byte) error {
+	batch := slices.Clip(message) // append copies it, as all clients share it.
+	for len(c.send) > 0 && len(next) == 0 {
+		message = <-c.send
+		if len(batch)+len(newline)+len(message) > maxBatchSize {
+			next <- message
+		} else {
+			batch = append(append(batch, newline...), message...)
+		}
+	}
+	c.setWriteDeadline()
+	return c.conn.WriteMessage(websocket.TextMessage, batch)
+}
+
+// An application need not change what follows.
+
+// tell queues message for this client alone. It returns false if the client is not
+// registered, or no longer, or its queue is full; true means queued, not delivered. Any
+// goroutine may call it except run's, which calls queue.
+func (c *Client) tell(message []byte) (queued bool) {
+	c.hub.do(func() { queued = c.hub.queue(c, message) })
+	return queued
+}
+
+// do is hub.do for what concerns this client: it returns false, without running f, if the
+// client is not registered, or no longer. So f never runs after the client's cleanup.
+func (c *Client) do(f func()) (ran bool) {
+	c.hub.do(func() {
+		if ran = c.hub.clients[c]; ran {
+			f()
+		}
+	})
+	return ran
+}
+
+// end asks run to drop the client. Only readPump, and so handle, may call it, outside of
+// do: run receives until the client is done. Other goroutines call drop through do.
+func (c *Client) end(reason *websocket.CloseError) {
+	c.reason.CompareAndSwap(nil, sendable(reason))
+	c.hub.passToRun(c.hub.unregister, c)
+}
+
+// sendable returns reason, unless it has a close code that must not be sent (RFC 6455 section
+// 7.4), such as the 0 of an application that has set none.
+func sendable(reason *websocket.CloseError) *websocket.CloseError {
+	if reason == nil || reason.Code < 1000 || reason.Code > 4999 ||
+		1004 <= reason.Code && reason.Code <= 1006 || 1015 <= reason.Code && reason.Code < 3000 {
+		return closeError(1011, "%v", reason)
+	}
+	return reason
+}
+
+// readPump reads the peer's messages, for handle. It does all reads on conn. It ends
+// when reading fails: usually with the peer's close frame, or because finish has closed
+// conn. Once the client has a reason to end, readPump discards what it reads.
+//
+// It is kept small, so that the goroutine of an idle client keeps a stack of 2 KiB.
+func (c *Client) readPump() {
+	if !c.hub.passToRun(c.hub.opened, c) {
+		c.end(errShuttingDown)
+		close(c.send) // No run is left to do it.
+	}
+	c.conn.SetPingHandler(func(data string) error {
+		c.alive()
+		c.limitRate()
+		// Ignore the error: after a failed write, writePump fails too.
+		c.conn.WriteControl(websocket.PongMessage, []byte(data), time.Now().Add(writeWait))
+		return nil
+	})
+	c.conn.SetPongHandler(func(string) error { c.alive(); c.limitRate(); return nil })
+	// writePump answers a close frame, after what is queued.
+	c.conn.SetCloseHandler(func(int, string) error { return nil })
+	for {
+		c.alive() // The hub may have been slow to receive the last message.
+		messageType, r, err := c.conn.NextReader()
+		if err == nil {
+			err = c.receive(messageType, r)
+		}
+		if err != nil {
+			reason, closed := c.readError(err)
+			c.reason.CompareAndSwap(nil, reason) // also one that must not be sent: the peer's, or 1006
+			c.end(reason)
+			c.readEnd() <- closed
+			return
+		}
+	}
+}
+
+// alive allows the peer pongWait from now. It does nothing within a message: otherwise
+// control frames would give a message more time.
+func (c *Client) alive() {
+	if !c.receiving {
+		c.conn.SetReadDeadline(time.Now().Add(pongWait))
+	}
+}
+
+// limitRate takes a token for the start of a message, or a control frame. If the bucket
+// is empty it sleeps until the next token, so that TCP backpressure delays the peer.
+func (c *Client) limitRate() {
+	if c.reason.Load() != nil {
+		return // No delay: the peer's close frame may follow what it has already sent.
+	}
+	if now := time.Now(); c.bucketFullAt.Before(now) {
+		c.bucketFullAt = now
+	}
+	c.bucketFullAt = c.bucketFullAt.Add(rateInterval)
+	wait := time.Until(c.bucketFullAt) - rateBurst*rateInterval
+	if wait > 0 && !c.limited {
+		c.limited = true
+		// In a goroutine, as writes to a log can block.
+		go log.Printf("%v: rate limited to %d messages a second", c.conn.RemoteAddr(), time.Second/rateInterval)
+	}
+	time.Sleep(wait)
+}
+
+// readError turns a read error into the reason to end. closed is that reason if the peer or
+// the network has closed the connection, else nil.
+func (c *Client) readError(err error) (reason, closed *websocket.CloseError) {
+	if err == io.ErrUnexpectedEOF {
+		// From a TLS connection cut within a record, whose error is permanent? Or from a
+		// compressed message that is truncated: then there is another, of the deadline.
+		c.conn.SetReadDeadline(time.Now())
+		if _, _, again := c.conn.NextReader(); again == err {
+			err = closeError(1006, "%v", err)
+		}
+	}
+	switch err := err.(type) {
+	case *websocket.CloseError: // the peer's, or 1006 if there was no close frame
+		return err, err
+	case net.Error:
+		if err.Timeout() {
+			return errTimeout, nil
+		}
+		closed = closeError(1006, "%v", err)
+		return closed, closed
+	}
+	return closeError(1002, "%v", err), nil
+}
+
+// readEnd returns the channel on which readPump, when it ends, says how the connection was
+// closed: see readError. The first call makes it, as a Client needs only hub, conn and
+// send, and either pump may start first.
+func (c *Client) readEnd() chan *websocket.CloseError {
+	c.readEndOnce.Do(func() { c.readEndChan = make(chan *websocket.CloseError, 1) })
+	return c.readEndChan
+}
+
 // writePump writes queued messages and pings to the peer. It does all writes on conn
-// except pongs. It ends after the close frame, or when a write fails. closeWait later a
-// timer closes conn, which ends readPump if the peer has not.
+// except pongs. After the close frame, or when a write fails, it finishes the client.
 func (c *Client) writePump() {
 	ticker := time.NewTicker(pingPeriod)
 	defer ticker.Stop()
+	next := make(chan []byte, 1) // the message that did not fit into the last batch
 	var err error
 	for err == nil {
+		send := c.send
+		if len(next) > 0 {
+			send = next
+		}
 		select {
-		case message, ok := <-c.send:
+		case message, ok := <-send:
 			if ok {
-				err = c.writeBatch(message)
+				err = c.writeBatch(message, next)
 			} else {
 				err = c.writeClose()
 			}
 		case <-ticker.C:
 			err = c.ping()
 		}
+		c.ending = c.reason.Load() != nil
 	}
-	time.AfterFunc(closeWait, func() {
-		c.reason.CompareAndSwap(nil, abnormal(err)) // unless the peer has sent a close frame
-		c.conn.Close()
-	})
-	// Drain send until run closes it, so that an application that sends to it without a
-	// default case does not block run.
-	for range c.send {
+	c.finish(err)
+}
+
+// setWriteDeadline allows writeWait for a write that begins now. Once the client has a
+// reason to end, all writes share one writeWait, also with the one that was under way: a slow
+// peer cannot delay the end by more.
+func (c *Client) setWriteDeadline() {
+	if !c.ending {
+		c.conn.SetWriteDeadline(time.Now().Add(writeWait))
 	}
 }
 
-// writeBatch writes message, and those that have queued up behind it, in one frame: the
-// peer must split it at newlines. Remove the loop for one message a frame.
-func (c *Client) writeBatch(message []byte) error {
-	c.conn.SetWriteDeadline(time.Now().Add(writeWait))
-	w, err := c.conn.NextWriter(websocket.TextMessage)
-	if err != nil {
-		return err
-	}
-	w.Write(message)
-	for free := maxBatchSize - len(message); len(c.send) > 0 && free >= len(newline)+maxMessageSize; {
-		message = <-c.send
-		w.Write(newline)
-		w.Write(message)
-		free -= len(newline) + len(message)
-	}
-	return w.Close()
-}
-
-// ping writes a ping, and a heartbeat if the peer has asked for the subprotocol.
+// ping writes a ping, and a heartbeat if the peer has asked for it.
 func (c *Client) ping() error {
-	c.conn.SetWriteDeadline(time.Now().Add(writeWait))
+	c.setWriteDeadline()
 	err := c.conn.WriteMessage(websocket.PingMessage, nil)
-	if err == nil && c.conn.Subprotocol() == heartbeat {
+	if err == nil && (c.heartbeat || c.conn.Subprotocol() == heartbeat) {
 		err = c.conn.WriteMessage(websocket.TextMessage, nil)
 	}
 	return err
@@ -309,90 +423,64 @@ func (c *Client) ping() error {
 func (c *Client) writeClose() error {
 	c.reason.CompareAndSwap(nil, errUnregistered) // if the application has closed send itself
 	reason := c.reason.Load()
-	if reason.Code != websocket.CloseAbnormalClosure { // 1006 is never sent: RFC 6455 section 7.4.1.
+	if reason.Code != 1006 { // 1006 is never sent: RFC 6455 section 7.4.1.
 		// The text has at most 123 bytes: RFC 6455 section 5.5.
 		text := strings.ToValidUTF8(reason.Text[:min(len(reason.Text), 123)], "")
-		c.conn.SetWriteDeadline(time.Now().Add(writeWait))
+		c.setWriteDeadline()
 		c.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(reason.Code, text))
 	}
 	return websocket.ErrCloseSent
 }
 
-// end asks run to drop the client. Only readPump may call it: run keeps receiving until it
-// has received readPump's done. Other goroutines call drop through do.
-func (c *Client) end(reason *websocket.CloseError) {
-	c.reason.CompareAndSwap(nil, reason)
-	c.hub.unregister <- c
-}
-
-// finish ends the client when reading has failed with err.
+// finish ends the client, when the close frame has been written or a write has failed
+// with err.
 func (c *Client) finish(err error) {
-	reason, closed := readError(err)
-	c.end(reason)
-	c.writing.Wait() // until the close frame has been written
-	if !closed {
-		c.linger()
+	// The peer has closeWait to answer. Closing conn ends readPump.
+	timer := time.AfterFunc(closeWait, func() {
+		c.reason.CompareAndSwap(nil, closeError(1006, "%v", err))
+		c.conn.Close()
+	})
+	// If a write has failed, send is still open. Drain it until run closes it: a send of the
+	// application without a default case must not block run, which readPump needs to end.
+	for range c.send {
+	}
+	closed := <-c.readEnd()
+	if closed == nil {
+		// A timeout or an invalid frame: the peer may still be sending. Closing a TCP
+		// connection with unread input resets it, and the peer may lose the close frame. So
+		// close one direction, and discard input until the peer closes the other.
+		conn := c.conn.NetConn()
+		if delayed, ok := conn.(*delayedConn); ok {
+			conn = delayed.Conn
+		}
+		if half, ok := conn.(interface{ CloseWrite() error }); ok { // TCP and TLS
+			half.CloseWrite()
+		}
+		conn.SetReadDeadline(time.Time{})
+		io.Copy(io.Discard, conn)
 	}
 	c.conn.Close()
-	c.hub.done <- c
-	c.logEnd(reason, closed) // last, as writes to a log can block
-}
+	timer.Stop() // It would keep the client in memory.
+	c.hub.passToRun(c.hub.done, c)
 
-// readError turns a read error into a reason, and reports whether the peer or the network
-// has closed the connection.
-func readError(err error) (reason *websocket.CloseError, closed bool) {
-	switch err := err.(type) {
-	case *websocket.CloseError: // the peer's, or 1006 if there was no close frame
-		return err, true
-	case net.Error:
-		if err.Timeout() {
-			return errTimeout, false
-		}
-		return abnormal(err), true
-	}
-	if err == io.ErrUnexpectedEOF { // a TLS connection cut within a record
-		return abnormal(err), true
-	}
-	return &websocket.CloseError{Code: websocket.CloseProtocolError, Text: err.Error()}, false
-}
-
-// abnormal returns the reason of a connection that has failed.
-func abnormal(err error) *websocket.CloseError {
-	return &websocket.CloseError{Code: websocket.CloseAbnormalClosure, Text: err.Error()}
-}
-
-// linger does a lingering close after a timeout or an invalid frame: it discards input
-// until the peer closes its side, or writePump's timer closes conn. Closing a TCP
-// connection with unread input resets it, and the peer may lose the close frame.
-func (c *Client) linger() {
-	conn := c.conn.NetConn()
-	if delayed, ok := conn.(*delayedConn); ok {
-		conn = delayed.Conn
-	}
-	if half, ok := conn.(interface{ CloseWrite() error }); ok { // TCP and TLS
-		half.CloseWrite()
-	}
-	conn.SetReadDeadline(time.Time{})
-	io.Copy(io.Discard, conn)
-}
-
-// logEnd logs why the client has ended, unless it ended normally. It quotes the reason,
-// as the peer may have chosen the text. It says "disconnected" if the peer or the network
-// ended the connection, and "dropped" if the server did.
-func (c *Client) logEnd(reason *websocket.CloseError, closed bool) {
-	first := c.reason.Load()
-	if !websocket.IsUnexpectedCloseError(first, websocket.CloseNormalClosure,
-		websocket.CloseGoingAway, websocket.CloseNoStatusReceived) {
-		return
-	}
-	ended := "dropped"
-	if first == reason && closed {
+	// The log is last, as writes to it can block. The reason is quoted, as the peer may have
+	// chosen its text.
+	reason, ended := c.reason.Load(), "dropped"
+	if reason == closed {
 		ended = "disconnected"
 	}
-	log.Printf("%v: %s: %q", c.conn.RemoteAddr(), ended, first)
+	if websocket.IsUnexpectedCloseError(reason, 1000, 1001, 1005) {
+		log.Printf("%v: %s: %q", c.conn.RemoteAddr(), ended, reason)
+	}
 }
 
-// A delayedHandshake is the ResponseWriter for Upgrade, which hijacks conn from it.
+// excerpt returns the first 200 bytes of s, which a peer has chosen, for the log.
+func excerpt(s string) string {
+	return s[:min(len(s), 200)]
+}
+
+// A delayedHandshake is the ResponseWriter for Upgrade, which hijacks conn from it. An
+// http.ResponseController also finds Hijack behind middleware that has only Unwrap.
 type delayedHandshake struct {
 	http.ResponseWriter
 	conn *delayedConn
@@ -405,41 +493,46 @@ func (h *delayedHandshake) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 }
 
 // A delayedConn holds back the first write, which is Upgrade's handshake response, until
-// respond or the next Read or Write: an application may exchange messages with the peer
+// answer or the next Read or Write: an application may exchange messages with the peer
 // before it registers the client.
 type delayedConn struct {
 	net.Conn
-	respond func() error // writes the response once; returns the same error each time
+	response []byte
+	answered sync.Once
+	err      error // of the answer
+}
+
+// unavailable is the answer to a handshake during shutdown.
+const unavailable = "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\r\nserver shutting down\n"
+
+// answer writes response, unless the handshake has been answered already. It returns whether it has.
+func (c *delayedConn) answer(response []byte) (first bool) {
+	c.answered.Do(func() {
+		first = true
+		c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
+		if _, err := c.Conn.Write(response); err != nil {
+			// To readError, an error of another type would be a protocol violation.
+			c.err = closeError(1006, "handshake response: %v", err)
+		}
+	})
+	return first
 }
 
 func (c *delayedConn) Write(p []byte) (int, error) {
-	if c.respond == nil {
-		response := bytes.Clone(p)
-		c.respond = sync.OnceValue(func() error {
-			c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
-			if _, err := c.Conn.Write(response); err != nil {
-				return abnormal(fmt.Errorf("handshake response: %w", err))
-			}
-			return nil
-		})
+	if c.response == nil {
+		c.response = bytes.Clone(p)
 		return len(p), nil
 	}
-	if err := c.respond(); err != nil {
-		return 0, err
+	if c.answer(c.response); c.err != nil {
+		return 0, c.err
 	}
 	return c.Conn.Write(p)
 }
 
+// Read has a small frame, too: see readPump.
 func (c *delayedConn) Read(p []byte) (int, error) {
-	if err := c.respond(); err != nil {
-		return 0, err
+	if c.answer(c.response); c.err != nil {
+		return 0, c.err
 	}
 	return c.Conn.Read(p)
-}
-
-// reject answers the handshake with status 503 instead of 101, and closes the connection.
-func (c *delayedConn) reject(text string) {
-	c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
-	io.WriteString(c.Conn, "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\r\n"+text+"\n")
-	c.Conn.Close()
 }

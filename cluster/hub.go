@@ -1,19 +1,24 @@
+// SPDX-License-Identifier: 0BSD
+
 package main
 
 import (
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/gorilla/websocket"
 )
 
-// A Hub broadcasts each message to all of its clients. One goroutine, run, owns the
-// set of clients, so there is no mutex. Other goroutines reach it through do, tell and
-// the channels below. (hub.go and client.go are meant to be copied: the application, in
-// these comments, is the program that you build from them.)
+// A Hub broadcasts each message to all of its clients. One goroutine, run, owns the set of
+// clients, so there is no mutex. Other goroutines reach it through do, tell and the channels
+// below. (hub.go and client.go are meant to be copied: the application, in these comments, is
+// the program that you build from them. Its code goes to the places marked APPLICATION.)
 type Hub struct {
-	// Owned by run:
-	clients map[*Client]bool
+	// Owned by run, as the application's state is: add its fields here.
+	clients map[*Client]bool // registered, and not dropped
+	open    map[*Client]bool // registered, or readPump has started; and not done
+	dropped []*Client        // were registered, and are not cleaned up after yet
 
 	// From other goroutines to run. After stop, run returns and nothing receives: a sender
 	// that may outlive it, such as an HTTP handler, must also select on stopped, or use do.
@@ -22,71 +27,86 @@ type Hub struct {
 	register   chan *Client // a client to add
 	unregister chan *Client // a client to drop
 	calls      chan func()  // from do
-	done       chan *Client // a client whose connection readPump has closed
+	opened     chan *Client // a client whose readPump has started
+	done       chan *Client // a client whose connection writePump has closed
 
-	// stop starts a graceful shutdown: run drops every client, and returns when all of
-	// them are done. stop closes stopped and does not wait. Any goroutine may call it,
-	// any number of times.
+	// stop starts a graceful shutdown: run drops every client, and returns when all of them
+	// are done. stop closes stopped and does not wait; run closes ended. Any goroutine may
+	// call stop, any number of times.
 	stop    func()
 	stopped <-chan struct{}
+	ended   chan struct{}
 }
 
 func newHub() *Hub {
 	stopped := make(chan struct{})
 	return &Hub{
 		clients:    make(map[*Client]bool),
+		open:       make(map[*Client]bool),
 		broadcast:  make(chan []byte),
 		register:   make(chan *Client),
 		unregister: make(chan *Client),
 		calls:      make(chan func()),
+		opened:     make(chan *Client),
 		done:       make(chan *Client),
 		stop:       sync.OnceFunc(func() { close(stopped) }),
 		stopped:    stopped,
+		ended:      make(chan struct{}),
 	}
 }
 
-// run is the hub's goroutine. It returns once the hub has been stopped and every
-// client is done: at once if all peers answer the close frame. A peer that reads nothing
-// delays it by up to writeWait + closeWait, one that reads slowly by more.
+// run is the hub's goroutine. It returns once the hub has been stopped and every client is
+// done: at once if all peers answer the close frame, else within writeWait + closeWait, or
+// when the last handle returns.
 func (h *Hub) run() {
-	open := make(map[*Client]bool) // registered and not done, dropped or not
-	register, stopped := h.register, h.stopped
-	for stopped != nil || len(open) > 0 {
+	defer close(h.ended)
+	register, calls, stopped := h.register, h.calls, h.stopped
+	for stopped != nil || len(h.open) > 0 {
 		select {
 		case client := <-register:
-			if !client.dropped { // Else send is closed: the application has registered it again.
-				h.clients[client] = true
-				open[client] = true
+			if client.registered {
+				break // It has been registered before, or ended before it was.
 			}
+			client.registered = true
+			h.clients[client] = true
+			h.open[client] = true
+			// APPLICATION: client has been registered. Welcome it, send it a history, or announce
+			// it: with queue, deliver and deliverTo.
 		case client := <-h.unregister:
 			h.drop(client, errUnregistered)
 		case message := <-h.broadcast:
 			h.deliver(message)
-		case call := <-h.calls:
+		case call := <-calls:
 			call()
-		case client := <-h.done:
-			h.drop(client, errUnregistered) // in case the application has not unregistered it
-			delete(open, client)
-		case <-stopped:
-			register, stopped = nil, nil // A nil channel is never ready: both cases are disabled.
-			for client := range h.clients {
+		case client := <-h.opened:
+			h.open[client] = true
+			if stopped == nil {
 				h.drop(client, errShuttingDown)
 			}
+		case client := <-h.done:
+			h.drop(client, errUnregistered) // in case the application has not unregistered it
+			delete(h.open, client)
+		case <-stopped:
+			// A nil channel is never ready: these cases are disabled. A client registered now
+			// would miss the drop: serve answers it with status 503.
+			register, calls, stopped = nil, nil, nil
+			for client := range h.open {
+				h.drop(client, errShuttingDown)
+			}
+		}
+		for ; len(h.dropped) > 0; h.dropped = slices.Delete(h.dropped, 0, 1) {
+			// APPLICATION: h.dropped[0], which was registered, has been dropped for its reason.
+			// Clean up after it, and announce it. Clients that this drops come next.
 		}
 	}
 }
 
-// do runs f on run's goroutine, and returns true when f has returned. Once the hub
-// has been stopped, it returns false without running f. The hub is blocked while f runs.
+// do runs f on run's goroutine, and returns true when f has returned. Once the hub has been
+// stopped, it returns false without running f. The hub is blocked while f runs.
 //
-// f may use clients, deliver, queue and drop. It must not call do or tell: they
-// deadlock on run's goroutine.
+// f may use clients, deliver, deliverTo, queue and drop. It must not call do, tell or end, nor
+// wait for a goroutine that does: they deadlock on run's goroutine.
 func (h *Hub) do(f func()) bool {
-	select {
-	case <-h.stopped:
-		return false // The select below could choose calls although stopped is closed.
-	default:
-	}
 	returned := make(chan struct{})
 	select {
 	case h.calls <- func() { f(); close(returned) }:
@@ -97,19 +117,36 @@ func (h *Hub) do(f func()) bool {
 	}
 }
 
-// backpressureDelay is how long the hub waits when a queue is more than half full:
-// long enough for the writePumps to catch up, short enough that a slow client still
-// leaves the others a thousand messages a second. Meanwhile senders block, and TCP
-// backpressure delays their peers.
+// passToRun sends client on one of the channels to run. It returns false if run has returned.
+func (h *Hub) passToRun(channel chan *Client, client *Client) bool {
+	select {
+	case channel <- client:
+		return true
+	case <-h.ended:
+		return false
+	}
+}
+
+// Only run's goroutine may call the methods below: others use do, tell or broadcast.
+
+// backpressureDelay is how long the hub waits when a queue is more than half full: long
+// enough for the writePumps to catch up, short enough that a slow client still leaves the
+// others a thousand messages a second. Meanwhile senders block, and TCP backpressure delays
+// their peers.
 const backpressureDelay = time.Millisecond
 
-// deliver queues message for every client, then waits for backpressureDelay if a
-// queue is crowded. Only run's goroutine may call it: others use do, or broadcast.
+// deliver queues message for every client.
 func (h *Hub) deliver(message []byte) {
+	h.deliverTo(message, func(*Client) bool { return true })
+}
+
+// deliverTo queues message for each client of which to returns true, then waits for
+// backpressureDelay if that has left a queue crowded. (A queue that takes nothing more is no
+// reason to wait: the application may keep its client.)
+func (h *Hub) deliverTo(message []byte, to func(*Client) bool) {
 	crowded := false
 	for client := range h.clients {
-		h.queue(client, message)
-		if len(client.send) > cap(client.send)/2 && h.clients[client] { // A client just dropped needs no wait.
+		if to(client) && h.queue(client, message) && len(client.send) > cap(client.send)/2 {
 			crowded = true
 		}
 	}
@@ -118,30 +155,32 @@ func (h *Hub) deliver(message []byte) {
 	}
 }
 
-// queue queues message for client, or drops client if its queue is full. It never
-// blocks, and ignores a client that is nil or dropped. Only run's goroutine may call
-// it: others use tell.
-func (h *Hub) queue(client *Client, message []byte) {
+// queue queues message for client, or drops client if its queue is full. It never blocks, and
+// ignores a client that is nil or dropped. True means queued, not delivered.
+func (h *Hub) queue(client *Client, message []byte) bool {
 	if !h.clients[client] {
-		return
+		return false
 	}
 	select {
 	case client.send <- message:
+		return true
 	default:
 		h.drop(client, errSlowClient)
+		return false
 	}
 }
 
-// drop removes client from the hub and closes its queue: writePump then writes the
-// queued messages, and a close frame with the code and text of reason. It ignores a client
-// that is nil or dropped. Every removal goes through drop: if your application indexes
-// its clients, by user for example, delete from the index here. Only run's goroutine
-// may call it: others use do.
+// drop removes client from the hub and closes its queue: writePump then writes the queued
+// messages, and a close frame with the code and text of reason. It ignores a client that is
+// nil, dropped or another hub's. Every removal goes through drop.
 func (h *Hub) drop(client *Client, reason *websocket.CloseError) {
 	if h.clients[client] {
 		delete(h.clients, client)
-		client.dropped = true
-		client.reason.CompareAndSwap(nil, reason)
-		close(client.send)
+		h.dropped = append(h.dropped, client)
+	} else if !h.open[client] || client.registered {
+		return
 	}
+	client.registered = true // One that ends before it is registered stays out.
+	client.reason.CompareAndSwap(nil, sendable(reason))
+	close(client.send)
 }

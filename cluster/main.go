@@ -213,7 +213,7 @@ func hashSource(element string) string {
 
 // serveHome serves the page at /, and an error at every other path.
 func serveHome(w http.ResponseWriter, r *http.Request) {
-	log.Printf("%s: %s %q", r.RemoteAddr, r.Method, r.URL)
+	log.Printf("%s: %s %q", r.RemoteAddr, excerpt(r.Method), excerpt(r.URL.String()))
 	switch {
 	case r.URL.Path != "/":
 		http.NotFound(w, r)

@@ -16,9 +16,13 @@ import (
 )
 
 const (
-	// Time allowed to read a request, to write its response, and between two requests. It
-	// does not apply to WebSocket connections.
+	// Time allowed to read a request, and to write its response. It does not apply to
+	// WebSocket connections.
 	httpTimeout = 10 * time.Second
+
+	// Time allowed between two requests on a connection: longer than the idle timeout of load
+	// balancers, which answer 502 if the server closes first (60 s in AWS).
+	idleTimeout = 75 * time.Second
 
 	// Maximum size in bytes of a request header, which also bounds the URLs in the log.
 	// (net/http allows 4 KiB more.)
@@ -27,6 +31,10 @@ const (
 	// Time allowed for all clients to disconnect during a graceful shutdown: less than the
 	// ten seconds that docker stop allows by default.
 	shutdownWait = 8 * time.Second
+
+	// A second signal forces an exit if it comes this long after the first, or later:
+	// coreutils' timeout sends SIGTERM twice at the same moment.
+	forceAfter = time.Second
 
 	// Longest time that startup and shutdown wait for a write to the log.
 	logWait = 100 * time.Millisecond
@@ -52,10 +60,15 @@ func main() {
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) { // as under nohup
+		signal.Notify(signals, syscall.SIGHUP)
+	}
 	go func() {
 		<-signals
 		cancel()
-		<-signals
+		for first := time.Now(); time.Since(first) < forceAfter; {
+			<-signals
+		}
 		os.Exit(1)
 	}()
 	if err := run(ctx, *addr); err != nil {
@@ -84,10 +97,11 @@ func run(ctx context.Context, addr string) (err error) {
 		return err
 	}
 	host, port, _ := net.SplitHostPort(listener.Addr().String())
+	scope := ""
 	if net.ParseIP(host).IsUnspecified() {
-		host = "localhost"
+		host, scope = "localhost", " (all interfaces)"
 	}
-	logSoon("listening on http://%s/", net.JoinHostPort(host, port))
+	logSoon("listening on http://%s/%s", net.JoinHostPort(host, port), scope)
 	return serve(ctx, listener, newRooms(cmp.Or(key, store.key), store))
 }
 
@@ -99,6 +113,7 @@ func serve(ctx context.Context, listener net.Listener, rooms *Rooms) error {
 		Handler:        rooms.handler(),
 		ReadTimeout:    httpTimeout,
 		WriteTimeout:   httpTimeout,
+		IdleTimeout:    idleTimeout,
 		MaxHeaderBytes: maxHeaderSize,
 	}
 	context.AfterFunc(ctx, func() { server.Close() }) // This does not close WebSockets: the hubs do.

@@ -118,8 +118,7 @@ func (k Kick) isByStandIn() bool { return k.StandIn }
 // and every second.
 type Room struct {
 	rooms   *Rooms
-	joining atomic.Int32     // number of clients that serveRoom is about to register
-	ticks   <-chan time.Time // every second, run calls expire
+	joining atomic.Int32 // number of clients that serveRoom is about to register
 
 	// Owned by run:
 	Record
@@ -228,6 +227,15 @@ func (h *Hub) expel(user *User, text string, reason *websocket.CloseError) {
 	for _, client := range slices.Clone(user.clients) { // leave removes each from the list
 		h.drop(client, reason)
 	}
+}
+
+// expireEverySecond calls expire, until the hub has been stopped.
+func (h *Hub) expireEverySecond() {
+	time.AfterFunc(time.Second, func() {
+		if h.do(h.expire) {
+			h.expireEverySecond()
+		}
+	})
 }
 
 // expire removes users that have been away for awayTime. It closes the room when no user
@@ -340,7 +348,7 @@ func (h *Hub) publish(line Line) {
 		line.message = line.encode()
 	}
 	h.rooms.store.save(h.Record)
-	h.deliver(line)
+	h.deliverTo(line.message, line.isFor)
 }
 
 // keep adds line to the history or to the private messages, and forgets what is too much.

@@ -59,13 +59,14 @@ func newRooms(key string, store *Store) *Rooms {
 // open opens the room, and returns its hub. The caller holds mu.
 func (rs *Rooms) open(name string) *Hub {
 	hub := newHub()
-	hub.Room = Room{rooms: rs, ticks: time.Tick(time.Second), users: make(map[string]*User), names: make(directory[User])}
+	hub.Room = Room{rooms: rs, users: make(map[string]*User), names: make(directory[User])}
 	rs.hubs[fold(name)] = hub
 	rs.running.Go(func() {
 		hub.Record, hub.refusal = rs.store.load(name)
 		for _, identity := range hub.present { // as of when the server last ran
 			hub.add(identity).away = time.Now().Add(restartTime - awayTime)
 		}
+		hub.expireEverySecond()
 		hub.run()
 	})
 	return hub
@@ -168,7 +169,7 @@ func (rs *Rooms) serveRoom(w http.ResponseWriter, r *http.Request) {
 	}
 	defer hub.joining.Add(-1)
 	request.After, _ = strconv.ParseInt(r.FormValue("after"), 10, 64)
-	serveWs(hub, request, w, r)
+	(&Client{hub: hub, request: request}).serve(w, r)
 }
 
 // servePage serves a room's page, or the login form if there is a reason for it. The
