@@ -12,6 +12,9 @@ import (
 // An Identity is the content of a user's cookie.
 type Identity struct{ ID, Name string }
 
+// What the form says if nothing is wrong.
+const chooseRoom = "Choose a name and a room."
+
 // cookieName returns the name of the cookie. Browsers send a cookie to all ports of a host,
 // so the name contains the port: two servers on one host do not log each other out. They
 // accept a name that starts with __Host- from this host alone, over HTTPS.
@@ -48,7 +51,7 @@ func (rs *Rooms) logIn(w http.ResponseWriter, r *http.Request) {
 	name, room := strings.TrimSpace(r.PostFormValue("name")), strings.ToLower(strings.TrimSpace(r.PostFormValue("room")))
 	switch {
 	case parseName(name) == "":
-		servePage(w, r, http.StatusBadRequest, "You cannot have that name.", name, room)
+		servePage(w, r, http.StatusBadRequest, "A user cannot have that name.", name, room)
 		return
 	case parseName(room) == "":
 		servePage(w, r, http.StatusNotFound, "A room cannot have that name.", name, room)
@@ -82,4 +85,19 @@ func (rs *Rooms) remove(user Identity) {
 	for _, hub := range hubs {
 		hub.do(func() { hub.expel(hub.users[user.ID], "", errLoggedOut) })
 	}
+}
+
+// loginForm returns the form, with the focus on its first field, or on the one that is to
+// blame for status.
+func loginForm(status int, reason string) string {
+	class, name, room := "error", "autofocus", ""
+	switch {
+	case reason == chooseRoom:
+		class = ""
+	case status == http.StatusBadRequest || status == http.StatusConflict:
+		name = `autofocus aria-invalid="true"`
+	case status == http.StatusForbidden || status == http.StatusNotFound:
+		name, room = "", `autofocus aria-invalid="true"`
+	}
+	return strings.NewReplacer("{{class}}", class, "{{name-state}}", name, "{{room-state}}", room).Replace(login)
 }

@@ -93,11 +93,11 @@ func (rs *Rooms) admit(name string, user Identity) (hub *Hub, status int, reason
 func (rs *Rooms) refuse(name string, user Identity) (status int, reason string) {
 	switch {
 	case name == "":
-		return http.StatusOK, "Choose a name and a room." // the form at /
+		return http.StatusOK, chooseRoom // the form at /
 	case len(name) > maxNameSize || parseName(name) != name:
 		return http.StatusNotFound, "A room cannot have that name."
 	case user.ID == "" || user.Name == "" || parseName(user.Name) != user.Name:
-		return http.StatusUnauthorized, "Choose a name and a room."
+		return http.StatusUnauthorized, chooseRoom
 	case rs.hubs == nil:
 		return http.StatusServiceUnavailable, "The server is shutting down."
 	case rs.hubs[fold(name)] == nil && len(rs.hubs) >= maxRooms:
@@ -179,7 +179,7 @@ func servePage(w http.ResponseWriter, r *http.Request, status int, reason, name,
 	log.Printf("%s: %s %q", r.RemoteAddr, r.Method, r.URL)
 	page, nonce := home, rand.Text()
 	if reason != "" {
-		page = login
+		page = loginForm(status, reason)
 	}
 	w.Header().Set("Cache-Control", "no-store") // as it depends on the cookie
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
@@ -189,7 +189,7 @@ func servePage(w http.ResponseWriter, r *http.Request, status int, reason, name,
 		"'; img-src data:; connect-src 'self' ws: wss:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
 	w.WriteHeader(status)
 	strings.NewReplacer(
-		"<script", `<script nonce="`+nonce+`"`, "<style", `<style nonce="`+nonce+`"`, "{{status}}", strconv.Itoa(status),
+		"<script", `<script nonce="`+nonce+`"`, "<style", `<style nonce="`+nonce+`"`,
 		"{{reason}}", html.EscapeString(reason), "{{name}}", html.EscapeString(name), "{{room}}", html.EscapeString(room),
 	).WriteString(w, page)
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -719,6 +720,62 @@ func TestFormIsAtTheRootAlsoWithALogin(t *testing.T) {
 	for invalid, status := range map[[2]string]int{{"two words", "kitchen"}: http.StatusBadRequest, {"Grete", "two words"}: http.StatusNotFound} {
 		if got := w.post(invalid[0], invalid[1]); got.Code != status || got.Header().Get("Set-Cookie")+got.Header().Get("Location") != "" {
 			t.Errorf("with %q the form gets status %d and the headers %q, want %d and no cookie", invalid, got.Code, got.Header(), status)
+		}
+	}
+}
+
+func TestFormSaysTheRulesAndWhichFieldFailed(t *testing.T) {
+	w := &world{Rooms: newRooms(testKey, new(Store)), t: t}
+	grete := w.logIn("Grete")
+	for name, test := range map[string]struct {
+		page   *httptest.ResponseRecorder
+		fails  string // the field
+		reason string
+		name   string
+		room   string
+	}{
+		"at the root":          {w.get("", "/"), "", chooseRoom, "", ""},
+		"without a login":      {w.get("", "/room/kitchen/"), "", chooseRoom, "", "kitchen"},
+		"invalid name":         {w.post("a.b", "kitchen"), "name", "A user cannot have that name.", "a.b", "kitchen"},
+		"invalid room":         {w.post("Grete", "a.b"), "room", "A room cannot have that name.", "Grete", "a.b"},
+		"invalid room's page":  {w.get(grete, "/room/a.b/"), "room", "A room cannot have that name.", "Grete", "a.b"},
+		"both invalid":         {w.post("a.b", "a.b"), "name", "A user cannot have that name.", "a.b", "a.b"},
+		"neither is a message": {w.post("{{room}}", "{{name}}"), "name", "A user cannot have that name.", "{{room}}", "{{name}}"},
+	} {
+		body := test.page.Body.String()
+		fields := regexp.MustCompile(`name="(name|room)" value="(.*?)" (.*?) *aria-describedby="reason rules"`).FindAllStringSubmatch(body, -1)
+		if len(fields) != 2 || fields[0][1] != "name" || fields[1][1] != "room" {
+			t.Fatalf("%s: the form has the fields %q", name, fields)
+		}
+		fails := ""
+		for _, field := range fields {
+			if strings.Contains(field[3], "aria-invalid") {
+				fails += field[1]
+			}
+			if strings.Contains(field[3], "autofocus") != (field[1] == cmp.Or(test.fails, "name")) {
+				t.Errorf("%s: the field %s has %q", name, field[1], field[3])
+			}
+		}
+		class := ""
+		if test.fails != "" {
+			class = "error"
+		}
+		reason := `<p id="reason" class="` + class + `" role="status">` + test.reason + "</p>"
+		if fails != test.fails || fields[0][2] != test.name || fields[1][2] != test.room || !strings.Contains(body, reason) || !strings.Contains(body, "of at most 32 bytes") {
+			t.Errorf("%s: the field %q fails, and the form is %s", name, fails, body)
+		}
+	}
+}
+
+// Without its nonce, the browser runs no script.
+func TestPagesHaveTheNonceOfTheirPolicy(t *testing.T) {
+	w := &world{Rooms: newRooms(testKey, new(Store)), t: t}
+	for cookie, elements := range map[string]int{"": 1, w.logIn("Grete"): 2} {
+		got := w.get(cookie, "/room/kitchen/")
+		nonce := regexp.MustCompile(`style-src 'nonce-(.*?)'`).FindStringSubmatch(got.Header().Get("Content-Security-Policy"))[1]
+		found := regexp.MustCompile(`(?m)^<(style|script) nonce="`+nonce+`"`).FindAllString(got.Body.String(), -1)
+		if len(found) != elements || strings.Count(got.Body.String(), nonce) != elements {
+			t.Errorf("the page has the nonce in %q, want it in %d elements", found, elements)
 		}
 	}
 }
