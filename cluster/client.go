@@ -25,47 +25,46 @@ const (
 	// Time allowed to write one frame to the peer.
 	writeWait = 10 * time.Second
 
-	// Time allowed for the next message or control frame from the peer, and for a
-	// message to finish once it has begun.
+	// Time allowed for the next message or control frame from the peer, and for a message
+	// to finish once it has begun.
 	pongWait = 60 * time.Second
 
 	// Time between two pings to the peer. Must be less than pongWait.
 	pingPeriod = pongWait * 9 / 10
 
-	// Time allowed for the peer to answer the server's close frame. A busy peer must
-	// first read what precedes it: with one second, some peers lost it during shutdown.
+	// Time allowed for the peer to answer the server's close frame. A busy peer must first
+	// read what precedes it: with one second, some peers lost it during shutdown.
 	closeWait = 5 * time.Second
 
-	// Maximum size in bytes of a message from the peer. If you raise it, change the figure
-	// in home.html.
+	// Maximum size in bytes of a message from the peer, also stated in home.html.
 	maxMessageSize = 512
 
 	// Maximum size in bytes of a batch of messages to the peer: below 32 KiB, the default
-	// read limit of common client libraries. A message that is larger goes out alone, in one
-	// frame. With 0, each message does.
+	// read limit of common client libraries. A larger message is a frame of its own. With
+	// 0, each message is.
 	maxBatchSize = 32<<10 - 1
 
 	// Number of messages that may be queued for a peer. One more, and the hub drops it as
 	// a slow client.
 	sendQueueSize = 256
 
-	// The rate limit for messages and control frames from a peer is a token bucket: a
-	// burst of rateBurst, then one per rateInterval. A burst fills at most half of the
-	// other clients' queues, and 100 a second is more than people type. Shorten
-	// rateInterval if your clients are programs, such as games.
+	// The rate limit for messages and control frames from a peer is a token bucket: a burst
+	// of rateBurst, then one per rateInterval. A burst fills at most half of the other
+	// clients' queues, and 100 a second is more than people type. Shorten rateInterval if
+	// your clients are programs, such as games.
 	rateBurst    = sendQueueSize / 2
 	rateInterval = 10 * time.Millisecond
 
-	// A client whose URL has this parameter (ws?heartbeat), or that asks for this
-	// subprotocol, also gets an empty text message with each ping. A browser's script cannot
-	// see pings, and so could not tell an idle connection from a half-open one.
+	// A client with this parameter in its URL, or this subprotocol, also gets an empty text
+	// message with each ping. A browser's script cannot see pings, and so could not tell an
+	// idle connection from a half-open one.
 	heartbeat = "heartbeat"
 )
 
 var newline = []byte{'\n'}
 
-// Reasons for which the server closes connections: a close code (RFC 6455 section 7.4) and a
-// text. Codes from 4000 to 4999 are free for applications.
+// Reasons for which the server closes connections: a close code (RFC 6455 section 7.4) and
+// a text. Codes from 4000 to 4999 are free for applications.
 var (
 	errShuttingDown = closeError(1001, "server shutting down")
 	errUnregistered = closeError(1000, "closed by the server")
@@ -80,10 +79,9 @@ func closeError(code int, format string, args ...any) *websocket.CloseError {
 	return &websocket.CloseError{Code: code, Text: fmt.Sprintf(format, args...)}
 }
 
-// The read buffer is small because every connection keeps one; longer messages are read
-// in pieces. Write buffers come from a pool, and hold a whole batch, so that one system
-// call writes it. Add your own subprotocols here: with Subprotocols set, Upgrade ignores its
-// responseHeader argument's. A peer gets one of them: yours, or heartbeat.
+// The read buffer is small because every connection keeps one. Write buffers come from a
+// pool, and hold a whole batch. Add your own subprotocols here: with Subprotocols set,
+// Upgrade ignores its responseHeader argument's. A peer gets one: yours, or heartbeat.
 var upgrader = websocket.Upgrader{
 	ReadBufferSize:  512,
 	WriteBufferSize: maxBatchSize,
@@ -94,33 +92,29 @@ var upgrader = websocket.Upgrader{
 // A Client connects one WebSocket peer to the hub. Its life:
 //
 //  1. serve upgrades the connection, registers the client, and starts both pumps.
-//  2. The hub (drop) or a pump finds a reason to end the client. The first reason wins.
+//  2. The hub (drop) or a pump finds a reason to end the client. The first one wins.
 //  3. Hub.run removes the client from the hub and closes send (drop).
 //  4. writePump writes the queued messages, then the close frame (writeClose). To a
 //     protocol violation, gorilla/websocket itself has already written one.
 //  5. readPump reads on until the peer has answered, for at most closeWait.
 //  6. writePump closes conn, and tells Hub.run that the client is done (finish).
 //
-// If a write fails, the client stays registered for closeWait, so that readPump can still
-// read what the peer has sent, such as a close frame. Then steps 2, 3 and 6 follow.
+// If a write fails, the client stays registered for closeWait, as readPump may still read
+// what the peer has sent, such as a close frame. Then steps 2, 3 and 6 follow.
 type Client struct {
-	// Set by the application, or by serve, before the pumps start. The zero value of every
-	// other field is ready. The application's fields may follow; if handle changes one that
-	// other goroutines read, it does so in do.
+	// Set before the pumps start, by serve or by the application, whose fields may follow.
 	hub  *Hub
 	conn *websocket.Conn
 
-	// From run to writePump. To send to this client, call tell, or queue on run's
-	// goroutine: sending on the channel directly panics, and ends the process, if the hub
-	// has closed it. Only run may close it, and must delete the client from hub.clients
-	// at the same time.
+	// From run to writePump. To send to this client, call tell, or queue on run's goroutine:
+	// sending on the channel directly panics, and ends the process, if the hub has closed
+	// it. Only run may close it, and must delete the client from hub.clients as well.
 	send chan []byte
 
-	heartbeat bool // the peer has asked for it by its URL; set by serve
+	heartbeat bool // the URL asks for it; set by serve
 
-	// Owned by run: the client has been registered, or has ended before, and must not be
-	// registered again, as its send may be closed. (reason does not tell: readPump sets it
-	// first, and run closes send later.)
+	// Owned by run: the client has been registered, or has ended before. It must not be
+	// registered now, as send may be closed. (reason does not tell: readPump sets it first.)
 	registered bool
 
 	// The reason for closing the connection. The first one set wins.
@@ -131,10 +125,10 @@ type Client struct {
 	limited      bool      // the log already says that the rate limit delays this client
 	receiving    bool      // a message has begun and is not complete
 
-	// Owned by writePump: there was a reason after the last write.
+	// Owned by writePump: the client had a reason to end after the last write.
 	ending bool
 
-	// For readEnd, which makes the channel.
+	// For readEnd:
 	readEndOnce sync.Once
 	readEndChan chan *websocket.CloseError
 }
@@ -144,12 +138,12 @@ func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
 	(&Client{hub: hub}).serve(w, r)
 }
 
-// serve upgrades the request to a WebSocket connection and registers c, whose hub is set,
-// and any of the application's fields. It starts the pumps and returns, so that the
-// request's memory can be freed. An error has been answered and logged.
+// serve upgrades the request to a WebSocket connection and registers the client, of which
+// hub is set, and any of the application's fields. It starts the pumps and returns, so that
+// the request's memory can be freed. It has answered and logged an error.
 //
-// The handshake response is delayed until the client is registered: a peer that knows
-// it is connected misses no message.
+// The handshake response is delayed until the client is registered: a peer that knows it is
+// connected misses no message.
 func (c *Client) serve(w http.ResponseWriter, r *http.Request) {
 	handshake := &delayedHandshake{ResponseWriter: w}
 	conn, err := upgrader.Upgrade(handshake, r, nil)
@@ -168,24 +162,24 @@ func (c *Client) serve(w http.ResponseWriter, r *http.Request) {
 			conn.Close()
 			return
 		}
-		// The application has exchanged messages with the peer: the pumps close the connection.
+		// The application has exchanged messages with the peer: the pumps end the client.
 	}
-	// A client that is registered needs both pumps.
 	go c.writePump()
 	go c.readPump()
 }
 
-// handle does what the application does with a line from the peer. It runs on readPump's
-// goroutine, so it may call tell, do, hub.do and end, send to hub.broadcast, and block: that
-// delays this client's input, and run's return after stop. line is its own to keep.
+// handle does what the application does with a line from the peer. readPump calls it, so it
+// may call tell, do, hub.do and end, and send to broadcast. It may block: that delays this
+// client's input, and run's return after stop. It may keep line, and change it.
 func (c *Client) handle(line []byte) {
-	// APPLICATION: the peer has sent line. Replace the next statement.
+	// APPLICATION: the peer has sent line. Replace what follows.
 	c.hub.broadcast <- line
 }
 
 // receive reads the message in r, and handles it as one clean line. It ignores blank
-// messages, and all messages once the client has a reason to end; an invalid message is one.
-// It returns read errors only. (SetReadLimit would close the connection without a text.)
+// messages, and all messages once the client has a reason to end; an invalid message is
+// one. It returns read errors only. (SetReadLimit would close the connection without a
+// text.)
 func (c *Client) receive(messageType int, r io.Reader) error {
 	c.alive()
 	c.limitRate()
@@ -211,9 +205,9 @@ func (c *Client) receive(messageType int, r io.Reader) error {
 }
 
 // clean returns message as one line of valid UTF-8. Control characters, which end lines and
-// drive terminals, become spaces; invalid UTF-8 becomes U+FFFD; surrounding white space
-// is trimmed. Clean the application's own messages too: browsers close the connection
-// on invalid UTF-8.
+// drive terminals, become spaces; invalid UTF-8 becomes U+FFFD; surrounding white space is
+// trimmed. Clean the application's own messages too: browsers close the connection on
+// invalid UTF-8.
 func clean(message []byte) []byte {
 	return bytes.TrimSpace(bytes.Map(func(r rune) rune {
 		if unicode.IsControl(r) {
@@ -223,11 +217,10 @@ func clean(message []byte) []byte {
 	}, message))
 }
 
-// writeBatch writes message, and as many of those that have queued up behind it as fit into
-// maxBatchSize, in one frame: the peer must split it at newlines. It puts the message that
-// does not fit into next.
+// writeBatch writes message in one frame, with those queued behind it that fit into
+// maxBatchSize: the peer splits it at newlines. The message that does not fit goes to next.
 func (c *Client) writeBatch(message []byte, next chan []byte) error {
-	batch := slices.Clip(message) // append copies it, as all clients share it.
+	batch := slices.Clip(message) // so that append copies it, as all clients share it
 	for len(c.send) > 0 && len(next) == 0 {
 		message = <-c.send
 		if len(batch)+len(newline)+len(message) > maxBatchSize {
@@ -242,16 +235,15 @@ func (c *Client) writeBatch(message []byte, next chan []byte) error {
 
 // An application need not change what follows.
 
-// tell queues message for this client alone. It returns false if the client is not
-// registered, or no longer, or its queue is full; true means queued, not delivered. Any
-// goroutine may call it except run's, which calls queue.
+// tell queues message for this client alone. It returns whether it has queued it, as queue
+// does. Any goroutine may call it except run's.
 func (c *Client) tell(message []byte) (queued bool) {
 	c.hub.do(func() { queued = c.hub.queue(c, message) })
 	return queued
 }
 
-// do is hub.do for what concerns this client: it returns false, without running f, if the
-// client is not registered, or no longer. So f never runs after the client's cleanup.
+// do is hub.do for what concerns this client: it returns false, without running f, unless
+// the client is registered. So f never runs after the cleanup of a client.
 func (c *Client) do(f func()) (ran bool) {
 	c.hub.do(func() {
 		if ran = c.hub.clients[c]; ran {
@@ -261,14 +253,14 @@ func (c *Client) do(f func()) (ran bool) {
 	return ran
 }
 
-// end asks run to drop the client. Only readPump, and so handle, may call it, outside of
-// do: run receives until the client is done. Other goroutines call drop through do.
+// end asks run to drop the client. Only readPump's goroutine may call it, as run receives
+// until readPump has ended: others call drop through do.
 func (c *Client) end(reason *websocket.CloseError) {
 	c.reason.CompareAndSwap(nil, sendable(reason))
 	c.hub.passToRun(c.hub.unregister, c)
 }
 
-// sendable returns reason, unless it has a close code that must not be sent (RFC 6455 section
+// sendable returns reason, but not with a close code that must not be sent (RFC 6455 section
 // 7.4), such as the 0 of an application that has set none.
 func sendable(reason *websocket.CloseError) *websocket.CloseError {
 	if reason == nil || reason.Code < 1000 || reason.Code > 4999 ||
@@ -278,11 +270,9 @@ func sendable(reason *websocket.CloseError) *websocket.CloseError {
 	return reason
 }
 
-// readPump reads the peer's messages, for handle. It does all reads on conn. It ends
-// when reading fails: usually with the peer's close frame, or because finish has closed
-// conn. Once the client has a reason to end, readPump discards what it reads.
-//
-// It is kept small, so that the goroutine of an idle client keeps a stack of 2 KiB.
+// readPump reads the peer's messages, for handle. It does all reads on conn. It ends when
+// reading fails: usually with the peer's close frame, or because finish has closed conn. It
+// is kept small, so that the goroutine of an idle client keeps a stack of 2 KiB.
 func (c *Client) readPump() {
 	if !c.hub.passToRun(c.hub.opened, c) {
 		c.end(errShuttingDown)
@@ -306,7 +296,7 @@ func (c *Client) readPump() {
 		}
 		if err != nil {
 			reason, closed := c.readError(err)
-			c.reason.CompareAndSwap(nil, reason) // also one that must not be sent: the peer's, or 1006
+			c.reason.CompareAndSwap(nil, reason) // end would change a code such as 1006.
 			c.end(reason)
 			c.readEnd() <- closed
 			return
@@ -314,16 +304,16 @@ func (c *Client) readPump() {
 	}
 }
 
-// alive allows the peer pongWait from now. It does nothing within a message: otherwise
-// control frames would give a message more time.
+// alive allows the peer pongWait from now, but not within a message, to which control frames
+// would give more time.
 func (c *Client) alive() {
 	if !c.receiving {
 		c.conn.SetReadDeadline(time.Now().Add(pongWait))
 	}
 }
 
-// limitRate takes a token for the start of a message, or a control frame. If the bucket
-// is empty it sleeps until the next token, so that TCP backpressure delays the peer.
+// limitRate takes a token for the start of a message, or a control frame. If the bucket is
+// empty it sleeps until the next token, so that TCP backpressure delays the peer.
 func (c *Client) limitRate() {
 	if c.reason.Load() != nil {
 		return // No delay: the peer's close frame may follow what it has already sent.
@@ -336,7 +326,8 @@ func (c *Client) limitRate() {
 	if wait > 0 && !c.limited {
 		c.limited = true
 		// In a goroutine, as writes to a log can block.
-		go log.Printf("%v: rate limited to %d messages a second", c.conn.RemoteAddr(), time.Second/rateInterval)
+		go log.Printf("%v: rate limited to %d messages a second", c.conn.RemoteAddr(),
+			time.Second/rateInterval)
 	}
 	time.Sleep(wait)
 }
@@ -345,8 +336,8 @@ func (c *Client) limitRate() {
 // the network has closed the connection, else nil.
 func (c *Client) readError(err error) (reason, closed *websocket.CloseError) {
 	if err == io.ErrUnexpectedEOF {
-		// From a TLS connection cut within a record, whose error is permanent? Or from a
-		// compressed message that is truncated: then there is another, of the deadline.
+		// A TLS connection that is cut within a record returns it again. If a compressed
+		// message is truncated, the next error is another one: here, of the deadline.
 		c.conn.SetReadDeadline(time.Now())
 		if _, _, again := c.conn.NextReader(); again == err {
 			err = closeError(1006, "%v", err)
@@ -365,16 +356,16 @@ func (c *Client) readError(err error) (reason, closed *websocket.CloseError) {
 	return closeError(1002, "%v", err), nil
 }
 
-// readEnd returns the channel on which readPump, when it ends, says how the connection was
-// closed: see readError. The first call makes it, as a Client needs only hub, conn and
-// send, and either pump may start first.
+// readEnd returns the channel on which readPump, when it ends, sends how the connection was
+// closed (see readError). The first call makes it: a Client needs only hub, conn and send,
+// and either pump may start first.
 func (c *Client) readEnd() chan *websocket.CloseError {
 	c.readEndOnce.Do(func() { c.readEndChan = make(chan *websocket.CloseError, 1) })
 	return c.readEndChan
 }
 
-// writePump writes queued messages and pings to the peer. It does all writes on conn
-// except pongs. After the close frame, or when a write fails, it finishes the client.
+// writePump writes queued messages and pings to the peer. It does all writes on conn except
+// pongs. After the close frame, or when a write fails, it finishes the client.
 func (c *Client) writePump() {
 	ticker := time.NewTicker(pingPeriod)
 	defer ticker.Stop()
@@ -400,9 +391,9 @@ func (c *Client) writePump() {
 	c.finish(err)
 }
 
-// setWriteDeadline allows writeWait for a write that begins now. Once the client has a
-// reason to end, all writes share one writeWait, also with the one that was under way: a slow
-// peer cannot delay the end by more.
+// setWriteDeadline allows writeWait for a write. Once the client has a reason to end, all
+// writes share one writeWait, the one under way included: so a slow peer delays its end by
+// no more.
 func (c *Client) setWriteDeadline() {
 	if !c.ending {
 		c.conn.SetWriteDeadline(time.Now().Add(writeWait))
@@ -423,7 +414,7 @@ func (c *Client) ping() error {
 func (c *Client) writeClose() error {
 	c.reason.CompareAndSwap(nil, errUnregistered) // if the application has closed send itself
 	reason := c.reason.Load()
-	if reason.Code != 1006 { // 1006 is never sent: RFC 6455 section 7.4.1.
+	if reason.Code != 1006 { // which is never sent: RFC 6455 section 7.4.1
 		// The text has at most 123 bytes: RFC 6455 section 5.5.
 		text := strings.ToValidUTF8(reason.Text[:min(len(reason.Text), 123)], "")
 		c.setWriteDeadline()
@@ -432,22 +423,22 @@ func (c *Client) writeClose() error {
 	return websocket.ErrCloseSent
 }
 
-// finish ends the client, when the close frame has been written or a write has failed
-// with err.
+// finish ends the client, when the close frame has been written or a write has failed with
+// err.
 func (c *Client) finish(err error) {
-	// The peer has closeWait to answer. Closing conn ends readPump.
+	// The peer has closeWait to answer. Then closing conn ends readPump.
 	timer := time.AfterFunc(closeWait, func() {
 		c.reason.CompareAndSwap(nil, closeError(1006, "%v", err))
 		c.conn.Close()
 	})
-	// If a write has failed, send is still open. Drain it until run closes it: a send of the
-	// application without a default case must not block run, which readPump needs to end.
+	// If a write has failed, send is still open. Drain it until run closes it: a send in run
+	// to a full queue must not block run, without which readPump cannot end.
 	for range c.send {
 	}
 	closed := <-c.readEnd()
 	if closed == nil {
-		// A timeout or an invalid frame: the peer may still be sending. Closing a TCP
-		// connection with unread input resets it, and the peer may lose the close frame. So
+		// After a timeout or an invalid frame, the peer may still be sending. Closing a TCP
+		// connection with unread input resets it, and the peer may lose the close frame: so
 		// close one direction, and discard input until the peer closes the other.
 		conn := c.conn.NetConn()
 		if delayed, ok := conn.(*delayedConn); ok {
@@ -463,8 +454,7 @@ func (c *Client) finish(err error) {
 	timer.Stop() // It would keep the client in memory.
 	c.hub.passToRun(c.hub.done, c)
 
-	// The log is last, as writes to it can block. The reason is quoted, as the peer may have
-	// chosen its text.
+	// The log is last, as writes to it can block. %q: the peer may have chosen the text.
 	reason, ended := c.reason.Load(), "dropped"
 	if reason == closed {
 		ended = "disconnected"
@@ -475,12 +465,10 @@ func (c *Client) finish(err error) {
 }
 
 // excerpt returns the first 200 bytes of s, which a peer has chosen, for the log.
-func excerpt(s string) string {
-	return s[:min(len(s), 200)]
-}
+func excerpt(s string) string { return s[:min(len(s), 200)] }
 
-// A delayedHandshake is the ResponseWriter for Upgrade, which hijacks conn from it. An
-// http.ResponseController also finds Hijack behind middleware that has only Unwrap.
+// A delayedHandshake is the ResponseWriter for Upgrade, which hijacks conn from it. (An
+// http.ResponseController also finds Hijack behind middleware that has only Unwrap.)
 type delayedHandshake struct {
 	http.ResponseWriter
 	conn *delayedConn
@@ -499,19 +487,20 @@ type delayedConn struct {
 	net.Conn
 	response []byte
 	answered sync.Once
-	err      error // of the answer
+	err      error // of answer
 }
 
 // unavailable is the answer to a handshake during shutdown.
-const unavailable = "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\r\nserver shutting down\n"
+const unavailable = "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\r\n" +
+	"server shutting down\n"
 
-// answer writes response, unless the handshake has been answered already. It returns whether it has.
+// answer answers the handshake, and reports whether it was the first to do so.
 func (c *delayedConn) answer(response []byte) (first bool) {
 	c.answered.Do(func() {
 		first = true
 		c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
 		if _, err := c.Conn.Write(response); err != nil {
-			// To readError, an error of another type would be a protocol violation.
+			// readError would take an error of another type for a protocol violation.
 			c.err = closeError(1006, "handshake response: %v", err)
 		}
 	})
