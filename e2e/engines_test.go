@@ -38,7 +38,7 @@ func TestFirefoxAndWebKitSendAndShowMessages(t *testing.T) {
 
 		limit := strings.Repeat("🐢", 128)
 		w.send(limit + "x")
-		w.until(fmt.Sprintf(`$("msg").value == "%sx" && $("counter").textContent == "1 bytes too long"`, limit))
+		w.until(fmt.Sprintf(`$("msg").value == "%sx" && $("counter").textContent == "Too long by about 1 character"`, limit))
 		w.press(backspace)
 		w.press(enter)
 		w.until(fmt.Sprintf(`$("msg").value == "" && %s == %q`, lastLine, limit))

@@ -65,13 +65,13 @@ func TestNameCountsTowardsTheMessageLimit(t *testing.T) {
 	p := openTab(t, startServer(t, "localhost:0"))
 	p.fill("msg", strings.Repeat("x", 505))
 	p.fill("name", "שרה") // six bytes, and two for the colon and the space
-	if got, want := eval[string](p, `$("counter").textContent`), "1 bytes too long"; got != want {
+	if got, want := eval[string](p, `$("counter").textContent`), "Too long by about 1 character"; got != want {
 		t.Errorf("counter %q, want %q", got, want)
 	}
 	p.press(kb.Enter)
 	p.wantLog()
 	p.press(kb.Backspace)
-	if got, want := eval[string](p, `$("counter").textContent`), "0 bytes left"; got != want {
+	if got, want := eval[string](p, `$("counter").textContent`), "Space for about 0 characters"; got != want {
 		t.Errorf("counter %q, want %q", got, want)
 	}
 	p.press(kb.Enter)
@@ -107,10 +107,10 @@ func TestOwnMessagesAndNoticesDifferWithoutColors(t *testing.T) {
 	p := openTab(t, s)
 	conn := s.dial(t)
 	send(t, conn, "Ilse: hello")
-	send(t, conn, "Notice, The server is restarting.")
+	send(t, conn, "Notice, The server is shutting down or restarting.")
 	p.untilShown(2)
 	p.send("mine")
-	p.wantLog("message: Ilse: hello", "message: Notice, The server is restarting.", "message mine: mine")
+	p.wantLog("message: Ilse: hello", "message: Notice, The server is shutting down or restarting.", "message mine: mine")
 	s.stop(t)
 	p.until(`$("log").querySelector(".notice")`)
 	p.media("forced-colors", "active")
@@ -158,7 +158,7 @@ func TestOwnMessagesAndNoticesDifferWithoutColors(t *testing.T) {
 	// Each line is one node, which contains the time if the line shows one. The page adds the
 	// prefix, so no message can pass for a notice.
 	time := regexp.MustCompile(`^\d+:\d\d [AP]M ?\|`)
-	want := []string{"By |Ilse|: hello", "Anonymous: |Notice, The server is restarting.", "You, |mine", "Notice, |The server is restarting."}
+	want := []string{"By |Ilse|: hello", "Anonymous: |Notice, The server is shutting down or restarting.", "You, |mine", "Notice, |The server is shutting down or restarting."}
 	timed := 0
 	for i := range spoken {
 		if time.MatchString(spoken[i]) {
@@ -245,7 +245,7 @@ func TestEmptyLogSaysNoMessagesSinceYouJoined(t *testing.T) {
 	t.Parallel()
 	p := openTab(t, startServer(t, "localhost:0"))
 	const shown = `$("empty").offsetHeight ? $("empty").textContent : ""`
-	if got, want := eval[string](p, shown), "No messages since you joined."; got != want {
+	if got, want := eval[string](p, shown), "No messages since you joined. Earlier ones are not kept."; got != want {
 		t.Errorf("an empty log shows %q, want %q", got, want)
 	}
 	p.send("hello")
@@ -283,8 +283,8 @@ func TestDraftSurvivesReloadAndBackNavigation(t *testing.T) {
 	p.wantDraft("")
 	p.insert(strings.Repeat("x", 500))
 	p.open(page)
-	if got := eval[string](p, `$("counter").textContent`); got != "12 bytes left" {
-		t.Errorf("counter %q after a reload, want %q", got, "12 bytes left")
+	if got := eval[string](p, `$("counter").textContent`); got != "Space for about 12 characters" {
+		t.Errorf("counter %q after a reload, want %q", got, "Space for about 12 characters")
 	}
 }
 
@@ -742,15 +742,15 @@ func TestMarkerCountsRemovedLines(t *testing.T) {
 			p.untilShown(1 + lines)
 			wantMarker := func(removed int) {
 				t.Helper()
-				want := fmt.Sprintf("marker New messages (the first %d are no longer shown) 1000", removed)
+				want := fmt.Sprintf("marker New messages (the first %d are no longer shown) 1001", removed)
 				if got := eval[string](p, `[$("log").firstChild.className, $("log").firstChild.textContent, $("log").childElementCount].join(" ")`); got != want {
 					t.Errorf("the first line's class and text, and the number of lines, are %q, want %q", got, want)
 				}
 			}
-			wantMarker(lines - 999)
+			wantMarker(lines - 1000)
 			send(t, s.dial(t), "one more")
 			p.until(lastLine + ` == "one more"`)
-			wantMarker(lines - 998)
+			wantMarker(lines - 999)
 			p.hide()()
 			sendLines(t, s, 100)
 			p.until("arrived == " + fmt.Sprint(lines+102) + " && !batch.hasChildNodes()")
@@ -762,7 +762,7 @@ func TestMarkerCountsRemovedLines(t *testing.T) {
 			p.until(`document.title == "(1100) Chat"`)
 			show()
 			p.until("!batch.hasChildNodes()")
-			wantMarker(101)
+			wantMarker(100)
 		})
 	}
 }
@@ -774,12 +774,12 @@ func TestNoticesAreMarkedButNotCountedAsUnread(t *testing.T) {
 		w.open(s.addr)
 		w.pretendHidden(true)
 		s.stop(t)
-		w.until(lastLine + ` == "The server is restarting."`)
+		w.until(lastLine + ` == "The server is shutting down or restarting."`)
 		s = startServer(t, s.addr)
 		w.until(connected)
 		send(t, s.dial(t), "hello")
 		w.until(lastLine + ` == "hello"`)
-		if got := get[string](w, "document.title + ': ' + "+lineBelowMarker); got != "(1) Chat: The server is restarting." {
+		if got := get[string](w, "document.title + ': ' + "+lineBelowMarker); got != "(1) Chat: The server is shutting down or restarting." {
 			t.Errorf("title and line below the marker are %q, want 1 unread message and the first notice", got)
 		}
 	})
@@ -820,12 +820,12 @@ func TestCopyingPicksUpOnlyTheText(t *testing.T) {
 		w.send("mine")
 		w.until(lastLine + ` == "mine"`)
 		s.stop(t)
-		w.until(lastLine + ` == "The server is restarting."`)
+		w.until(lastLine + ` == "The server is shutting down or restarting."`)
 		get[bool](w, `showUndelivered("lost") ?? true`)
 		w.until(lastLine + `.includes("lost")`)
 		get[bool](w, `(document.body.append(window.paper = document.createElement("textarea")), true)`)
 		textOf := func(n int) string { return fmt.Sprintf(`$("log").children[%d].querySelector(".words")`, n) }
-		const all = "Grete: hello\nIlse: see https://example.org/.\nno name\nmine\nThe server is restarting.\nThis may not have been delivered: lost"
+		const all = "Grete: hello\nIlse: see https://example.org/.\nno name\nmine\nThe server is shutting down or restarting.\nThis may not have been delivered: lost"
 		for _, tt := range []struct{ name, from, to, want string }{
 			{"all", `[$("log"), 0]`, `[$("log"), 6]`, all},
 			{"parts of two", `[` + textOf(0) + `.lastChild, 2]`, `[` + textOf(1) + `.firstChild.firstChild, 2]`, "hello\nIl"},

@@ -80,7 +80,7 @@ func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 		eval[bool](hans, `reconnectLater(); true`)
 		missed := fmt.Sprint("missed ", n)
 		grete.send(missed)
-		grete.until(`pending.length == 0`)
+		grete.until(`!document.querySelector(".pending")`)
 		eval[bool](hans, `connectNow(); true`)
 		hans.until(fmt.Sprintf(`$("log").textContent.includes(%q)`, missed))
 	}
