@@ -2,7 +2,7 @@
 // processes and signals, and the page in a real browser.
 //
 // It needs browsers and proxies (apt-get install chromium firefox-esr
-// webkit2gtk-driver xvfb nginx-light haproxy caddy) and, once, `npm ci` in this folder.
+// webkit2gtk-driver xvfb nginx-light haproxy caddy systemd) and, once, `npm ci` in this folder.
 // It is a module of its own so that the server keeps a single dependency.
 package e2e
 
