@@ -19,6 +19,7 @@ import (
 	"os"
 	"regexp"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -27,6 +28,7 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+	"weak"
 
 	"github.com/gorilla/websocket"
 )
@@ -393,6 +395,15 @@ func TestCompressedMessageThatCannotBeReadIsAProtocolError(t *testing.T) {
 			t.Errorf("the connection ended with %v, want 1002", err)
 		}
 	})
+	inRoom(t, func(t *testing.T, r *room) {
+		p := r.join(t)
+		p.write(encode(0xc1, "\x00\xff\x00\x00\xffthis is truncated"))
+		if _, err := p.read(patience); !websocket.IsCloseError(err, websocket.CloseProtocolError) {
+			t.Errorf("the connection ended with %v, want 1002", err)
+		}
+		p.Close()
+		r.wantLogged(t, `pipe: dropped: "websocket: close 1002 (protocol error): unexpected EOF"`)
+	})
 }
 
 func TestTLSConnectionCutWithinARecordIsAbnormalClosure(t *testing.T) {
@@ -675,6 +686,553 @@ func TestPongWaitsForAStalledPeer(t *testing.T) {
 		p.send("still here")
 		p.wantLines("still here")
 	})
+}
+
+// Messages to the peer may have any size. What does not fit into a frame begins the next.
+
+func TestMessagesOfAnySizeFillFramesInOrder(t *testing.T) {
+	const full = maxBatchSize
+	for _, test := range []struct {
+		name   string
+		queued []int // sizes, while writePump writes another message
+		want   []int // sizes of the frames
+	}{
+		{"two that fit exactly", []int{full - 10, 9}, []int{full}},
+		{"two that do not fit", []int{full - 10, 10}, []int{full - 10, 10}},
+		{"one that does not fit begins a full frame", []int{full - 1, 2, full - 3, 1}, []int{full - 1, full, 1}},
+		{"one that fills a frame", []int{full, 1}, []int{full, 1}},
+		{"one larger than a frame", []int{1, full + 1, 1, 1}, []int{1, full + 1, 3}},
+		{"three larger than two frames", []int{2*full + 1, 2*full + 2, 2*full + 3}, []int{2*full + 1, 2*full + 2, 2*full + 3}},
+		{"empty ones", []int{full, 0, 0, full}, []int{full, 1, full}},
+	} {
+		runInRoom(t, test.name, func(t *testing.T, r *room) {
+			p := r.join(t).unbuffered()
+			client := r.clients()[0]
+			r.broadcast("busy")
+			var want, got []byte
+			r.hub.do(func() {
+				for i, size := range test.queued {
+					message := bytes.Repeat([]byte{'a' + byte(i)}, size)
+					want = append(append(want, '\n'), message...)
+					r.hub.queue(client, message)
+				}
+			})
+			r.hub.stop()
+			var sizes []int
+			for f, err := p.readFrame(patience); f.first == 0x81; f, err = p.readFrame(patience) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got = append(got, '\n'); string(f.payload) != "busy" {
+					got = append(got, f.payload...)
+					sizes = append(sizes, len(f.payload))
+				} else {
+					got = nil
+				}
+			}
+			if !slices.Equal(sizes, test.want) || string(got) != string(want) {
+				t.Errorf("the frames have %d bytes, want %d; same bytes: %v", sizes, test.want, string(got) == string(want))
+			}
+		})
+	}
+}
+
+func TestBatchesDoNotChangeTheMessagesThatClientsShare(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		one, other := r.join(t).unbuffered(), r.join(t).unbuffered()
+		r.broadcast("busy")
+		buffer := []byte("hello, and room behind it")
+		r.broadcast("first", "second")
+		r.hub.do(func() { r.hub.deliver(buffer[:5]) })
+		r.broadcast("third")
+		for _, p := range list(one, other) {
+			p.wantLines("busy", "first", "second", "hello", "third")
+		}
+		if string(buffer) != "hello, and room behind it" {
+			t.Errorf("the application's buffer is %q", buffer)
+		}
+	})
+}
+
+func TestPingsGoOutBetweenFramesOfABacklog(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		p := r.join(t).unbuffered()
+		client := r.clients()[0]
+		var reading sync.WaitGroup
+		defer reading.Wait()
+		pings := 0
+		reading.Go(func() {
+			for {
+				time.Sleep(time.Second) // a frame a second
+				f, err := p.readFrame(patience)
+				if err != nil {
+					return
+				}
+				if f.first == 0x89 {
+					pings++
+				}
+				p.NetConn().Write(encode(0x8a, ""))
+			}
+		})
+		for range 5 * pingPeriod / time.Second { // The queue is never empty.
+			r.hub.do(func() {
+				for len(client.send) < 3 && r.hub.clients[client] {
+					r.hub.queue(client, make([]byte, maxBatchSize))
+				}
+			})
+			time.Sleep(time.Second)
+		}
+		if synctest.Wait(); pings < 3 {
+			t.Errorf("got %d pings in five times %v", pings, pingPeriod)
+		}
+		p.Close()
+	})
+}
+
+// A close code that must not be sent is replaced. RFC 6455 section 7.4.
+
+func TestCloseCodeThatMustNotBeSentIsReplaced(t *testing.T) {
+	for code, sent := range map[int]bool{
+		-1: false, 0: false, 403: false, 999: false, 1000: true, 1003: true, 1004: false, 1005: false, 1006: false,
+		1007: true, 1013: true, 1015: false, 2999: false, 3000: true, 4999: true, 5000: false, 70000: false,
+	} {
+		for _, how := range []string{"drop", "end"} {
+			runInRoom(t, fmt.Sprint(code, how), func(t *testing.T, r *room) {
+				p := r.join(t)
+				client := r.clients()[0]
+				reason := &websocket.CloseError{Code: code, Text: "kicked"}
+				want := reason
+				if !sent {
+					want = &websocket.CloseError{Code: 1011, Text: reason.Error()}
+				}
+				start := time.Now()
+				if how == "drop" {
+					r.hub.do(func() { r.hub.drop(client, reason) })
+				} else {
+					client.end(reason)
+				}
+				p.wantClose(want)
+				synctest.Wait()
+				p.wantEnd()
+				if got := time.Since(start); got != 0 {
+					t.Errorf("TCP was closed after %v, want at once", got)
+				}
+			})
+		}
+	}
+}
+
+func TestTLSConnectionCutWithinAMessageIsAbnormalClosure(t *testing.T) {
+	issuer := httptest.NewTLSServer(nil) // for its certificate
+	issuer.Close()
+	inBubble(t, func(t *testing.T) {
+		pipes := newPipeListener()
+		r := newRoom(t, tls.NewListener(pipes, issuer.TLS))
+		r.connect = func(t testing.TB) net.Conn {
+			return tls.Client(pipes.connect(t), &tls.Config{InsecureSkipVerify: true})
+		}
+		p := r.join(t)
+		p.write(encode(0x01, "begun"))
+		conn := p.NetConn().(*tls.Conn).NetConn()
+		conn.Write([]byte{23, 3, 3, 0, 100, 'x'}) // one byte of a record of 100
+		conn.Close()
+		r.wantLogged(t, `pipe: disconnected: "websocket: close 1006 (abnormal closure): unexpected EOF"`)
+	})
+}
+
+func TestClientAsksForTheHeartbeatByItsURL(t *testing.T) {
+	for query, want := range map[string]bool{"": false, "?heartbeat": true, "?heartbeat=1": true, "?other": false} {
+		runInRoom(t, query, func(t *testing.T, r *room) {
+			conn, _, err := r.dialer(t).Dial(roomURL+query, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p := &peer{conn, t}
+			defer p.Close()
+			f, err := p.readFrame(pingPeriod + 1)
+			if err != nil || f.String() != `ping ""` {
+				t.Fatalf("got %v, %v, want a ping", f, err)
+			}
+			f, err = p.readFrame(time.Second)
+			if got := err == nil && f.String() == `text ""`; got != want {
+				t.Errorf("got %v, %v; want a heartbeat: %v", f, err, want)
+			}
+		})
+	}
+}
+
+func TestLogHasAtMost200BytesOfWhatAPeerSends(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		long := strings.Repeat("x", 15_000)
+		for _, request := range []string{
+			strings.Replace(handshake, "Host: pipe", "Host: "+long, 1) + "Origin: http://y" + long + "\r\n",
+			"GET /" + long + " HTTP/1.1\r\nHost: pipe\r\n",
+			long + " / HTTP/1.1\r\nHost: pipe\r\n",
+		} {
+			conn := r.connect(t)
+			fmt.Fprintf(conn, "%s\r\n", request)
+			synctest.Wait()
+			conn.Close()
+		}
+		origin, path := ("http://y" + long)[:200], ("/" + long)[:200]
+		r.wantLogged(t,
+			fmt.Sprintf(`pipe: handshake refused: "websocket: request origin not allowed by Upgrader.CheckOrigin" (Origin %q, Host %q)`, origin, long[:200]),
+			fmt.Sprintf("pipe: GET %q", path),
+			fmt.Sprintf("pipe: %s %q", long[:200], "/"))
+	})
+}
+
+// An application may start the pumps of its own Client as upstream does, in either order,
+// before it registers the client, or without ever registering it.
+
+// A shape is how an application serves a peer without serve.
+type shape struct {
+	name  string
+	serve func(*Hub, *websocket.Conn) *Client
+}
+
+func newClient(hub *Hub, conn *websocket.Conn) *Client {
+	return &Client{hub: hub, conn: conn, send: make(chan []byte, sendQueueSize)}
+}
+
+// registerLater registers client, as an application does when it has logged in the peer.
+func registerLater(client *Client, wait time.Duration) {
+	select {
+	case <-time.After(wait):
+	case <-client.hub.ended:
+	}
+	select {
+	case client.hub.register <- client:
+	case <-client.hub.stopped:
+	}
+}
+
+var shapes = []shape{
+	{"register, then the pumps, as in upstream", func(hub *Hub, conn *websocket.Conn) *Client {
+		client := newClient(hub, conn)
+		registerLater(client, 0)
+		go client.writePump()
+		go client.readPump()
+		return client
+	}},
+	{"readPump first", func(hub *Hub, conn *websocket.Conn) *Client {
+		client := newClient(hub, conn)
+		registerLater(client, 0)
+		go client.readPump()
+		time.Sleep(time.Nanosecond)
+		go client.writePump()
+		return client
+	}},
+	{"registered right after the pumps start", func(hub *Hub, conn *websocket.Conn) *Client {
+		client := newClient(hub, conn)
+		go client.readPump()
+		go client.writePump()
+		registerLater(client, 0)
+		return client
+	}},
+	{"registered a second later", func(hub *Hub, conn *websocket.Conn) *Client {
+		client := newClient(hub, conn)
+		go client.writePump()
+		go client.readPump()
+		registerLater(client, time.Second)
+		return client
+	}},
+	{"registered after it has timed out", func(hub *Hub, conn *websocket.Conn) *Client {
+		client := newClient(hub, conn)
+		go client.writePump()
+		go client.readPump()
+		registerLater(client, 2*pongWait)
+		return client
+	}},
+	{"never registered", func(hub *Hub, conn *websocket.Conn) *Client {
+		client := newClient(hub, conn)
+		go client.writePump()
+		go client.readPump()
+		return client
+	}},
+}
+
+// serveShape has the room serve peers in that shape. The channel receives the clients.
+func (r *room) serveShape(t *testing.T, serve func(*Hub, *websocket.Conn) *Client) chan *Client {
+	clients := make(chan *Client, 1000)
+	r.serve = func(w http.ResponseWriter, req *http.Request) {
+		conn, err := upgrader.Upgrade(w, req, nil)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		clients <- serve(r.hub, conn)
+	}
+	return clients
+}
+
+// An ending is how a peer ends its connection.
+type ending struct {
+	name string
+	end  func(*peer)
+	want *websocket.CloseError // what the peer reads, unless it has closed TCP
+}
+
+var endings = []ending{
+	{
+		name: "close frame",
+		end:  func(p *peer) { p.write(encodeClose(4000, "bye")) },
+		want: &websocket.CloseError{Code: 4000, Text: "bye"},
+	},
+	{
+		name: "a line, then a close frame",
+		end:  func(p *peer) { p.write(append(encode(0x81, "hello"), encodeClose(1000, "")...)) },
+		want: &websocket.CloseError{Code: 1000},
+	},
+	{
+		name: "protocol violation",
+		end:  func(p *peer) { p.write(encode(0x8f, "")) },
+		want: &websocket.CloseError{Code: 1002, Text: "bad opcode 15"},
+	},
+	{
+		name: "binary",
+		end:  func(p *peer) { p.write(encode(0x82, "")) },
+		want: errBinary,
+	},
+	{
+		name: "silence",
+		end:  func(p *peer) { p.SetPingHandler(func(string) error { return nil }) },
+		want: errTimeout,
+	},
+	{
+		name: "TCP closed",
+		end:  func(p *peer) { p.Close() },
+	},
+}
+
+func TestPumpsEndInEveryShapeHoweverThePeerEnds(t *testing.T) {
+	for _, shape := range shapes {
+		for _, ending := range endings {
+			runInRoom(t, shape.name+","+ending.name, func(t *testing.T, r *room) {
+				clients := r.serveShape(t, shape.serve)
+				p := r.join(t)
+				ending.end(p)
+				if ending.want != nil {
+					p.wantCloseWithin(2*pongWait, ending.want)
+					p.pipe().CloseWrite()
+				}
+				client := <-clients
+				synctest.Wait()
+				if !p.pipe().far.isClosed() {
+					t.Error("TCP is still open")
+				}
+				if got := len(r.clients()); got != 0 || client.tell([]byte("anyone?")) {
+					t.Errorf("the hub has %d clients, want none", got)
+				}
+			})
+		}
+	}
+}
+
+func TestStoppedHubEndsThePumpsOfEveryShape(t *testing.T) {
+	for _, shape := range shapes {
+		runInRoom(t, shape.name, func(t *testing.T, r *room) {
+			r.serveShape(t, shape.serve)
+			p := r.join(t)
+			p.send("a line")
+			synctest.Wait()
+			r.hub.stop()
+			for err := error(nil); err == nil; { // The line may come first.
+				_, err = p.read(patience)
+				if err != nil && !websocket.IsCloseError(err, websocket.CloseGoingAway) {
+					t.Errorf("the connection ended with %v, want 1001", err)
+				}
+			}
+			r.wantEnd(t)
+		})
+	}
+}
+
+func TestPumpsThatStartAfterTheHubHasEndedCloseTheConnection(t *testing.T) {
+	for _, ending := range endings {
+		runInRoom(t, ending.name, func(t *testing.T, r *room) {
+			r.serveShape(t, func(hub *Hub, conn *websocket.Conn) *Client {
+				hub.stop()
+				<-hub.ended
+				client := newClient(hub, conn)
+				go client.writePump()
+				go client.readPump()
+				return client
+			})
+			p := r.join(t)
+			p.wantClose(errShuttingDown)
+			ending.end(p)
+			p.Close()
+			time.Sleep(closeWait)
+			if synctest.Wait(); !p.pipe().far.isClosed() {
+				t.Error("TCP is still open")
+			}
+		})
+	}
+}
+
+func TestManyClientsLeaveNothingBehindInAnyShape(t *testing.T) {
+	const n = 200
+	all := append(shapes, shape{"served", nil})
+	for _, shape := range all {
+		runInRoom(t, shape.name, func(t *testing.T, r *room) {
+			if shape.serve != nil {
+				r.serveShape(t, shape.serve)
+			}
+			var pipes []*pipe
+			for i := range n {
+				p := r.join(t)
+				pipes = append(pipes, p.pipe().far)
+				if i%2 == 0 {
+					endings[i/2%len(endings)].end(p)
+				}
+			}
+			r.hub.stop()
+			time.Sleep(writeWait + closeWait)
+			r.wantEnd(t) // synctest fails if a goroutine is left.
+			for _, pipe := range pipes {
+				if !pipe.isClosed() {
+					t.Fatal("a connection is still open")
+				}
+			}
+			if got := len(r.hub.clients) + len(r.hub.open) + len(r.hub.dropped); got != 0 {
+				t.Errorf("the hub still has %d clients", got)
+			}
+		})
+	}
+}
+
+func TestNoTimerKeepsEndedClientsInMemory(t *testing.T) {
+	for _, ending := range endings {
+		runInRoom(t, ending.name, func(t *testing.T, r *room) {
+			var clients []weak.Pointer[Client]
+			for range 40 {
+				p := r.join(t)
+				clients = append(clients, weak.Make(r.clients()[0]))
+				ending.end(p)
+				p.wantEndSoon()
+				p.Close()
+				synctest.Wait()
+			}
+			time.Sleep(closeWait / 2)
+			runtime.GC()
+			kept := 0
+			for _, client := range clients {
+				if client.Value() != nil {
+					kept++
+				}
+			}
+			if kept > len(clients)/2 { // The runtime removes some stopped timers later.
+				t.Errorf("%d of %d clients are still in memory", kept, len(clients))
+			}
+		})
+	}
+}
+
+// wantEndSoon reads until the connection ends.
+func (p *peer) wantEndSoon() {
+	for err := error(nil); err == nil; {
+		_, err = p.read(2 * pongWait)
+	}
+}
+
+func TestAnsweredHandshakeIsNotRejected(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		r.serve = func(w http.ResponseWriter, req *http.Request) {
+			// An application's serve, which asks for a password before it registers.
+			handshake := &delayedHandshake{ResponseWriter: w}
+			conn, err := upgrader.Upgrade(handshake, req, nil)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			conn.ReadMessage()
+			r.hub.stop()
+			client := newClient(r.hub, conn)
+			if handshake.conn.answer([]byte(unavailable)) {
+				t.Error("the handshake was answered twice")
+			}
+			go client.writePump()
+			go client.readPump()
+		}
+		p := r.join(t)
+		p.send("sesame")
+		p.wantClose(errShuttingDown)
+		synctest.Wait()
+		p.wantEnd()
+	})
+}
+
+func TestSlowReaderDelaysItsEndByWriteWaitAndCloseWaitAtMost(t *testing.T) {
+	type reason struct {
+		name string
+		end  func(*room, *Client)
+	}
+	for _, reason := range []reason{
+		{"stop", func(r *room, _ *Client) { r.hub.stop() }},
+		{"drop", func(r *room, c *Client) { r.hub.do(func() { r.hub.drop(c, errBinary) }) }},
+	} {
+		for _, busy := range []bool{true, false} { // Is writePump writing when the reason comes?
+			runInRoom(t, fmt.Sprint(reason.name, ",busy=", busy), func(t *testing.T, r *room) {
+				p := r.join(t).unbuffered()
+				client := r.clients()[0]
+				start := time.Now()
+				if busy {
+					r.broadcast("not read yet")
+				}
+				r.hub.do(func() {
+					for range sendQueueSize {
+						r.hub.queue(client, bytes.Repeat([]byte("x"), maxMessageSize))
+					}
+				})
+				reason.end(r, client)
+				var reading sync.WaitGroup
+				defer reading.Wait()
+				reading.Go(func() { // It takes each frame just in time, and answers no close frame.
+					for err := error(nil); err == nil; {
+						time.Sleep(writeWait - time.Second)
+						_, err = p.readFrame(time.Second)
+					}
+				})
+				for synctest.Wait(); !p.pipe().far.isClosed(); synctest.Wait() {
+					time.Sleep(time.Second)
+				}
+				if got, most := time.Since(start), writeWait+closeWait; got > most {
+					t.Errorf("TCP was closed after %v, want at most %v", got, most)
+				}
+			})
+		}
+	}
+}
+
+// An idle client's goroutines keep stacks of 2 KiB each: see readPump.
+
+func TestIdleClientKeepsTwoStacksOf2KiB(t *testing.T) {
+	watch(t, patience)
+	const n = 200
+	r := tcpRoom(t)
+	stacks := func() int {
+		runtime.GC() // Shrinks stacks.
+		runtime.GC()
+		var stats runtime.MemStats
+		runtime.ReadMemStats(&stats)
+		return int(stats.StackInuse)
+	}
+	r.join(t).send("hello")
+	before := stacks()
+	for range n {
+		conn := r.connect(t)
+		t.Cleanup(func() { conn.Close() })
+		fmt.Fprintf(conn, "%s\r\n", handshake)
+		http.ReadResponse(bufio.NewReader(conn), nil)
+	}
+	most := 5 << 10
+	if info, _ := debug.ReadBuildInfo(); slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		most = 9 << 10 // The race detector's frames are larger.
+	}
+	if got := (stacks() - before) / n; got > most {
+		t.Errorf("an idle client keeps %d bytes of stack, want at most %d", got, most)
+	}
 }
 
 // Promise 1. Joined when Dial returns: a message sent by any client after another's
@@ -1764,16 +2322,21 @@ func (f frame) String() string {
 // readFrame reads one frame, answering nothing.
 func (p *peer) readFrame(within time.Duration) (f frame, err error) {
 	p.NetConn().SetReadDeadline(time.Now().Add(within))
-	header := make([]byte, 2, 4)
-	if _, err := io.ReadFull(p.NetConn(), header); err != nil {
+	header := make([]byte, 10)
+	if _, err := io.ReadFull(p.NetConn(), header[:2]); err != nil {
 		return f, err
 	}
-	size := int(header[1])
-	if size == 126 {
-		if _, err := io.ReadFull(p.NetConn(), header[2:4]); err != nil {
-			return f, err
-		}
-		size = int(binary.BigEndian.Uint16(header[2:4]))
+	size := uint64(header[1])
+	switch size {
+	case 126:
+		_, err = io.ReadFull(p.NetConn(), header[8:])
+		size = uint64(binary.BigEndian.Uint16(header[8:]))
+	case 127:
+		_, err = io.ReadFull(p.NetConn(), header[2:])
+		size = binary.BigEndian.Uint64(header[2:])
+	}
+	if err != nil {
+		return f, err
 	}
 	f = frame{header[0], make([]byte, size)}
 	_, err = io.ReadFull(p.NetConn(), f.payload)

@@ -582,6 +582,130 @@ func TestUpstreamsServeWsWorksWithThesePumps(t *testing.T) {
 	})
 }
 
+func TestDeliverToReachesTheClientsItSelects(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, clients := startHub(t, 2, 2)
+		hub.do(func() { hub.deliverTo([]byte("for one"), func(c *Client) bool { return c == clients[1] }) })
+		wantQueue(t, clients[0], false)
+		wantQueue(t, clients[1], false, "for one")
+	})
+}
+
+func TestQueueReportsWhetherItQueued(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, clients := startHub(t, 1)
+		for _, want := range []bool{true, false, false} { // queued, full, dropped
+			var got bool
+			hub.do(func() { got = hub.queue(clients[0], []byte("message")) })
+			if got != want {
+				t.Errorf("got %v, want %v", got, want)
+			}
+		}
+		hub.do(func() {
+			if hub.queue(nil, []byte("message")) {
+				t.Error("queued for no client")
+			}
+		})
+	})
+}
+
+func TestFullQueueOfAClientThatIsNotDroppedCostsNoWait(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, clients := startHub(t, 8, 8)
+		hub.do(func() {
+			for range 8 { // An application that skips messages for a slow client keeps such queues.
+				clients[0].send <- []byte("x")
+			}
+		})
+		start := time.Now()
+		hub.do(func() { hub.deliverTo([]byte("y"), func(c *Client) bool { return len(c.send) < cap(c.send) }) })
+		if got := time.Since(start); got != 0 {
+			t.Errorf("it cost %v, want no time", got)
+		}
+		wantQueue(t, clients[1], false, "y")
+	})
+}
+
+func TestDropOfAnotherHubsClientIsHarmless(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, _ := startHub(t)
+		_, clients := startHub(t, 1)
+		hub.do(func() { hub.drop(clients[0], errBinary); hub.drop(nil, errBinary) })
+		wantQueue(t, clients[0], false)
+	})
+}
+
+func TestDropWithoutAReasonSendsOne(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, clients := startHub(t, 1)
+		hub.do(func() { hub.drop(clients[0], nil) })
+		wantQueue(t, clients[0], true)
+		if got := clients[0].reason.Load(); got == nil || got.Code != 1011 {
+			t.Errorf("the reason is %v, want one with code 1011", got)
+		}
+	})
+}
+
+func TestRunListsADroppedClientOnceIfItWasRegistered(t *testing.T) {
+	hub := newHub() // which does not run, so that the list stays
+	registered, opened := &Client{send: make(chan []byte)}, &Client{send: make(chan []byte)}
+	hub.clients[registered], hub.open[registered], hub.open[opened] = true, true, true
+	for range 2 {
+		hub.drop(registered, errBinary)
+		hub.drop(opened, errBinary)
+		hub.drop(&Client{}, errBinary)
+	}
+	if !slices.Equal(hub.dropped, list(registered)) {
+		t.Errorf("the list has %d clients, want the registered one", len(hub.dropped))
+	}
+	if registered.reason.Load() != errBinary {
+		t.Errorf("the reason is %v, want %v", registered.reason.Load(), errBinary)
+	}
+}
+
+func TestClientDroppedByTheApplicationItselfCostsItAlone(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		kicked := r.join(t)
+		client := r.clients()[0]
+		other := r.join(t)
+		r.hub.do(func() { delete(r.hub.clients, client); close(client.send) })
+		kicked.wantClose(errUnregistered)
+		synctest.Wait()
+		kicked.wantEnd()
+		other.send("still here")
+		other.wantLines("still here")
+	})
+}
+
+func TestClientsDoRunsOnlyWhileTheClientIsRegistered(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, clients := startHub(t, 1)
+		stranger := &Client{hub: hub}
+		ran := 0
+		count := func() { ran++ }
+		for _, test := range []struct {
+			name string
+			got  func() bool
+			want bool
+		}{
+			{"registered", func() bool { return clients[0].do(count) }, true},
+			{"not registered", func() bool { return stranger.do(count) }, false},
+			{"dropped", func() bool {
+				hub.do(func() { hub.drop(clients[0], errBinary) })
+				return clients[0].do(count)
+			}, false},
+			{"stopped", func() bool { hub.stop(); return clients[0].do(count) }, false},
+		} {
+			if got := test.got(); got != test.want {
+				t.Errorf("%s: got %v, want %v", test.name, got, test.want)
+			}
+		}
+		if ran != 1 {
+			t.Errorf("the function ran %d times, want once", ran)
+		}
+	})
+}
+
 // Promise 9. From any goroutine, at any time, an application can broadcast, send to one
 // client, ask which clients are connected, and drop one: through do and tell.
 
@@ -807,23 +931,26 @@ func TestSecondSignalForcesAnExitOneSecondAfterTheFirst(t *testing.T) {
 	signals := signals(t)
 	for i, first := range signals {
 		second := signals[(i+1)%len(signals)]
-		process := startProcess(t, "slow client", "-addr", "127.0.0.1:0")
-		joinProcess(t, process.url(t))
-		start := time.Now()
-		process.Process.Signal(first)
-		process.next(t, "shutting down")
-		sending, ended := time.NewTicker(10*time.Millisecond), make(chan bool)
-		go func() {
-			defer close(ended)
-			for err := error(nil); err == nil; <-sending.C { // until it has ended
-				err = process.Process.Signal(second)
+		t.Run(fmt.Sprint(first, ", ", second), func(t *testing.T) {
+			t.Parallel()
+			process := startProcess(t, "slow client", "-addr", "127.0.0.1:0")
+			joinProcess(t, process.url(t))
+			start := time.Now()
+			process.Process.Signal(first)
+			process.next(t, "shutting down")
+			ticker, ended := time.NewTicker(10*time.Millisecond), make(chan bool)
+			go func() {
+				defer close(ended)
+				for err := error(nil); err == nil; <-ticker.C { // until it has ended
+					err = process.Process.Signal(second)
+				}
+			}()
+			process.wantEnd(t, "exit status 1")
+			if got := time.Since(start); got < forceAfter || got > shutdownWait {
+				t.Errorf("it exited after %v, want %v", got, forceAfter)
 			}
-		}()
-		process.wantEnd(t, "exit status 1")
-		if got := time.Since(start); got < forceAfter || got > shutdownWait {
-			t.Errorf("%v after %v: exited after %v, want %v", second, first, got, forceAfter)
-		}
-		<-ended
+			<-ended
+		})
 	}
 }
 

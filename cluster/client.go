@@ -295,10 +295,7 @@ func (c *Client) readPump() {
 			err = c.receive(messageType, r)
 		}
 		if err != nil {
-			reason, closed := c.readError(err)
-			c.reason.CompareAndSwap(nil, reason) // end would change a code such as 1006.
-			c.end(reason)
-			c.readEnd() <- closed
+			c.stopReading(err)
 			return
 		}
 	}
@@ -332,9 +329,9 @@ func (c *Client) limitRate() {
 	time.Sleep(wait)
 }
 
-// readError turns a read error into the reason to end. closed is that reason if the peer or
-// the network has closed the connection, else nil.
-func (c *Client) readError(err error) (reason, closed *websocket.CloseError) {
+// stopReading asks run to drop the client, as reading has failed with err, and tells
+// writePump that readPump ends.
+func (c *Client) stopReading(err error) {
 	if err == io.ErrUnexpectedEOF {
 		// A TLS connection that is cut within a record returns it again. If a compressed
 		// message is truncated, the next error is another one: here, of the deadline.
@@ -343,21 +340,24 @@ func (c *Client) readError(err error) (reason, closed *websocket.CloseError) {
 			err = closeError(1006, "%v", err)
 		}
 	}
+	var closed *websocket.CloseError // how the peer or the network has closed the connection
+	reason := closeError(1002, "%v", err)
 	switch err := err.(type) {
 	case *websocket.CloseError: // the peer's, or 1006 if there was no close frame
-		return err, err
+		reason, closed = err, err
 	case net.Error:
-		if err.Timeout() {
-			return errTimeout, nil
+		if reason = errTimeout; !err.Timeout() {
+			closed = closeError(1006, "%v", err)
+			reason = closed
 		}
-		closed = closeError(1006, "%v", err)
-		return closed, closed
 	}
-	return closeError(1002, "%v", err), nil
+	c.reason.CompareAndSwap(nil, reason) // end would change a code such as 1006.
+	c.end(reason)
+	c.readEnd() <- closed
 }
 
-// readEnd returns the channel on which readPump, when it ends, sends how the connection was
-// closed (see readError). The first call makes it: a Client needs only hub, conn and send,
+// readEnd returns the channel on which readPump, when it ends, sends how the connection has
+// been closed, or nil. The first call makes it: a Client needs only hub, conn and send,
 // and either pump may start first.
 func (c *Client) readEnd() chan *websocket.CloseError {
 	c.readEndOnce.Do(func() { c.readEndChan = make(chan *websocket.CloseError, 1) })
@@ -500,7 +500,7 @@ func (c *delayedConn) answer(response []byte) (first bool) {
 		first = true
 		c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
 		if _, err := c.Conn.Write(response); err != nil {
-			// readError would take an error of another type for a protocol violation.
+			// stopReading would take an error of another type for a protocol violation.
 			c.err = closeError(1006, "handshake response: %v", err)
 		}
 	})

@@ -118,6 +118,9 @@ func (h *Hub) do(f func()) bool {
 }
 
 // passToRun sends client on one of the channels to run. It returns false if run has returned.
+// (Inlined, its select would be on the stack of each readPump, which must stay small.)
+//
+//go:noinline
 func (h *Hub) passToRun(channel chan *Client, client *Client) bool {
 	select {
 	case channel <- client:
