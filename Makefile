@@ -1,4 +1,4 @@
-.PHONY: help run build test race cover mutants fuzz bench check e2e cluster rooms clean
+.PHONY: help run build test race cover mutants fuzz bench check e2e cluster rooms diffs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ cluster: ## Copy hub, client and page to cluster, and test it
 
 rooms: ## Copy main, hub, client and page to rooms, and test it
 	cd rooms && go generate && go test ./...
+
+diffs: ## Make the diffs of rooms from its edited copies of main, hub, client and page
+	sh rooms/copy.sh diffs
 
 clean: ## Remove the files that other targets create
 	rm -f chat cover.out

@@ -1,3 +1,5 @@
+// From ../client.go by go generate. If you edit this copy, run make diffs.
+
 // SPDX-License-Identifier: 0BSD
 
 package main
@@ -176,7 +178,7 @@ func (c *Client) serve(w http.ResponseWriter, r *http.Request) {
 // client's input, and run's return after stop. It may keep line, and change it.
 func (c *Client) handle(line []byte) {
 	// APPLICATION: the peer has sent line. Replace what follows.
-	c.hub.broadcast <- line
+	c.do(func() { c.hub.receive(c, string(line)) })
 }
 
 // receive reads the message in r, and handles it as one clean line. It ignores blank

@@ -1,3 +1,5 @@
+// From ../hub.go by go generate. If you edit this copy, run make diffs.
+
 // SPDX-License-Identifier: 0BSD
 
 package main
@@ -72,6 +74,8 @@ func (h *Hub) run() {
 			client.registered = true
 			h.clients[client] = true
 			h.open[client] = true
+			// APPLICATION: client has been registered. Welcome it, send it a history, or announce
+			// it: with queue, deliver and deliverTo.
 			h.join(client)
 		case client := <-h.unregister:
 			h.drop(client, errUnregistered)
@@ -96,6 +100,8 @@ func (h *Hub) run() {
 			}
 		}
 		for ; len(h.dropped) > 0; h.dropped = slices.Delete(h.dropped, 0, 1) {
+			// APPLICATION: h.dropped[0], which was registered, has been dropped for its reason.
+			// Clean up after it, and announce it. Clients that this drops come next.
 			h.leave(h.dropped[0])
 		}
 	}

@@ -1,3 +1,5 @@
+// From ../main.go by go generate. If you edit this copy, run make diffs.
+
 package main
 
 import (

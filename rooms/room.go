@@ -270,9 +270,6 @@ var command = regexp.MustCompile(`^(?:[^\pL\pN\pP\pS]|[\x{115F}\x{1160}\x{2800}\
 
 // receive publishes a line from client, or runs it if it is a command.
 func (h *Hub) receive(client *Client, line string) {
-	if !h.clients[client] {
-		return // It has been dropped since it sent the line.
-	}
 	sender, parts := client.user, command.FindStringSubmatch(line)
 	if parts == nil {
 		h.publish(Line{Kind: "message", User: sender.Name, Text: line})

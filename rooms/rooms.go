@@ -15,8 +15,7 @@
 // changes that README.md, main.diff and home.diff show. The other files are new.
 package main
 
-//go:generate cp ../main.go ../hub.go ../client.go ../home.html .
-//go:generate sh -c "sed -n '/^--- /,/^```$/p' README.md | cat - main.diff home.diff | patch --no-backup-if-mismatch"
+//go:generate sh copy.sh
 
 import (
 	"crypto/rand"

@@ -1824,56 +1824,108 @@ func TestRoomWithoutATrailingSlashRedirects(t *testing.T) {
 
 // The copied files.
 
-// README.md and home.diff show the whole difference to the files they come from:
-// patch applies it, and so does this test.
+// README.md, main.diff and home.diff show the whole difference to the files they come from:
+// copy.sh makes the copies with them, and from the copies the same diffs.
 func TestDiffsAreTheWholeDifference(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
+	root, here := copies(t)
+	generate(t, here, "")
+	for _, name := range []string{"main.go", "hub.go", "client.go", "home.html"} {
+		if read(t, here, name) != read(t, ".", name) {
+			t.Errorf("%s is not ../%s with its diff: if you have edited ../%s, run go generate; if %s, make diffs",
+				name, name, name, name)
+		}
+		if first, _, _ := strings.Cut(read(t, here, name), "\n"); !strings.Contains(first, "From ../"+name) {
+			t.Errorf("%s starts with %q, want where it is from", name, first)
+		}
+	}
+	generate(t, here, "diffs")
+	for _, name := range []string{"README.md", "main.diff", "home.diff"} {
+		if read(t, here, name) != read(t, ".", name) {
+			t.Errorf("make diffs would change %s: run it", name)
+		}
+	}
+
+	// A change on either side finds its way: of the chat server's files by go generate, and of
+	// the copies by make diffs.
+	change := func(dir, name, from, to string) {
+		t.Helper()
+		text := read(t, dir, name)
+		if strings.Count(text, from) != 1 {
+			t.Fatalf("%s has %d times %q", name, strings.Count(text, from), from)
+		}
+		os.WriteFile(filepath.Join(dir, name), []byte(strings.Replace(text, from, to, 1)), 0o644)
+	}
+	change(root, "hub.go", "func newHub() *Hub {\n", "func newHub() *Hub {\n\t// changed there\n")
+	change(here, "hub.go", "\th.publish(Line{", "\t// changed here\n\th.publish(Line{")
+	text := read(t, here, "hub.go")
+	change(here, "hub.go", "func newHub() *Hub {\n", "func newHub() *Hub {\n\t// changed there\n")
+	generate(t, here, "diffs")
+	generate(t, here, "")
+	if got := read(t, here, "hub.go"); strings.Count(got, "// changed ") != 2 || !strings.Contains(read(t, here, "README.md"), "+\t// changed here") {
+		t.Errorf("after a change on either side hub.go is %q, from %q", got, text)
+	}
+
+	// If a diff no longer applies, nothing changes.
+	change(root, "hub.go", "\th.deliverTo(message, func(*Client) bool { return true })\n", "")
+	before := read(t, here, "hub.go")
+	cmd := exec.Command("sh", "copy.sh")
+	cmd.Dir = here
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "hub.go") || !strings.Contains(string(out), "make diffs") {
+		t.Errorf("go generate ends with %v and %q", err, out)
+	}
+	if left, _ := filepath.Glob(filepath.Join(here, "*.[ro][er][ij]*")); len(left) > 0 || read(t, here, "hub.go") != before {
+		t.Errorf("then hub.go is changed, or there are %q", left)
+	}
+}
+
+// The diff of hub.go and client.go stays one that is read at a glance.
+func TestDiffStaysSmall(t *testing.T) {
+	_, diff, _ := strings.Cut(read(t, ".", "README.md"), "```diff\n")
+	diff, _, _ = strings.Cut(diff, "```\n")
+	changed := 0
+	for line := range strings.Lines(diff) {
+		if strings.HasPrefix(line, "+") && !strings.HasPrefix(line, "+++") || strings.HasPrefix(line, "-") && !strings.HasPrefix(line, "---") {
+			changed++
+		}
+	}
+	if changed == 0 || changed > 16 {
+		t.Errorf("README.md shows %d changed lines, want 16 at most", changed)
+	}
+}
+
+// copies returns the root of a copy of the chat server's files, and the folder beside them with
+// ours.
+func copies(t *testing.T) (root, here string) {
+	root = t.TempDir()
+	here = filepath.Join(root, "rooms")
+	if err := os.Mkdir(here, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"main.go", "hub.go", "client.go", "home.html"} {
+		os.WriteFile(filepath.Join(root, name), []byte(read(t, "..", name)), 0o644)
+	}
+	for _, name := range []string{"copy.sh", "README.md", "main.diff", "home.diff"} {
+		os.WriteFile(filepath.Join(here, name), []byte(read(t, ".", name)), 0o644)
+	}
+	return root, here
+}
+
+func read(t *testing.T, dir, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(dir, name))
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, diffs, _ := strings.Cut(string(readme), "```diff\n")
-	diffs, _, _ = strings.Cut(diffs, "```\n")
-	for _, name := range []string{"main.diff", "home.diff"} {
-		diff, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		diffs += string(diff)
-	}
-	for _, name := range []string{"main.go", "hub.go", "client.go", "home.html"} {
-		root, err := os.ReadFile("../" + name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		here, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, diff, found := strings.Cut(diffs, "+++ "+name+"\n")
-		if !found {
-			t.Fatalf("there is no difference of %s", name)
-		}
-		diff, _, _ = strings.Cut(diff, "--- ")
-		want, rest := "", string(root)
-		for _, hunk := range strings.Split(diff, "@@\n")[1:] {
-			var old, new string
-			for line := range strings.Lines(hunk) {
-				if line[0] == ' ' || line[0] == '-' {
-					old += line[1:]
-				}
-				if line[0] == ' ' || line[0] == '+' {
-					new += line[1:]
-				}
-			}
-			before, after, found := strings.Cut(rest, old)
-			if !found {
-				t.Fatalf("it changes what ../%s does not have: %q", name, old)
-			}
-			want, rest = want+before+new, after
-		}
-		if want+rest != string(here) {
-			t.Errorf("%s is not ../%s with the difference that is shown: run go generate", name, name)
-		}
+	return string(text)
+}
+
+// generate runs copy.sh in dir.
+func generate(t *testing.T, dir, argument string) {
+	t.Helper()
+	cmd := exec.Command("sh", "copy.sh", argument)
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("copy.sh %s: %v: %s", argument, err, out)
 	}
 }
 
