@@ -2,11 +2,16 @@ package main
 
 import (
 	"bufio"
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"log"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"regexp"
@@ -18,6 +23,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"weak"
 
 	"github.com/gorilla/websocket"
 )
@@ -129,6 +135,13 @@ func queued(client *Client) (messages []string, closed bool) {
 	}
 }
 
+func wantReason(t *testing.T, client *Client, want *websocket.CloseError) {
+	t.Helper()
+	if got := client.reason.Load(); got != want {
+		t.Errorf("the reason is %v, want %v", got, want)
+	}
+}
+
 func wantQueue(t *testing.T, client *Client, wantClosed bool, want ...string) {
 	t.Helper()
 	got, closed := queued(client)
@@ -137,8 +150,8 @@ func wantQueue(t *testing.T, client *Client, wantClosed bool, want ...string) {
 	}
 }
 
-// A broadcast goes to every client. The hub never blocks on one: a client whose
-// queue is full is dropped.
+// A broadcast goes to every client. The hub never blocks on one: a client whose queue is
+// full is dropped.
 
 func TestEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
@@ -155,59 +168,62 @@ func TestEveryClientGetsEachBroadcastAsItsOwnItem(t *testing.T) {
 func TestFullQueueDropsItsClientAlone(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 2, 3)
-		for _, message := range []string{"1", "2", "3"} {
+		for _, message := range list("1", "2", "3") {
 			hub.broadcast <- []byte(message)
 		}
 		synctest.Wait()
 		wantQueue(t, clients[0], true, "1", "2")
 		wantQueue(t, clients[1], false, "1", "2", "3")
+		wantReason(t, clients[0], errSlowClient)
 		if hub.clients[clients[0]] || len(hub.clients) != 1 {
 			t.Errorf("the hub has %d clients, want the healthy one alone", len(hub.clients))
 		}
-		if got := clients[0].reason.Load(); got != errSlowClient {
-			t.Errorf("reason is %v, want %v", got, errSlowClient)
+	})
+}
+
+func TestQueueReachesItsClientAloneAndReportsWhetherItQueued(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, clients := startHub(t, 1, 9)
+		small, large := clients[0], clients[1]
+		for _, test := range []struct {
+			name   string
+			client *Client
+			want   bool
+		}{
+			{"fits", small, true},
+			{"does not fit", small, false},
+			{"too late, as it is dropped", small, false},
+			{"not registered", &Client{}, false},
+			{"no client", nil, false},
+		} {
+			var got bool
+			hub.do(func() { got = hub.queue(test.client, []byte(test.name)) })
+			if got != test.want {
+				t.Errorf("%s: got %v, want %v", test.name, got, test.want)
+			}
+		}
+		wantQueue(t, small, true, "fits")
+		wantQueue(t, large, false)
+		wantReason(t, small, errSlowClient)
+		if hub.clients[small] || len(hub.clients) != 1 {
+			t.Errorf("the hub has %d clients, want the other one alone", len(hub.clients))
 		}
 	})
 }
 
-func TestUnregisterTwiceIsHarmless(t *testing.T) {
+func TestDeliverToReachesTheClientsItSelects(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		hub, clients := startHub(t, 1, 1)
-		hub.unregister <- clients[0]
-		hub.unregister <- clients[0]
-		hub.broadcast <- []byte("still here")
-		synctest.Wait()
-		wantQueue(t, clients[0], true)
-		wantQueue(t, clients[1], false, "still here")
-	})
-}
-
-func TestUnregisterOfAnUnknownClientIsHarmless(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		hub, clients := startHub(t, 1)
-		hub.unregister <- &Client{hub: hub, send: make(chan []byte, 1)}
-		hub.broadcast <- []byte("still here")
-		synctest.Wait()
-		wantQueue(t, clients[0], false, "still here")
-	})
-}
-
-func TestClientThatEndsBeforeItIsRegisteredIsDropped(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		hub, _ := startHub(t)
-		client := &Client{hub: hub, send: make(chan []byte, 1)}
-		client.reason.Store(errBinary) // readPump may be that quick
-		hub.register <- client
-		hub.unregister <- client
-		synctest.Wait()
-		wantQueue(t, client, true)
-		hub.done <- client
+		hub, clients := startHub(t, 2, 2)
+		second := func(c *Client) bool { return c == clients[1] }
+		hub.do(func() { hub.deliverTo([]byte("for one"), second) })
+		wantQueue(t, clients[0], false)
+		wantQueue(t, clients[1], false, "for one")
 	})
 }
 
 func TestReasonIsSetBeforeTheQueueIsClosed(t *testing.T) {
 	hub := newHub()
-	client := &Client{} // without a queue: to close nil is a panic, so here drop gets no further
+	client := &Client{} // Closing its queue, which is nil, panics: drop gets no further.
 	hub.clients[client] = true
 	func() {
 		defer func() {
@@ -217,14 +233,44 @@ func TestReasonIsSetBeforeTheQueueIsClosed(t *testing.T) {
 		}()
 		hub.drop(client, errSlowClient)
 	}()
-	if got := client.reason.Load(); got != errSlowClient || !client.registered || hub.clients[client] {
-		t.Errorf("when the queue is closed the reason is %v, registered %v, and in the room %v; want %v, true and false",
-			got, client.registered, hub.clients[client], errSlowClient)
+	wantReason(t, client, errSlowClient)
+	if !client.registered {
+		t.Error("the client could be registered when its queue is closed")
+	}
+	if hub.clients[client] {
+		t.Error("the hub has the client when its queue is closed")
 	}
 }
 
-// Promise 3. A healthy client is never dropped because another one sends fast: when
-// any queue is more than half full after a broadcast, the hub applies backpressure.
+func TestDropWithoutAReasonSendsOne(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, clients := startHub(t, 1)
+		hub.do(func() { hub.drop(clients[0], nil) })
+		wantQueue(t, clients[0], true)
+		if got := clients[0].reason.Load(); got == nil || got.Code != 1011 {
+			t.Errorf("the reason is %v, want one with code 1011", got)
+		}
+	})
+}
+
+func TestRunListsADroppedClientOnceIfItWasRegistered(t *testing.T) {
+	hub := newHub() // It does not run, so that the list stays.
+	registered, opened := &Client{send: make(chan []byte)}, &Client{send: make(chan []byte)}
+	hub.clients[registered], hub.open[registered], hub.open[opened] = true, true, true
+	for range 2 {
+		hub.drop(registered, errBinary)
+		hub.drop(opened, errBinary)
+		hub.drop(&Client{}, errBinary)
+	}
+	if !slices.Equal(hub.dropped, list(registered)) {
+		t.Errorf("the list has %d clients, want the registered one", len(hub.dropped))
+	}
+	wantReason(t, registered, errBinary)
+	wantReason(t, opened, errBinary)
+}
+
+// Promise 3. A healthy client is never dropped because another one sends fast: when any
+// queue is more than half full after a broadcast, the hub applies backpressure.
 
 func TestHubAppliesBackpressureOnlyWhenAQueueIsPastHalf(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
@@ -233,18 +279,18 @@ func TestHubAppliesBackpressureOnlyWhenAQueueIsPastHalf(t *testing.T) {
 		for n := range 8 {
 			hub.broadcast <- []byte("message")
 			hub.do(func() {}) // returns when the hub has finished with the message
-			// The first four fill half of the smaller queues; each of the others
-			// leaves them more than half full, for which one pause is enough.
+			// The first four messages fill half of the smaller queues. Each of the others
+			// leaves both more than half full, for which the hub waits once.
 			want := backpressureDelay * time.Duration(max(0, n-3))
 			if got := time.Since(start); got != want {
-				t.Errorf("after %d messages the hub has paused for %v, want %v", n+1, got, want)
+				t.Errorf("after %d messages the hub has waited for %v, want %v", n+1, got, want)
 			}
 		}
 	})
 }
 
-// Promise 4. A slow client costs the others only that bounded wait until its queue is
-// full, and nothing after.
+// Promise 4. A slow client costs the others only that bounded wait until its queue is full,
+// and nothing after.
 
 func TestSlowClientCostsTheOthersNothingOnceItIsDropped(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
@@ -255,7 +301,7 @@ func TestSlowClientCostsTheOthersNothingOnceItIsDropped(t *testing.T) {
 		}
 		hub.do(func() {})
 		if got, most := time.Since(start), sendQueueSize/2*backpressureDelay; got > most {
-			t.Errorf("the slow client cost the room %v, want at most %v", got, most)
+			t.Errorf("the slow client cost the others %v, want at most %v", got, most)
 		}
 		dropped := time.Now()
 		for range 1000 {
@@ -263,8 +309,26 @@ func TestSlowClientCostsTheOthersNothingOnceItIsDropped(t *testing.T) {
 		}
 		hub.do(func() {})
 		if got := time.Since(dropped); got != 0 {
-			t.Errorf("the dropped client cost the room %v, want nothing", got)
+			t.Errorf("the dropped client cost the others %v, want nothing", got)
 		}
+	})
+}
+
+func TestFullQueueOfAClientThatIsNotDroppedCostsNoWait(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, clients := startHub(t, 8, 8)
+		hub.do(func() {
+			for range 8 { // The application skips messages for a slow client.
+				clients[0].send <- []byte("x")
+			}
+		})
+		hasRoom := func(c *Client) bool { return len(c.send) < cap(c.send) }
+		start := time.Now()
+		hub.do(func() { hub.deliverTo([]byte("y"), hasRoom) })
+		if got := time.Since(start); got != 0 {
+			t.Errorf("it cost %v, want no time", got)
+		}
+		wantQueue(t, clients[1], false, "y")
 	})
 }
 
@@ -275,20 +339,16 @@ func TestStoppedHubDropsAllClientsAndWaitsForThem(t *testing.T) {
 		hub := newHub()
 		ended := false
 		go func() { hub.run(); ended = true }()
-		inside, dropped := join(hub, 2), join(hub, 0)
-		hub.broadcast <- []byte("last words")
+		healthy, dropped := join(hub, 2), join(hub, 0)
+		hub.broadcast <- []byte("last message")
 		hub.stop()
 		synctest.Wait()
-		wantQueue(t, inside, true, "last words")
-		if got := inside.reason.Load(); got != errShuttingDown {
-			t.Errorf("reason is %v, want %v", got, errShuttingDown)
-		}
-		if got := dropped.reason.Load(); got != errSlowClient {
-			t.Errorf("reason is %v, want the first one, %v", got, errSlowClient)
-		}
+		wantQueue(t, healthy, true, "last message")
+		wantReason(t, healthy, errShuttingDown)
+		wantReason(t, dropped, errSlowClient) // the first one
 
 		// Until they are done, clients can send to the hub.
-		hub.done <- inside
+		hub.done <- healthy
 		hub.broadcast <- []byte("too late")
 		hub.unregister <- dropped
 		synctest.Wait()
@@ -300,28 +360,6 @@ func TestStoppedHubDropsAllClientsAndWaitsForThem(t *testing.T) {
 		if !ended {
 			t.Error("run has not returned although its last client is done")
 		}
-	})
-}
-
-// Promise 8. A naive move of an application costs at most its own client.
-
-func TestRegisteringAgainIsHarmless(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		hub, clients := startHub(t, 2, 2)
-		hub.register <- clients[0]
-		hub.broadcast <- []byte("to both")
-		hub.unregister <- clients[0]
-		hub.register <- clients[0] // Its queue is closed: it stays out.
-		hub.broadcast <- []byte("to the other")
-		synctest.Wait()
-		wantQueue(t, clients[0], true, "to both")
-		wantQueue(t, clients[1], false, "to both", "to the other")
-
-		hub.done <- clients[0]
-		hub.register <- clients[0] // as above, also when it is done
-		hub.broadcast <- []byte("still here")
-		synctest.Wait()
-		wantQueue(t, clients[1], false, "still here")
 	})
 }
 
@@ -340,21 +378,6 @@ func TestDoneTwiceDoesNotEndTheHubEarly(t *testing.T) {
 	})
 }
 
-func TestDoneWithoutUnregisterIsEnough(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		hub, clients := startHub(t, 2, 2)
-		hub.done <- clients[0]
-		hub.broadcast <- []byte("still here")
-		here := 0
-		hub.do(func() { here = len(hub.clients) })
-		wantQueue(t, clients[0], true)
-		wantQueue(t, clients[1], false, "still here")
-		if here != 1 {
-			t.Errorf("the hub has %d clients, want the other one alone", here)
-		}
-	})
-}
-
 func TestAnyGoroutineMayStopTheHubAnyNumberOfTimes(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, _ := startHub(t, 1)
@@ -366,28 +389,105 @@ func TestAnyGoroutineMayStopTheHubAnyNumberOfTimes(t *testing.T) {
 	})
 }
 
-func TestMessageForOneClientReachesItAlone(t *testing.T) {
-	watch(t, patience)
-	hub := newHub()
-	small, large, stranger := &Client{send: make(chan []byte, 1)}, &Client{send: make(chan []byte, 9)}, &Client{}
-	hub.clients[small], hub.clients[large] = true, true
-	hub.queue(small, []byte("fits"))
-	hub.queue(small, []byte("does not fit"))
-	hub.queue(small, []byte("too late"))
-	hub.queue(stranger, []byte("goes nowhere"))
-	wantQueue(t, small, true, "fits")
-	wantQueue(t, large, false)
-	if got := small.reason.Load(); got != errSlowClient {
-		t.Errorf("reason is %v, want %v", got, errSlowClient)
-	}
-	if len(hub.clients) != 1 {
-		t.Errorf("the hub has %d clients, want the other one alone", len(hub.clients))
+// Promise 8. A naive move of an application costs at most its own client.
+
+func TestNaiveMoveCostsAtMostItsOwnClient(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		move   func(hub *Hub, client *Client)
+		closed bool     // client's queue
+		want   []string // in client's queue
+	}{
+		{
+			name: "unregister twice",
+			move: func(hub *Hub, client *Client) {
+				hub.unregister <- client
+				hub.unregister <- client
+			},
+			closed: true,
+		},
+		{
+			name: "unregister an unknown client",
+			move: func(hub *Hub, _ *Client) {
+				hub.unregister <- &Client{hub: hub, send: make(chan []byte, 1)}
+			},
+			want: list("still here"),
+		},
+		{
+			name: "register twice",
+			move: func(hub *Hub, client *Client) { hub.register <- client },
+			want: list("still here"),
+		},
+		{
+			name: "register a dropped client",
+			move: func(hub *Hub, client *Client) {
+				hub.unregister <- client
+				hub.register <- client
+			},
+			closed: true,
+		},
+		{
+			name: "register a client that is done",
+			move: func(hub *Hub, client *Client) {
+				hub.unregister <- client
+				hub.done <- client
+				hub.register <- client
+			},
+			closed: true,
+		},
+		{
+			name:   "done without unregister",
+			move:   func(hub *Hub, client *Client) { hub.done <- client },
+			closed: true,
+		},
+		{
+			name: "drop no client",
+			move: func(hub *Hub, _ *Client) { hub.do(func() { hub.drop(nil, errBinary) }) },
+			want: list("still here"),
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				hub, clients := startHub(t, 2, 2)
+				test.move(hub, clients[0])
+				hub.broadcast <- []byte("still here")
+				connected := 0
+				hub.do(func() { connected = len(hub.clients) })
+				wantQueue(t, clients[0], test.closed, test.want...)
+				wantQueue(t, clients[1], false, "still here")
+				if want := 1 + len(test.want); connected != want {
+					t.Errorf("the hub has %d clients, want %d", connected, want)
+				}
+			})
+		})
 	}
 }
 
-// copied returns a hub whose run is like the one in copies of upstream's example: it
-// closes queues itself, without a reason. It calls joined for each client that registers
-// and received for each message, to do what the application does.
+func TestClientThatEndsBeforeItIsRegisteredIsDropped(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, _ := startHub(t)
+		client := &Client{hub: hub, send: make(chan []byte, 1)}
+		client.reason.Store(errBinary) // readPump may be that quick.
+		hub.register <- client
+		hub.unregister <- client
+		synctest.Wait()
+		wantQueue(t, client, true)
+		hub.done <- client
+	})
+}
+
+func TestDropOfAnotherHubsClientIsHarmless(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, _ := startHub(t)
+		_, clients := startHub(t, 1)
+		hub.do(func() { hub.drop(clients[0], errBinary) })
+		wantQueue(t, clients[0], false)
+	})
+}
+
+// copied returns a hub whose run is like the one in copies of upstream's example: it closes
+// queues itself, without a reason. It calls joined for each client that registers and
+// received for each message, to do what the application does.
 func copied(t *testing.T, joined func(*Client), received func(*Hub, []byte)) *Hub {
 	h := newHub()
 	t.Cleanup(h.stop)
@@ -420,12 +520,13 @@ func copied(t *testing.T, joined func(*Client), received func(*Hub, []byte)) *Hu
 func TestQueueClosedByTheApplicationIsANormalClosure(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		var first *Client
-		hub := copied(t, func(client *Client) {
+		joined := func(client *Client) {
 			if first == nil {
 				first = client
 			}
-		}, func(h *Hub, message []byte) {
-			if string(message) == "go" {
+		}
+		received := func(h *Hub, message []byte) {
+			if string(message) == "kick" {
 				delete(h.clients, first)
 				close(first.send)
 				return
@@ -433,14 +534,31 @@ func TestQueueClosedByTheApplicationIsANormalClosure(t *testing.T) {
 			for client := range h.clients {
 				client.send <- message
 			}
-		})
-		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
-		sentAway, other := r.join(t), r.join(t)
+		}
+		r.serveFor(copied(t, joined, received))
+		kicked, other := r.join(t), r.join(t)
 		other.send("hello")
-		sentAway.wantLines("hello")
+		kicked.wantLines("hello")
 		other.wantLines("hello")
-		other.send("go")
-		sentAway.wantClose(&websocket.CloseError{Code: 1000, Text: "closed by the server"})
+		other.send("kick")
+		kicked.wantClose(&websocket.CloseError{Code: 1000, Text: "closed by the server"})
+		other.send("still here")
+		other.wantLines("still here")
+	})
+}
+
+func TestClientDroppedByTheApplicationItselfCostsItAlone(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		kicked := r.join(t)
+		client := r.clients()[0]
+		other := r.join(t)
+		r.hub.do(func() {
+			delete(r.hub.clients, client)
+			close(client.send)
+		})
+		kicked.wantClose(errUnregistered)
+		synctest.Wait()
+		kicked.wantEnd()
 		other.send("still here")
 		other.wantLines("still here")
 	})
@@ -450,10 +568,10 @@ func TestBlockingSendInRunEndsWithTheSlowClientsConnection(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		hub := copied(t, func(*Client) {}, func(h *Hub, message []byte) {
 			for client := range h.clients {
-				client.send <- message // waits for room in the queue
+				client.send <- message // blocks while the queue is full
 			}
 		})
-		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
+		r.serveFor(hub)
 		r.join(t).unbuffered() // It reads nothing.
 		other := r.join(t)
 		start := time.Now()
@@ -469,7 +587,7 @@ func TestBlockingSendInRunEndsWithTheSlowClientsConnection(t *testing.T) {
 		other.SetReadDeadline(time.Now().Add(pongWait))
 		other.wantLines(want...)
 		if got := time.Since(start); got > writeWait {
-			t.Errorf("the room stood still for %v, want at most %v", got, writeWait)
+			t.Errorf("the slow client cost the others %v, want at most %v", got, writeWait)
 		}
 	})
 }
@@ -478,8 +596,7 @@ func TestRepliesToASlowClientCostItAlone(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		front := *r.hub // Its client's messages come here, and go back to that client.
 		front.register, front.broadcast = make(chan *Client), make(chan []byte)
-		served := r.serve
-		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
+		r.serveFor(&front)
 		over := make(chan struct{})
 		defer close(over)
 		go func() {
@@ -495,7 +612,7 @@ func TestRepliesToASlowClientCostItAlone(t *testing.T) {
 			}
 		}()
 		p := r.join(t).unbuffered()
-		r.serve = served
+		r.serveFor(r.hub)
 		other := r.join(t)
 		start := time.Now()
 		var err error
@@ -514,25 +631,36 @@ func TestRepliesToASlowClientCostItAlone(t *testing.T) {
 func TestHistoryMayExceedTheQueue(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
 		history := make([]string, sendQueueSize+44)
-		hub := copied(t, func(client *Client) {
+		r.serveFor(copied(t, func(client *Client) {
 			for n := range history {
 				history[n] = fmt.Sprint("line ", n)
 				client.send <- []byte(history[n])
 			}
-		}, nil)
-		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
+		}, nil))
 		r.join(t).wantLines(history...)
 	})
 }
 
 func TestRunMayWriteToConnWhenItRegistersAClient(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
-		hub := copied(t, func(client *Client) {
+		front := *r.hub
+		front.register = make(chan *Client) // serve waits to register the client.
+		client := &Client{hub: &front}
+		r.serve = client.serve
+		joined := make(chan *peer)
+		go func() { joined <- r.join(t) }()
+		synctest.Wait()
+		if client.conn == nil { // Later, serve may or may not have set it.
+			t.Fatal("conn is not set when the client is registered")
+		}
+		go func() {
+			client := <-front.register
 			welcome := "welcome, " + client.conn.RemoteAddr().String()
-			client.conn.WriteMessage(websocket.TextMessage, []byte(welcome)) // upstream's run can, too
-		}, nil)
-		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
-		r.join(t).wantLines("welcome, pipe")
+			client.conn.WriteMessage(websocket.TextMessage, []byte(welcome))
+			r.hub.register <- client
+		}()
+		p := <-joined
+		p.wantLines("welcome, pipe")
 	})
 }
 
@@ -544,10 +672,11 @@ func TestPeerMayBeAskedForAPasswordBeforeItRegisters(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			if _, password, err := conn.ReadMessage(); err != nil || string(password) != "sesame" {
+			_, password, err := conn.ReadMessage()
+			if err != nil || string(password) != "sesame" {
 				t.Errorf("the password is %q, %v", password, err)
 			}
-			client := &Client{hub: r.hub, conn: conn, send: make(chan []byte, sendQueueSize)}
+			client := newClient(r.hub, conn)
 			r.hub.register <- client
 			go client.writePump()
 			go client.readPump()
@@ -556,6 +685,25 @@ func TestPeerMayBeAskedForAPasswordBeforeItRegisters(t *testing.T) {
 		p.send("sesame")
 		p.send("hello")
 		p.wantLines("hello")
+	})
+}
+
+func TestAnsweredHandshakeIsNotRejected(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		front := *r.hub
+		front.register = make(chan *Client) // serve waits to register the client.
+		client := &Client{hub: &front}
+		r.serve = client.serve
+		joined := make(chan *peer)
+		go func() { joined <- r.join(t) }()
+		synctest.Wait()
+		client.conn.WriteMessage(websocket.TextMessage, []byte("password?"))
+		p := <-joined
+		p.wantLines("password?")
+		r.hub.stop()
+		p.wantClose(errShuttingDown)
+		synctest.Wait()
+		p.wantEnd()
 	})
 }
 
@@ -573,7 +721,7 @@ func TestUpstreamsServeWsWorksWithThesePumps(t *testing.T) {
 			go client.readPump()
 		}
 		violator, other := r.join(t), r.join(t)
-		violator.write(encode(0x8f, "")) // so that readPump has to close conn by halves
+		violator.write(encode(0x8f, "")) // finish has to half-close conn.
 		violator.wantClose(&websocket.CloseError{Code: 1002, Text: "bad opcode 15"})
 		violator.Close()
 		synctest.Wait()
@@ -582,128 +730,258 @@ func TestUpstreamsServeWsWorksWithThesePumps(t *testing.T) {
 	})
 }
 
-func TestDeliverToReachesTheClientsItSelects(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		hub, clients := startHub(t, 2, 2)
-		hub.do(func() { hub.deliverTo([]byte("for one"), func(c *Client) bool { return c == clients[1] }) })
-		wantQueue(t, clients[0], false)
-		wantQueue(t, clients[1], false, "for one")
-	})
+// An application may start the pumps of its own Client as upstream does, in either order,
+// before it registers the client, or without ever registering it.
+
+// A shape is how an application serves a peer without serve.
+type shape struct {
+	name  string
+	serve func(*Hub, *websocket.Conn) *Client
 }
 
-func TestQueueReportsWhetherItQueued(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		hub, clients := startHub(t, 1)
-		for _, want := range []bool{true, false, false} { // queued, full, dropped
-			var got bool
-			hub.do(func() { got = hub.queue(clients[0], []byte("message")) })
-			if got != want {
-				t.Errorf("got %v, want %v", got, want)
-			}
+func newClient(hub *Hub, conn *websocket.Conn) *Client {
+	return &Client{hub: hub, conn: conn, send: make(chan []byte, sendQueueSize)}
+}
+
+// registerLater registers client, as an application does when it has logged in the peer.
+func registerLater(client *Client, wait time.Duration) {
+	select {
+	case <-time.After(wait):
+	case <-client.hub.ended:
+	}
+	select {
+	case client.hub.register <- client:
+	case <-client.hub.stopped:
+	}
+}
+
+var shapes = []shape{
+	{"register, then the pumps, as in upstream", func(hub *Hub, conn *websocket.Conn) *Client {
+		client := newClient(hub, conn)
+		registerLater(client, 0)
+		go client.writePump()
+		go client.readPump()
+		return client
+	}},
+	{"readPump first", func(hub *Hub, conn *websocket.Conn) *Client {
+		client := newClient(hub, conn)
+		registerLater(client, 0)
+		go client.readPump()
+		time.Sleep(time.Nanosecond)
+		go client.writePump()
+		return client
+	}},
+	{"registered right after the pumps start", func(hub *Hub, conn *websocket.Conn) *Client {
+		client := newClient(hub, conn)
+		go client.readPump()
+		go client.writePump()
+		registerLater(client, 0)
+		return client
+	}},
+	{"registered a second later", func(hub *Hub, conn *websocket.Conn) *Client {
+		client := newClient(hub, conn)
+		go client.writePump()
+		go client.readPump()
+		registerLater(client, time.Second)
+		return client
+	}},
+	{"registered after it has timed out", func(hub *Hub, conn *websocket.Conn) *Client {
+		client := newClient(hub, conn)
+		go client.writePump()
+		go client.readPump()
+		registerLater(client, 2*pongWait)
+		return client
+	}},
+	{"never registered", func(hub *Hub, conn *websocket.Conn) *Client {
+		client := newClient(hub, conn)
+		go client.writePump()
+		go client.readPump()
+		return client
+	}},
+}
+
+// serveShape has the room serve peers in that shape. The channel receives the clients.
+func (r *room) serveShape(t *testing.T, serve func(*Hub, *websocket.Conn) *Client) chan *Client {
+	clients := make(chan *Client, 1000)
+	r.serve = func(w http.ResponseWriter, req *http.Request) {
+		conn, err := upgrader.Upgrade(w, req, nil)
+		if err != nil {
+			t.Error(err)
+			return
 		}
-		hub.do(func() {
-			if hub.queue(nil, []byte("message")) {
-				t.Error("queued for no client")
+		clients <- serve(r.hub, conn)
+	}
+	return clients
+}
+
+// An ending is how a peer ends its connection.
+type ending struct {
+	name string
+	end  func(*peer)
+	want *websocket.CloseError // what the peer reads, unless it has closed TCP
+}
+
+var endings = []ending{
+	{
+		name: "close frame",
+		end:  func(p *peer) { p.write(encodeClose(4000, "bye")) },
+		want: &websocket.CloseError{Code: 4000, Text: "bye"},
+	},
+	{
+		name: "a line, then a close frame",
+		end:  func(p *peer) { p.write(append(encode(0x81, "hello"), encodeClose(1000, "")...)) },
+		want: &websocket.CloseError{Code: 1000},
+	},
+	{
+		name: "protocol violation",
+		end:  func(p *peer) { p.write(encode(0x8f, "")) },
+		want: &websocket.CloseError{Code: 1002, Text: "bad opcode 15"},
+	},
+	{
+		name: "binary",
+		end:  func(p *peer) { p.write(encode(0x82, "")) },
+		want: errBinary,
+	},
+	{
+		name: "silence",
+		end:  func(p *peer) { p.SetPingHandler(func(string) error { return nil }) },
+		want: errTimeout,
+	},
+	{
+		name: "TCP closed",
+		end:  func(p *peer) { p.Close() },
+	},
+}
+
+func TestPumpsEndInEveryShapeHoweverThePeerEnds(t *testing.T) {
+	for _, shape := range shapes {
+		for _, ending := range endings {
+			runInRoom(t, shape.name+","+ending.name, func(t *testing.T, r *room) {
+				clients := r.serveShape(t, shape.serve)
+				p := r.join(t)
+				ending.end(p)
+				if ending.want != nil {
+					p.wantCloseWithin(2*pongWait, ending.want)
+					p.pipe().CloseWrite()
+				}
+				client := <-clients
+				synctest.Wait()
+				if !p.pipe().far.isClosed() {
+					t.Error("TCP is still open")
+				}
+				if got := len(r.clients()); got != 0 || client.tell([]byte("anyone?")) {
+					t.Errorf("the hub has %d clients, want none", got)
+				}
+			})
+		}
+	}
+}
+
+func TestStoppedHubEndsThePumpsOfEveryShape(t *testing.T) {
+	for _, shape := range shapes {
+		runInRoom(t, shape.name, func(t *testing.T, r *room) {
+			r.serveShape(t, shape.serve)
+			p := r.join(t)
+			p.send("a line")
+			synctest.Wait()
+			r.hub.stop()
+			for err := error(nil); err == nil; { // The line may come first.
+				_, err = p.read(patience)
+				if err != nil && !websocket.IsCloseError(err, websocket.CloseGoingAway) {
+					t.Errorf("the connection ended with %v, want 1001", err)
+				}
+			}
+			r.wantEnd(t)
+		})
+	}
+}
+
+func TestPumpsThatStartAfterTheHubHasEndedCloseTheConnection(t *testing.T) {
+	for _, ending := range endings {
+		runInRoom(t, ending.name, func(t *testing.T, r *room) {
+			r.serveShape(t, func(hub *Hub, conn *websocket.Conn) *Client {
+				hub.stop()
+				<-hub.ended
+				client := newClient(hub, conn)
+				go client.writePump()
+				go client.readPump()
+				return client
+			})
+			p := r.join(t)
+			p.wantClose(errShuttingDown)
+			ending.end(p)
+			p.Close()
+			time.Sleep(closeWait)
+			if synctest.Wait(); !p.pipe().far.isClosed() {
+				t.Error("TCP is still open")
 			}
 		})
-	})
+	}
 }
 
-func TestFullQueueOfAClientThatIsNotDroppedCostsNoWait(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		hub, clients := startHub(t, 8, 8)
-		hub.do(func() {
-			for range 8 { // An application that skips messages for a slow client keeps such queues.
-				clients[0].send <- []byte("x")
+func TestManyClientsLeaveNothingBehindInAnyShape(t *testing.T) {
+	const n = 200
+	all := append(shapes, shape{"served", nil})
+	for _, shape := range all {
+		runInRoom(t, shape.name, func(t *testing.T, r *room) {
+			if shape.serve != nil {
+				r.serveShape(t, shape.serve)
+			}
+			var pipes []*pipe
+			for i := range n {
+				p := r.join(t)
+				pipes = append(pipes, p.pipe().far)
+				if i%2 == 0 {
+					endings[i/2%len(endings)].end(p)
+				}
+			}
+			r.hub.stop()
+			time.Sleep(writeWait + closeWait)
+			r.wantEnd(t) // synctest fails if a goroutine is left.
+			for _, pipe := range pipes {
+				if !pipe.isClosed() {
+					t.Fatal("a connection is still open")
+				}
+			}
+			if got := len(r.hub.clients) + len(r.hub.open) + len(r.hub.dropped); got != 0 {
+				t.Errorf("the hub still has %d clients", got)
 			}
 		})
-		start := time.Now()
-		hub.do(func() { hub.deliverTo([]byte("y"), func(c *Client) bool { return len(c.send) < cap(c.send) }) })
-		if got := time.Since(start); got != 0 {
-			t.Errorf("it cost %v, want no time", got)
-		}
-		wantQueue(t, clients[1], false, "y")
-	})
-}
-
-func TestDropOfAnotherHubsClientIsHarmless(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		hub, _ := startHub(t)
-		_, clients := startHub(t, 1)
-		hub.do(func() { hub.drop(clients[0], errBinary); hub.drop(nil, errBinary) })
-		wantQueue(t, clients[0], false)
-	})
-}
-
-func TestDropWithoutAReasonSendsOne(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		hub, clients := startHub(t, 1)
-		hub.do(func() { hub.drop(clients[0], nil) })
-		wantQueue(t, clients[0], true)
-		if got := clients[0].reason.Load(); got == nil || got.Code != 1011 {
-			t.Errorf("the reason is %v, want one with code 1011", got)
-		}
-	})
-}
-
-func TestRunListsADroppedClientOnceIfItWasRegistered(t *testing.T) {
-	hub := newHub() // which does not run, so that the list stays
-	registered, opened := &Client{send: make(chan []byte)}, &Client{send: make(chan []byte)}
-	hub.clients[registered], hub.open[registered], hub.open[opened] = true, true, true
-	for range 2 {
-		hub.drop(registered, errBinary)
-		hub.drop(opened, errBinary)
-		hub.drop(&Client{}, errBinary)
-	}
-	if !slices.Equal(hub.dropped, list(registered)) {
-		t.Errorf("the list has %d clients, want the registered one", len(hub.dropped))
-	}
-	if registered.reason.Load() != errBinary {
-		t.Errorf("the reason is %v, want %v", registered.reason.Load(), errBinary)
 	}
 }
 
-func TestClientDroppedByTheApplicationItselfCostsItAlone(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		kicked := r.join(t)
-		client := r.clients()[0]
-		other := r.join(t)
-		r.hub.do(func() { delete(r.hub.clients, client); close(client.send) })
-		kicked.wantClose(errUnregistered)
-		synctest.Wait()
-		kicked.wantEnd()
-		other.send("still here")
-		other.wantLines("still here")
-	})
-}
-
-func TestClientsDoRunsOnlyWhileTheClientIsRegistered(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		hub, clients := startHub(t, 1)
-		stranger := &Client{hub: hub}
-		ran := 0
-		count := func() { ran++ }
-		for _, test := range []struct {
-			name string
-			got  func() bool
-			want bool
-		}{
-			{"registered", func() bool { return clients[0].do(count) }, true},
-			{"not registered", func() bool { return stranger.do(count) }, false},
-			{"dropped", func() bool {
-				hub.do(func() { hub.drop(clients[0], errBinary) })
-				return clients[0].do(count)
-			}, false},
-			{"stopped", func() bool { hub.stop(); return clients[0].do(count) }, false},
-		} {
-			if got := test.got(); got != test.want {
-				t.Errorf("%s: got %v, want %v", test.name, got, test.want)
+func TestNoTimerKeepsEndedClientsInMemory(t *testing.T) {
+	for _, ending := range endings {
+		runInRoom(t, ending.name, func(t *testing.T, r *room) {
+			var clients []weak.Pointer[Client]
+			for range 40 {
+				p := r.join(t)
+				clients = append(clients, weak.Make(r.clients()[0]))
+				ending.end(p)
+				p.wantEndSoon()
+				p.Close()
+				synctest.Wait()
 			}
-		}
-		if ran != 1 {
-			t.Errorf("the function ran %d times, want once", ran)
-		}
-	})
+			time.Sleep(closeWait / 2)
+			runtime.GC()
+			kept := 0
+			for _, client := range clients {
+				if client.Value() != nil {
+					kept++
+				}
+			}
+			if kept > len(clients)/2 { // The runtime removes some stopped timers later.
+				t.Errorf("%d of %d clients are still in memory", kept, len(clients))
+			}
+		})
+	}
+}
+
+// wantEndSoon reads until the connection ends.
+func (p *peer) wantEndSoon() {
+	for err := error(nil); err == nil; {
+		_, err = p.read(2 * pongWait)
+	}
 }
 
 // Promise 9. From any goroutine, at any time, an application can broadcast, send to one
@@ -733,6 +1011,52 @@ func TestDoAndTellReachTheHubFromAnyGoroutine(t *testing.T) {
 		wantQueue(t, clients[1], true, "for both")
 		if got := clients[1].reason.Load(); got != errTooBig || connected != 2 {
 			t.Errorf("got reason %v and %d clients, want %v and 2", got, connected, errTooBig)
+		}
+	})
+}
+
+func TestClientsDoRunsOnlyWhileTheClientIsRegistered(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, clients := startHub(t, 1, 1)
+		ran := 0
+		for _, test := range []struct {
+			name   string
+			before func()
+			client *Client
+			want   bool
+		}{
+			{
+				name:   "registered",
+				before: func() {},
+				client: clients[0],
+				want:   true,
+			},
+			{
+				name:   "not registered",
+				before: func() {},
+				client: &Client{hub: hub},
+				want:   false,
+			},
+			{
+				name:   "dropped",
+				before: func() { hub.do(func() { hub.drop(clients[0], errBinary) }) },
+				client: clients[0],
+				want:   false,
+			},
+			{
+				name:   "stopped",
+				before: hub.stop,
+				client: clients[1],
+				want:   false,
+			},
+		} {
+			test.before()
+			if got := test.client.do(func() { ran++ }); got != test.want {
+				t.Errorf("%s: got %v, want %v", test.name, got, test.want)
+			}
+		}
+		if ran != 1 {
+			t.Errorf("the function ran %d times, want once", ran)
 		}
 	})
 }
@@ -790,8 +1114,11 @@ func TestStopReleasesCallersOfDoThatRunHasNotTaken(t *testing.T) {
 		synctest.Wait()
 		start := time.Now()
 		hub.stop()
-		if got := wait(t, waiting, "do"); got || time.Since(start) != 0 {
-			t.Errorf("the waiting call returned %v after %v, want false at once", got, time.Since(start))
+		if wait(t, waiting, "do") {
+			t.Error("the waiting call returned true, want false")
+		}
+		if got := time.Since(start); got != 0 {
+			t.Errorf("the waiting call returned after %v, want at once", got)
 		}
 		if got := wait(t, busy, "do"); !got {
 			t.Error("the call that run had taken returned false, want true")
@@ -834,8 +1161,9 @@ func TestDoAndTellFromFiftyGoroutinesAgainstDropAndStop(t *testing.T) {
 				got[i] = append(got[i], message)
 			}
 			for i := range got {
-				if !slices.Equal(got[i], told[c][i]) {
-					t.Errorf("client %d received %s of goroutine %d, want %s", c, brief(got[i]), i, brief(told[c][i]))
+				if got, want := got[i], told[c][i]; !slices.Equal(got, want) {
+					t.Errorf("client %d received %s from goroutine %d, want %s",
+						c, brief(got), i, brief(want))
 				}
 			}
 		}
@@ -863,6 +1191,7 @@ func TestGoroutineThatOutlivesTheHubEnds(t *testing.T) {
 
 func TestNewConnectionOfAUserReplacesTheOldOnlyAfterAValidHandshake(t *testing.T) {
 	inRoom(t, func(t *testing.T, r *room) {
+		elsewhere := &websocket.CloseError{Code: 4000, Text: "connected elsewhere"}
 		front := *r.hub // It keeps one connection of a user, the newest.
 		front.register = make(chan *Client)
 		over := make(chan struct{})
@@ -873,16 +1202,19 @@ func TestNewConnectionOfAUserReplacesTheOldOnlyAfterAValidHandshake(t *testing.T
 				select {
 				case client := <-front.register:
 					r.hub.register <- client
-					r.hub.do(func() { r.hub.drop(newest, &websocket.CloseError{Code: 4000, Text: "here elsewhere"}) })
+					r.hub.do(func() { r.hub.drop(newest, elsewhere) })
 					newest = client
 				case <-over:
 					return
 				}
 			}
 		}()
-		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(&front, w, req) }
+		r.serveFor(&front)
 		first := r.join(t)
-		for _, request := range []string{"GET /ws HTTP/1.1\r\nHost: pipe\r\n", handshake + "Origin: http://example.com\r\n"} {
+		for _, request := range list(
+			"GET /ws HTTP/1.1\r\nHost: pipe\r\n",
+			handshake+"Origin: http://example.com\r\n",
+		) {
 			conn := r.connect(t)
 			fmt.Fprintf(conn, "%s\r\n", request)
 			synctest.Wait()
@@ -891,10 +1223,420 @@ func TestNewConnectionOfAUserReplacesTheOldOnlyAfterAValidHandshake(t *testing.T
 		first.send("still here")
 		first.wantLines("still here")
 		second := r.join(t)
-		first.wantClose(&websocket.CloseError{Code: 4000, Text: "here elsewhere"})
-		second.send("me, too")
-		second.wantLines("me, too")
+		first.wantClose(elsewhere)
+		second.send("here, too")
+		second.wantLines("here, too")
 	})
+}
+
+// The server: run and serve.
+
+// startServe calls serve, until the test ends. It returns a room without a hub, its
+// listener, a function that ends serve, and serve's result.
+func startServe(t *testing.T) (r *room, listener net.Listener, cancel func(), result chan error) {
+	t.Helper()
+	pipes := newPipeListener()
+	ctx, cancel := context.WithCancel(t.Context())
+	result = make(chan error, 1)
+	ended := make(chan struct{})
+	r = &room{connect: pipes.connect, log: captureLog(t)}
+	go func() { result <- serve(ctx, pipes); close(ended) }()
+	t.Cleanup(func() { cancel(); wait(t, ended, "serve") })
+	return r, pipes, cancel, result
+}
+
+func TestServerLogsAURLThatCanBeOpened(t *testing.T) {
+	watch(t, patience)
+	for addr, want := range map[string]string{
+		":0":          `localhost:[1-9]\d*/ \(all interfaces\)`,
+		"0.0.0.0:0":   `localhost:[1-9]\d*/ \(all interfaces\)`,
+		"127.0.0.1:0": `127.0.0.1:[1-9]\d*/`,
+	} {
+		book := captureLog(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := run(ctx, addr); err != nil {
+			t.Fatal(err)
+		}
+		if got := book.lines(); len(got) > 2 {
+			t.Fatalf("the log is %q, although no client was connected", got)
+		}
+		pattern := regexp.MustCompile(`^listening on http://` + want + `$`)
+		if got := book.lines()[0]; !pattern.MatchString(got) {
+			t.Errorf("on %s the log is %q, want %s", addr, got, pattern)
+		}
+	}
+}
+
+func TestServeReturnsTheListenersError(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		r, listener, _, result := startServe(t)
+		p := r.join(t)
+		listener.Close()
+		p.wantClose(errShuttingDown)
+		if err := wait(t, result, "serve"); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("serve returned %v, want %v", err, net.ErrClosed)
+		}
+	})
+}
+
+func TestServeReturnsAtOnceIfAllClientsDisconnect(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		r, _, cancel, result := startServe(t)
+		for range 10 {
+			p := r.join(t)
+			go p.wantClose(errShuttingDown)
+		}
+		idle := r.connect(t) // as browsers keep one ready
+		defer idle.Close()
+		synctest.Wait()
+		start := time.Now()
+		cancel()
+		if err := wait(t, result, "serve"); err != nil {
+			t.Errorf("serve returned %v, want nil", err)
+		}
+		if _, err := idle.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("reading from the server gives %v, want %v", err, io.EOF)
+		}
+		if got := time.Since(start); got != 0 {
+			t.Errorf("serve returned after %v, want at once", got)
+		}
+		r.wantLogged(t, "shutting down")
+	})
+}
+
+func TestServeReturnsAfterShutdownWaitDespiteASlowClient(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		r, _, cancel, result := startServe(t)
+		slow, p := r.join(t).unbuffered(), r.join(t)
+		p.send("the slow client does not read this")
+		synctest.Wait()
+		start := time.Now()
+		cancel()
+		p.wantClose(errShuttingDown)
+		if err := wait(t, result, "serve"); err != nil {
+			t.Errorf("serve returned %v, want nil", err)
+		}
+		if got := time.Since(start); got != shutdownWait {
+			t.Errorf("serve returned after %v, want %v", got, shutdownWait)
+		}
+		r.wantLogged(t, "shutting down", "exiting: some clients are still connected after 8s")
+		slow.Close()
+	})
+}
+
+func TestServeClosesASlowHTTPConnection(t *testing.T) {
+	const page = "GET / HTTP/1.1\r\nHost: pipe\r\n\r\n"
+	for _, test := range []struct {
+		name   string
+		sent   string
+		drip   string // sent after that, each second
+		noRead bool   // The peer does not read.
+		after  time.Duration
+	}{
+		{
+			name:  "nothing sent",
+			after: httpTimeout,
+		},
+		{
+			name:  "header that never ends",
+			sent:  "GET / HTTP/1.1\r\nX: ",
+			drip:  "x",
+			after: httpTimeout,
+		},
+		{
+			name:  "body that never ends",
+			sent:  "POST /ws HTTP/1.1\r\nHost: pipe\r\nContent-Length: 1000\r\n\r\n",
+			drip:  "x",
+			after: httpTimeout,
+		},
+		{
+			name:   "page that the peer does not read",
+			sent:   page,
+			noRead: true,
+			after:  httpTimeout,
+		},
+		{
+			name:  "no second request",
+			sent:  page,
+			after: idleTimeout,
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T) {
+				r, _, _, _ := startServe(t)
+				conn := r.connect(t).(*pipe)
+				var dripping sync.WaitGroup
+				defer dripping.Wait()
+				defer conn.Close()
+				conn.unbuffer()
+				dripping.Go(func() {
+					_, err := io.WriteString(conn, test.sent)
+					for err == nil && test.drip != "" {
+						time.Sleep(time.Second)
+						_, err = io.WriteString(conn, test.drip)
+					}
+				})
+				if !test.noRead {
+					go io.Copy(io.Discard, conn)
+				}
+				time.Sleep(test.after - 1)
+				if synctest.Wait(); conn.far.isClosed() {
+					t.Errorf("the connection is closed before %v have passed", test.after)
+				}
+				time.Sleep(time.Second)
+				if synctest.Wait(); !conn.far.isClosed() {
+					t.Errorf("the connection is still open after %v", test.after)
+				}
+			})
+		})
+	}
+}
+
+func TestServeLimitsTheRequestHeader(t *testing.T) {
+	for _, header := range []string{
+		"GET /?" + strings.Repeat("x", 900_000) + " HTTP/1.1\r\nHost: pipe\r\n\r\n",
+		"GET / HTTP/1.1\r\nHost: pipe\r\nCookie: " + strings.Repeat("x", 900_000) + "\r\n\r\n",
+	} {
+		inBubble(t, func(t *testing.T) {
+			r, _, _, _ := startServe(t)
+			conn := r.connect(t)
+			defer conn.Close()
+			go io.WriteString(conn, header)
+			response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil || response.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+				t.Errorf("got %v, %v, want status 431", response, err)
+			}
+			r.wantLogged(t)
+			time.Sleep(time.Second) // net/http takes half of it to close a connection like this.
+		})
+	}
+}
+
+func TestLogHasAtMost200BytesOfWhatAPeerSends(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		long := strings.Repeat("x", 15_000)
+		origin, path := "http://y"+long, "/"+long
+		for _, request := range list(
+			strings.Replace(handshake, "Host: pipe", "Host: "+long, 1)+"Origin: "+origin+"\r\n",
+			"GET "+path+" HTTP/1.1\r\nHost: pipe\r\n",
+			long+" / HTTP/1.1\r\nHost: pipe\r\n",
+		) {
+			conn := r.connect(t)
+			fmt.Fprintf(conn, "%s\r\n", request)
+			synctest.Wait()
+			conn.Close()
+		}
+		r.wantLogged(t,
+			fmt.Sprintf(`pipe: handshake refused: "websocket: request origin not allowed by `+
+				`Upgrader.CheckOrigin" (Origin %q, Host %q)`, origin[:200], long[:200]),
+			fmt.Sprintf("pipe: GET %q", path[:200]),
+			fmt.Sprintf("pipe: %s %q", long[:200], "/"))
+	})
+}
+
+// Promise 10. Nothing in the shutdown waits for the log.
+
+// A blockedLog blocks each write until it is closed.
+type blockedLog chan struct{}
+
+func (l blockedLog) Write(p []byte) (int, error) { <-l; return len(p), nil }
+
+func TestHubEndsAlthoughTheLogBlocks(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		blocked := make(blockedLog)
+		defer close(blocked)
+		log.SetOutput(blocked)
+		p, other := r.join(t), r.join(t)
+		p.Close() // which is logged
+		synctest.Wait()
+		r.hub.stop()
+		other.wantClose(errShuttingDown)
+		start := time.Now()
+		r.wantEnd(t)
+		if got := time.Since(start); got != 0 {
+			t.Errorf("the hub waits %v for the log", got)
+		}
+	})
+}
+
+func TestRateLimitedClientDoesNotWaitForTheLog(t *testing.T) {
+	inRoom(t, func(t *testing.T, r *room) {
+		blocked := make(blockedLog)
+		defer close(blocked)
+		log.SetOutput(blocked)
+		p := r.join(t)
+		for n := range 2 * rateBurst {
+			p.send(fmt.Sprint("line ", n))
+		}
+		p.lines(2 * rateBurst)
+	})
+}
+
+func TestServeReturnsAlthoughTheLogBlocks(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		r, _, cancel, result := startServe(t)
+		blocked := make(blockedLog)
+		defer close(blocked)
+		log.SetOutput(blocked)
+		p := r.join(t)
+		start := time.Now()
+		cancel()
+		p.wantClose(errShuttingDown)
+		if got := time.Since(start); got != 0 {
+			t.Errorf("the clients wait %v for the log", got)
+		}
+		wait(t, result, "serve")
+		if got := time.Since(start); got != logWait {
+			t.Errorf("serve returned after %v, want %v", got, logWait)
+		}
+	})
+}
+
+// The page.
+
+func TestHomeIsServedAtTheRootAlone(t *testing.T) {
+	const html, plain = "text/html; charset=utf-8", "text/plain; charset=utf-8"
+	defer func(old string) { home = old }(home)
+	home = "a page whose content does not look like HTML"
+	for _, test := range []struct {
+		method, path string
+		status       int
+		body         string
+		header       map[string]string
+	}{
+		{
+			method: "GET",
+			path:   "/",
+			status: http.StatusOK,
+			body:   home,
+			header: map[string]string{"Content-Type": html, "Allow": ""},
+		},
+		{
+			method: "HEAD",
+			path:   "/",
+			status: http.StatusOK,
+			body:   home,
+			header: map[string]string{"Content-Type": html, "Allow": ""},
+		},
+		{
+			method: "GET",
+			path:   "/?\u009b31m%0a%1b",
+			status: http.StatusOK,
+			body:   home,
+			header: map[string]string{"Content-Type": html, "Allow": ""},
+		},
+		{
+			method: "GET",
+			path:   "/favicon.ico",
+			status: http.StatusNotFound,
+			body:   "404 page not found\n",
+			header: map[string]string{"Content-Type": plain, "Allow": ""},
+		},
+		{
+			method: "GET",
+			path:   "/index.html",
+			status: http.StatusNotFound,
+			body:   "404 page not found\n",
+			header: map[string]string{"Content-Type": plain, "Allow": ""},
+		},
+		{
+			method: "POST",
+			path:   "/index.html",
+			status: http.StatusNotFound,
+			body:   "404 page not found\n",
+			header: map[string]string{"Content-Type": plain, "Allow": ""},
+		},
+		{
+			method: "POST",
+			path:   "/",
+			status: http.StatusMethodNotAllowed,
+			body:   "method not allowed\n",
+			header: map[string]string{"Content-Type": plain, "Allow": "GET, HEAD"},
+		},
+		{
+			method: "DELETE",
+			path:   "/",
+			status: http.StatusMethodNotAllowed,
+			body:   "method not allowed\n",
+			header: map[string]string{"Content-Type": plain, "Allow": "GET, HEAD"},
+		},
+	} {
+		t.Run(test.method+" "+test.path, func(t *testing.T) {
+			book := captureLog(t)
+			rec := httptest.NewRecorder()
+			serveHome(rec, httptest.NewRequest(test.method, test.path, nil))
+			if rec.Code != test.status {
+				t.Errorf("got status %d, want %d", rec.Code, test.status)
+			}
+			if got := rec.Body.String(); got != test.body {
+				t.Errorf("got %s, want %q", brief(got), test.body)
+			}
+			test.header["X-Content-Type-Options"] = "nosniff"
+			for name, want := range test.header {
+				if got := rec.Result().Header.Get(name); got != want {
+					t.Errorf("got %s %q, want %q", name, got, want)
+				}
+			}
+			want := fmt.Sprintf("192.0.2.1:1234: %s %q", test.method, test.path)
+			if got := book.lines(); !slices.Equal(got, list(want)) {
+				t.Errorf("the log is %q, want %q", got, want)
+			}
+		})
+	}
+}
+
+func TestContentSecurityPolicyAllowsThePageItsOwnScriptAndStyleAlone(t *testing.T) {
+	rec := httptest.NewRecorder()
+	serveHome(rec, httptest.NewRequest("GET", "/", nil))
+	hash := func(element string) string {
+		pattern := regexp.MustCompile("(?s)<" + element + "\\b[^>]*>(.*?)</" + element + ">")
+		found := pattern.FindAllStringSubmatch(rec.Body.String(), -1)
+		if len(found) != 1 {
+			t.Fatalf("the page has %d elements %s, want 1", len(found), element)
+		}
+		// Browsers normalize line endings before hashing.
+		sum := sha256.Sum256([]byte(strings.ReplaceAll(found[0][1], "\r\n", "\n")))
+		return base64.StdEncoding.EncodeToString(sum[:])
+	}
+	want := "default-src 'none'; script-src 'sha256-" + hash("script") +
+		"'; style-src 'sha256-" + hash("style") +
+		"'; img-src data:; connect-src 'self' ws: wss:" +
+		"; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+	if got := rec.Result().Header.Get("Content-Security-Policy"); got != want {
+		t.Errorf("the policy is\n%s, want\n%s", got, want)
+	}
+}
+
+func TestCSPHashesIgnoreCRLF(t *testing.T) {
+	defer func(old string) { home = old }(home)
+	for _, element := range []string{"script", "style"} {
+		home = strings.ReplaceAll(home, "\r\n", "\n")
+		want := hashSource(element)
+		home = strings.ReplaceAll(home, "\n", "\r\n")
+		if got := hashSource(element); got != want {
+			t.Errorf("with CRLF the hash of %s is %s, want %s", element, got, want)
+		}
+		if !strings.Contains(contentSecurityPolicy, want) {
+			t.Errorf("the policy %s does not contain %s", contentSecurityPolicy, want)
+		}
+	}
+}
+
+func TestThePageKnowsTheServersFigures(t *testing.T) {
+	ms := pingPeriod.Milliseconds()
+	for _, want := range []string{
+		fmt.Sprintf("const pingPeriod = %d_%03d;", ms/1000, ms%1000),
+		fmt.Sprintf("const maxMessageSize = %d;", maxMessageSize),
+	} {
+		if !strings.Contains(home, want) {
+			t.Errorf("home.html does not contain %q", want)
+		}
+	}
+	limit := regexp.MustCompile(fmt.Sprintf(`\b%d\b`, maxMessageSize))
+	if got := len(limit.FindAllString(home, -1)); got != 1 {
+		t.Errorf("home.html states the limit %d times, want once", got)
+	}
 }
 
 // The process: main. In these tests time is real, and nothing waits for it.
@@ -1015,20 +1757,45 @@ func TestProcessThatCannotListenExitsWithOneLine(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer busy.Close()
-	for args, want := range map[string]struct{ status, log string }{
-		"-addr " + busy.Addr().String(): {"exit status 1", "listen tcp " + busy.Addr().String() + ": "},
-		"-addr nonsense":                {"exit status 1", "listen tcp: address nonsense: missing port in address"},
-		"-addr :99999":                  {"exit status 1", "listen tcp: address 99999: invalid port"},
-		":9000":                         {"exit status 2", "-addr host:port"},
-		"-addr 127.0.0.1:0 more":        {"exit status 2", "-addr host:port"},
-		"-port 9000":                    {"exit status 2", "-addr host:port"},
+	for _, test := range []struct{ args, status, log string }{
+		{
+			args:   "-addr " + busy.Addr().String(),
+			status: "exit status 1",
+			log:    "listen tcp " + busy.Addr().String() + ": ",
+		},
+		{
+			args:   "-addr nonsense",
+			status: "exit status 1",
+			log:    "listen tcp: address nonsense: missing port in address",
+		},
+		{
+			args:   "-addr :99999",
+			status: "exit status 1",
+			log:    "listen tcp: address 99999: invalid port",
+		},
+		{
+			args:   ":9000",
+			status: "exit status 2",
+			log:    "-addr host:port",
+		},
+		{
+			args:   "-addr 127.0.0.1:0 more",
+			status: "exit status 2",
+			log:    "-addr host:port",
+		},
+		{
+			args:   "-port 9000",
+			status: "exit status 2",
+			log:    "-addr host:port",
+		},
 	} {
-		t.Run(args, func(t *testing.T) {
-			lines := startProcess(t, "sound", strings.Fields(args)...).wantEnd(t, want.status)
-			if text := strings.Join(lines, "\n"); !strings.Contains(text, want.log) || strings.Contains(text, "listening") {
-				t.Errorf("it logs %s, want %q in it", brief(lines), want.log)
+		t.Run(test.args, func(t *testing.T) {
+			lines := startProcess(t, "sound", strings.Fields(test.args)...).wantEnd(t, test.status)
+			text := strings.Join(lines, "\n")
+			if !strings.Contains(text, test.log) || strings.Contains(text, "listening") {
+				t.Errorf("it logs %s, want %q", brief(lines), test.log)
 			}
-			if want.status == "exit status 1" && len(lines) != 1 {
+			if test.status == "exit status 1" && len(lines) != 1 {
 				t.Errorf("it logs %s, want one line", brief(lines))
 			}
 		})
@@ -1100,9 +1867,11 @@ func (p *process) wantEnd(t *testing.T, want string, log ...string) (lines []str
 		lines = append(lines, line)
 	}
 	p.Wait()
-	same := len(log) == 0 || slices.EqualFunc(lines, log, strings.Contains)
-	if got := p.ProcessState.String(); got != want || !same {
-		t.Fatalf("the process ended with %q and the log %s, want %q and %q", got, brief(lines), want, log)
+	if got := p.ProcessState.String(); got != want {
+		t.Fatalf("the process ended with %q and the log %s, want %q", got, brief(lines), want)
+	}
+	if len(log) > 0 && !slices.EqualFunc(lines, log, strings.Contains) {
+		t.Fatalf("the process ended with the log %s, want %q", brief(lines), log)
 	}
 	return lines
 }
