@@ -508,6 +508,88 @@ func TestSendAgainSendsTheMessage(t *testing.T) {
 	})
 }
 
+// The first click removes the notice, and moves the next one's buttons under the pointer.
+func TestDoubleClickActsOnOneMessage(t *testing.T) {
+	t.Parallel()
+	inAllEngines(t, func(t *testing.T, w *window) {
+		url, _ := silentServer(t)
+		w.open(strings.TrimPrefix(url, "http://"))
+		get[bool](w, `(["one", "two", "three"].forEach(showUndelivered), true)`)
+		w.until(`document.querySelectorAll(".notice").length == 3`)
+		// The page's clock stands still during a double click, however busy the machine is.
+		get[bool](w, `(window.clock = performance.now(), performance.now = () => clock,
+			!!Object.defineProperty(Event.prototype, "timeStamp", { get: () => clock }))`)
+		doubleClick := func(button string) {
+			t.Helper()
+			get[bool](w, "(clock += doubleClickTime, true)")
+			w.mouse(w.moveTo(`document.querySelector("`+button+`")`, 0.5), pointerDown, pointerUp, pointerDown, pointerUp)
+		}
+		doubleClick(".notice button:last-child")
+		w.until(`document.querySelectorAll(".notice").length < 3`)
+		w.rest()
+		if got := get[string](w, stored); got != "two\nthree" {
+			t.Errorf("after a double click on Discard, the page keeps %q, want two and three", got)
+		}
+		doubleClick(".notice button")
+		w.until(`document.querySelector(".pending")`)
+		w.rest()
+		if got := get[string](w, `[...document.querySelectorAll(".pending .words")].map((e) => e.textContent).join()`); got != "two" {
+			t.Errorf("a double click on Send again sends %q, want two", got)
+		}
+		if got := get[string](w, stored); got != "three\ntwo" {
+			t.Errorf("after it, the page keeps %q, want three and two", got)
+		}
+	})
+}
+
+func TestRemovedLineLeavesItsFocusToTheLog(t *testing.T) {
+	t.Parallel()
+	inAllEngines(t, func(t *testing.T, w *window) {
+		url, conns := silentServer(t)
+		w.open(strings.TrimPrefix(url, "http://"))
+		conn := <-conns
+		send(t, conn, "see https://example.org/")
+		get[bool](w, `showUndelivered("late") ?? true`)
+		w.until(`document.querySelector(".notice button") && document.querySelector("#log a")`)
+		get[bool](w, `document.querySelector(".notice button").focus() ?? true`)
+		send(t, conn, "late") // It has been delivered after all.
+		w.until(`!document.querySelector(".notice")`)
+		if got := get[string](w, "document.activeElement.outerHTML.slice(0, 50)"); !strings.Contains(got, `id="log"`) {
+			t.Errorf("after a notice with the focus has disappeared, %s has the focus, want the log", got)
+		}
+		get[bool](w, `document.querySelector("#log a").focus() ?? true`)
+		send(t, conn, strings.Repeat("One of many lines\n", 999)+"the last")
+		w.until(`!document.querySelector("#log a")`)
+		if got := get[string](w, "document.activeElement.outerHTML.slice(0, 50)"); !strings.Contains(got, `id="log"`) {
+			t.Errorf("after an old line with the focus was removed, %s has the focus, want the log", got)
+		}
+	})
+}
+
+func TestUndeliveredMessagesAreNeverRemovedAsOld(t *testing.T) {
+	t.Parallel()
+	url, conns := silentServer(t)
+	p := newTab(t)
+	p.open(url)
+	conn := <-conns
+	send(t, conn, "old")
+	p.untilShown(1)
+	eval[bool](p, `showUndelivered("first"); showUndelivered("second"); true`)
+	for range 5 {
+		send(t, conn, strings.Repeat("One of many lines\n", 299)+"the last")
+	}
+	p.untilShown(1501)
+	if got, want := eval[[]string](p, logged)[:3], []string{"notice: This may not have been delivered: first",
+		"notice: This may not have been delivered: second", "message: One of many lines"}; !slices.Equal(got, want) {
+		t.Errorf("the log begins with %q, want %q", got, want)
+	}
+	if got := eval[string](p, `[$("log").childElementCount, document.querySelectorAll(".notice button").length].join()`); got != "1002,4" {
+		t.Errorf("numbers of lines and buttons are %s, want 1002,4", got)
+	}
+	eval[bool](p, `document.querySelector(".notice button:last-child").click() ?? true`)
+	p.until(stored + ` == "second"`)
+}
+
 func TestSendAgainIsRefusedUntilReconnected(t *testing.T) {
 	t.Parallel()
 	inAllEngines(t, func(t *testing.T, w *window) {
@@ -605,7 +687,9 @@ func TestBlockedWebSocketIsDistinguishedFromAServerThatIsDown(t *testing.T) {
 		{"nginx with another Host", func(t *testing.T, server string) string {
 			return nginx(t, replace(t, location(t, server), "$http_host", "$host"))
 		}, `handshake refused: .*(request origin not allowed).* \(Origin "http://127\.0\.0\.1:\d+", Host "127\.0\.0\.1"\)`},
-		{"a TCP proxy that cuts handshakes", func(t *testing.T, server string) string { return cutHandshakes(t, server) }, ""},
+		{"a TCP proxy that cuts handshakes", func(t *testing.T, server string) string {
+			return breakHandshakes(t, server, func() { panic(http.ErrAbortHandler) }) // without a response
+		}, ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -632,14 +716,29 @@ func TestBlockedWebSocketIsDistinguishedFromAServerThatIsDown(t *testing.T) {
 	}
 }
 
-// cutHandshakes is a proxy to the server at to that closes connections on which a client
-// requests /ws.
-func cutHandshakes(t *testing.T, to string) (addr string) {
+// A proxy accepts the connection, and never responds to the handshake.
+func TestSwallowedHandshakesAreReportedAsBlocked(t *testing.T) {
+	t.Parallel()
+	inAllEngines(t, func(t *testing.T, w *window) {
+		s := startQuick(t, "localhost:0")
+		front := breakHandshakes(t, s.addr, func() { <-t.Context().Done() })
+		w.must(w.engine.visit("http://" + front + "/"))
+		get[bool](w, `!!(window.warnings = [], console.warn = (text) => warnings.push(text))`)
+		w.until(blocked)
+		if got := get[int](w, "warnings.length"); got == 0 {
+			t.Error("the console shows no warning")
+		}
+	})
+}
+
+// breakHandshakes is a proxy to the server at to that calls respond for a request of /ws.
+func breakHandshakes(t *testing.T, to string, respond func()) (addr string) {
 	t.Helper()
 	proxy := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(&url.URL{Scheme: "http", Host: to}) }}
 	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/ws" {
-			panic(http.ErrAbortHandler) // closes the connection without a response
+			respond()
+			return
 		}
 		proxy.ServeHTTP(w, r)
 	}))
@@ -659,6 +758,10 @@ func TestOnlyABlockedWebSocketIsReportedAsBlocked(t *testing.T) {
 		{"a server that is down", func(http.ResponseWriter, *http.Request, http.Handler) { panic(http.ErrAbortHandler) },
 			"No connection to the server. Reconnecting…"},
 		{"a proxy whose server is down", func(w http.ResponseWriter, _ *http.Request, _ http.Handler) { w.WriteHeader(http.StatusBadGateway) },
+			"No connection to the server. Reconnecting…"},
+		{"a proxy that limits requests", func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
+			w.WriteHeader(http.StatusTooManyRequests)
+		},
 			"No connection to the server. Reconnecting…"},
 		{"a captive portal that redirects", func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
 			http.Redirect(w, r, "http://portal.invalid/", http.StatusFound)
@@ -713,11 +816,40 @@ func TestOnlyABlockedWebSocketIsReportedAsBlocked(t *testing.T) {
 	}
 }
 
+// Some firewalls let through only GET. They respond to other methods with these statuses, or
+// close the connection.
+func TestPageReconnectsThroughAFirewallThatBarsHEAD(t *testing.T) {
+	t.Parallel()
+	for _, status := range []int{http.StatusForbidden, http.StatusMethodNotAllowed, 0} {
+		t.Run(fmt.Sprint(status), func(t *testing.T) {
+			t.Parallel()
+			s := startServer(t, "localhost:0")
+			server := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr})
+			front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				switch {
+				case r.Method == http.MethodGet:
+					server.ServeHTTP(w, r)
+				case status == 0:
+					panic(http.ErrAbortHandler)
+				default:
+					w.WriteHeader(status)
+				}
+			}))
+			t.Cleanup(front.Close)
+			p := newTab(t)
+			p.open(front.URL)
+			eval[bool](p, "socket.close(); true")
+			p.until("sockets.length == 2 && " + connected)
+		})
+	}
+}
+
 func TestOfflineStatusBlamesNoProxy(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
 	p := newTab(t)
-	do(p, chromedp.Navigate("http://"+cutHandshakes(t, s.addr)+"/"))
+	front := breakHandshakes(t, s.addr, func() { panic(http.ErrAbortHandler) })
+	do(p, chromedp.Navigate("http://"+front+"/"))
 	p.until(blocked)
 	p.setOffline(true)
 	p.until(`$("status").textContent == "You are offline. Reconnecting…"`)

@@ -2,10 +2,12 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"flag"
 	"fmt"
 	"image"
 	_ "image/png"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -494,10 +496,79 @@ func TestURLsAreLinks(t *testing.T) {
 			t.Errorf("the order of Hebrew text around a URL is right: %s, want true in all four cases", got)
 		}
 
+		// The title names the host that the browser connects to.
+		for link, want := range map[string]string{
+			"https://example.org:8443/a":        "example.org:8443",
+			"https://аррӏе.com/":                "xn--80ak6aa92e.com",
+			"https://example.org@example.com/a": "example.com",
+			"https://999.999.999.999/":          "",
+		} {
+			send(t, conn, link)
+			w.until(fmt.Sprintf(lastLine+" == %q", link))
+			if got := get[string](w, `$("log").lastChild.querySelector("a").title`); got != want {
+				t.Errorf("the title of %s is %q, want %q", link, got, want)
+			}
+		}
+
 		get[bool](w, `showUndelivered("https://example.org/") ?? true`)
 		w.until(lastLine + `.includes("delivered: https://example.org/")`)
 		if get[bool](w, `!!document.querySelector(".notice a")`) {
 			t.Error("a notice contains a link")
+		}
+	})
+}
+
+// Otherwise what follows a line break could look like a line of another user.
+func TestOnlyTheFirstLineOfAMessageStartsAtTheMargin(t *testing.T) {
+	t.Parallel()
+	inAllEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.open(s.addr)
+		conn := s.dial(t)
+		ltr := "Ilse: text" + strings.Repeat(" ", 200) + "Hans: " + strings.Repeat("I resign. ", 10)
+		rtl := "שרה: שלום" + strings.Repeat(" ", 200) + "רות: " + strings.Repeat("שלום לכולם ", 10)
+		send(t, conn, ltr)
+		send(t, conn, strings.TrimPrefix(ltr, "Ilse: "))
+		send(t, conn, rtl)
+		w.send(ltr)
+		w.until(lastLine + ` == ` + fmt.Sprintf("%q", strings.TrimSpace(ltr)) + ` && !document.querySelector(".pending")`)
+		w.send(rtl)
+		w.until(lastLine + ` == ` + fmt.Sprintf("%q", strings.TrimSpace(rtl)) + ` && !document.querySelector(".pending")`)
+		get[bool](w, `showUndelivered("`+ltr+`") ?? true`)
+		w.until(lastLine + `.startsWith("This may not")`)
+		for _, width := range []int{500, 1000} {
+			w.resize(width, 700)
+			// The distance of the first line from the margin, and the least one of the others, in pixels.
+			got := get[[][]float64](w, `[...$("log").children].map((line) => {
+				const range = document.createRange(), box = line.getBoundingClientRect();
+				range.selectNodeContents(line.querySelector(".words"));
+				const isRTL = getComputedStyle(line).direction == "rtl";
+				const prefix = line.querySelector(".anonymous")?.getBoundingClientRect().width ?? 0;
+				const starts = new Map();
+				for (const r of range.getClientRects()) {
+					if (r.width < 1) continue;
+					const start = isRTL ? box.right - r.right : r.left - box.left;
+					const y = Math.round(r.top / 12);
+					starts.set(y, Math.min(start, starts.get(y) ?? Infinity));
+				}
+				const [first, ...others] = [...starts].sort((a, b) => a[0] - b[0]).map(([, start]) => start);
+				return [first - prefix, Math.min(...others)];
+			})`)
+			if len(got) != 6 {
+				t.Fatalf("the log has %d lines, want 6", len(got))
+			}
+			for i, starts := range got {
+				if starts[0] > 14 || starts[1] < starts[0]+20 {
+					t.Errorf("in a window of %d pixels, line %d starts %v pixels from the margin, and continues at %v, want an indent", width, i, starts[0], starts[1])
+				}
+			}
+		}
+		// The bar of my messages is where they start.
+		if got := get[[]string](w, `[...document.querySelectorAll("#log .mine")].map((line) => {
+			const { borderLeftWidth, borderRightWidth } = getComputedStyle(line);
+			return borderLeftWidth + " " + borderRightWidth;
+		})`); !slices.Equal(got, []string{"4px 0px", "0px 4px"}) {
+			t.Errorf("the left and right borders of my messages, LTR and RTL, are %q, want 4px 0px and 0px 4px", got)
 		}
 	})
 }
@@ -986,10 +1057,38 @@ func TestPageSaysThatItNeedsJavaScript(t *testing.T) {
 	p := newTab(t)
 	call(p, emulation.SetScriptExecutionDisabled, emulation.SetScriptExecutionDisabledParams{Value: true})
 	do(p, chromedp.Navigate("http://"+s.addr+"/"))
-	if got := do(p, chromedp.Text(chromedp.ID("status"))); !strings.Contains(got, "turn on JavaScript") {
-		t.Errorf("status %q, want the advice to turn on JavaScript", got)
+	if got := do(p, chromedp.Text(chromedp.ID("status"))); got != notStarted {
+		t.Errorf("status %q, want %q", got, notStarted)
 	}
 }
+
+// A proxy, or an extension, changes the script, so that the content security policy refuses it.
+func TestPageSaysThatItsScriptDoesNotRun(t *testing.T) {
+	t.Parallel()
+	inAllEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr})
+		proxy.ModifyResponse = func(r *http.Response) error {
+			page, err := io.ReadAll(r.Body)
+			page = bytes.Replace(page, []byte(`"use strict";`), []byte(`"use strict"`), 1)
+			r.Body = io.NopCloser(bytes.NewReader(page))
+			r.Header.Del("Content-Length")
+			return err
+		}
+		front := httptest.NewServer(proxy)
+		t.Cleanup(front.Close)
+		w.must(w.engine.visit(front.URL))
+		w.until(`$("status")?.offsetHeight > 0`)
+		if got := get[string](w, `$("status").textContent.trim()`); got != notStarted {
+			t.Errorf("the status is %q, want %q", got, notStarted)
+		}
+		if got := get[string](w, `document.querySelector("script").dataset.cfasync`); got != "false" {
+			t.Errorf("data-cfasync is %q, want false, which Rocket Loader respects", got)
+		}
+	})
+}
+
+const notStarted = "Loading… If this does not change, turn on JavaScript, or try another network."
 
 func TestPageLogsNothingToTheConsole(t *testing.T) {
 	t.Parallel()
@@ -1022,6 +1121,32 @@ func TestPageWorksOverTLSUnderAPath(t *testing.T) {
 	p.send("over TLS")
 	p.until(lastLine + ` == "over TLS"`)
 	p.wantEmptyConsole()
+}
+
+// A proxy that removes the prefix /chat serves the page also at /chat, without a slash.
+func TestPageWorksAtAPrefixWithoutASlash(t *testing.T) {
+	t.Parallel()
+	inAllEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr})
+		front := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			path, found := strings.CutPrefix(r.URL.Path, "/chat")
+			if !found {
+				http.NotFound(rw, r)
+				return
+			}
+			r.URL.Path = cmp.Or(path, "/")
+			proxy.ServeHTTP(rw, r)
+		}))
+		t.Cleanup(front.Close)
+		w.must(w.engine.visit(front.URL + "/chat"))
+		w.until(connected)
+		w.insert("a draft")
+		get[bool](w, "socket.close() ?? true") // The probe finds the page, too.
+		w.until("since && failures == 1 && " + connected)
+		w.open(strings.TrimPrefix(front.URL, "http://") + "/chat")
+		w.until(`$("msg").value == "a draft"`)
+	})
 }
 
 func TestContentSecurityPolicyAllowsOnlyThePage(t *testing.T) {
