@@ -1,14 +1,19 @@
 package e2e
 
 import (
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -18,26 +23,103 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// nginxConfig is the rest of the configuration for the location in README.md.
-const nginxConfig = `
+// nginxHTTP is the rest of the configuration for README.md's.
+const nginxHTTP = `
 daemon off;
 user root; # so that it can write to the folder; ignored for other users
 pid nginx.pid;
 error_log stderr;
-events {}
+events { worker_connections 400; }
 http {
-	access_log off;
+	access_log /dev/stderr;
 	client_body_temp_path tmp;
 	proxy_temp_path tmp;
 	fastcgi_temp_path tmp;
 	uwsgi_temp_path tmp;
 	scgi_temp_path tmp;
+`
+
+// nginxConfig is the rest of the configuration for README.md's location alone, without TLS.
+const nginxConfig = nginxHTTP + `
+	limit_conn_zone $server_name zone=all:1m;
+	limit_conn_zone $binary_remote_addr zone=address:1m;
+	limit_req_zone $binary_remote_addr zone=requests:1m rate=100r/s;
 	server {
 		listen %s;
 		%s
 	}
 }
 `
+
+// startNginx starts nginx on addr as README.md configures it, with changes, in pairs.
+func startNginx(t *testing.T, addr, server string, changes ...string) *output {
+	t.Helper()
+	config := codeFrom(t, "../README.md", "limit_conn_zone $server_name zone=all:1m; limit_conn_zone $binary_remote_addr zone=address:10m;")
+	wantTimeout(t, config, `proxy_read_timeout (\w+);`)
+	cert := certificate(t)
+	config = nginxHTTP + config + "}"
+	for pair := range slices.Chunk(append(changes, "listen 443", "listen "+addr, "127.0.0.1:8080", server,
+		"/etc/ssl/chat.pem", cert, "/etc/ssl/chat.key", cert), 2) {
+		config = replace(t, config, pair[0], pair[1])
+	}
+	log := startProxy(t, "nginx-light", config, "/usr/sbin/nginx", "-e", "stderr", "-p", ".", "-c")
+	awaitListener(t, addr)
+	return log
+}
+
+// startHAProxyAlone starts HAProxy on addr for one server, as README.md configures it, with
+// changes, in pairs.
+func startHAProxyAlone(t *testing.T, addr, server string, changes ...string) *output {
+	t.Helper()
+	limits := codeFrom(t, "../README.md", "stick-table type ipv6 size 100k expire 1m store conn_cur,http_req_rate(10s)")
+	lines := regexp.MustCompile("HAProxy needs `(timeout tunnel .*)` beside the usual timeouts, and in its frontend `(maxconn .*)` and").
+		FindStringSubmatch(readme(t))
+	if lines == nil {
+		t.Fatal("README.md does not say what HAProxy needs")
+	}
+	wantTimeout(t, lines[1], `timeout tunnel +(\w+)`)
+	config := `
+global
+	log stderr format raw local0
+defaults
+	log global
+	mode http
+	timeout connect 1s
+	timeout client 10s
+	timeout server 10s
+	` + lines[1] + `
+frontend chat
+	bind ` + addr + `
+	` + lines[2] + "\n" + limits + `
+	default_backend chat
+backend chat
+	server chat ` + server + "\n"
+	for pair := range slices.Chunk(changes, 2) {
+		config = replace(t, config, pair[0], pair[1])
+	}
+	log := startProxy(t, "haproxy", config, "/usr/sbin/haproxy", "-db", "-f")
+	awaitListener(t, addr)
+	return log
+}
+
+// certificate writes the certificate of httptest, and its key, to one file.
+func certificate(t *testing.T) (path string) {
+	t.Helper()
+	issuer := httptest.NewTLSServer(nil)
+	defer issuer.Close()
+	cert := issuer.TLS.Certificates[0]
+	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path = filepath.Join(t.TempDir(), "chat.pem")
+	write(t, path, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]}))+
+		string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})))
+	return path
+}
+
+// anyCertificate is a dialer for the tests' certificates.
+var anyCertificate = &websocket.Dialer{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
 
 // caddyConfig is the rest of the configuration for the directive in README.md.
 const caddyConfig = `
@@ -57,20 +139,18 @@ const pingPeriod = 54 * time.Second
 func TestProxyConfigurationsOfTheREADMEsWork(t *testing.T) {
 	t.Parallel()
 	for _, proxy := range []struct {
-		name, prefix string
-		balances     bool // connects new clients to the other server when one exits
-		servers      func(t *testing.T) (one, two *server)
-		start        func(t *testing.T, addr, one, two string)
+		name, scheme, prefix string
+		balances             bool // connects new clients to the other server when one exits
+		servers              func(t *testing.T) (one, two *server)
+		start                func(t *testing.T, addr, one, two string)
 	}{
-		{"nginx", "/chat/", false, func(t *testing.T) (one, two *server) {
+		{"nginx", "https", "/chat/", false, func(t *testing.T) (one, two *server) {
 			return startServer(t, "127.0.0.1:0"), startServer(t, "127.0.0.1:0")
-		}, func(t *testing.T, addr, one, _ string) {
-			config := codeFrom(t, "../README.md", "location /chat/ {")
-			config = replace(t, config, "127.0.0.1:8080", one)
-			wantTimeout(t, config, `proxy_read_timeout (\w+);`)
-			startProxy(t, "nginx-light", fmt.Sprintf(nginxConfig, addr, config), "/usr/sbin/nginx", "-e", "stderr", "-p", ".", "-c")
-		}},
-		{"Caddy", "/", false, func(t *testing.T) (one, two *server) {
+		}, func(t *testing.T, addr, one, _ string) { startNginx(t, addr, one) }},
+		{"HAProxy for one server", "http", "/", false, func(t *testing.T) (one, two *server) {
+			return startServer(t, "127.0.0.1:0"), startServer(t, "127.0.0.1:0")
+		}, func(t *testing.T, addr, one, _ string) { startHAProxyAlone(t, addr, one) }},
+		{"Caddy", "http", "/", false, func(t *testing.T) (one, two *server) {
 			return startServer(t, "127.0.0.1:0"), startServer(t, "127.0.0.1:0")
 		}, func(t *testing.T, addr, one, _ string) {
 			directive := regexp.MustCompile("`(reverse_proxy .*?)`").FindStringSubmatch(readme(t))
@@ -80,7 +160,7 @@ func TestProxyConfigurationsOfTheREADMEsWork(t *testing.T) {
 			startProxy(t, "caddy", fmt.Sprintf(caddyConfig, addr, replace(t, directive[1], "127.0.0.1:8080", one)),
 				"/usr/bin/env", "XDG_CONFIG_HOME=.", "XDG_DATA_HOME=.", "/usr/bin/caddy", "run", "--adapter", "caddyfile", "--config")
 		}},
-		{"HAProxy", "/", true, func(t *testing.T) (one, two *server) {
+		{"HAProxy", "http", "/", true, func(t *testing.T) (one, two *server) {
 			nats := startNATS(t)
 			return startNode(t, nats), startNode(t, nats)
 		}, func(t *testing.T, addr, one, two string) { startHAProxy(t, addr, one, two) }},
@@ -91,15 +171,15 @@ func TestProxyConfigurationsOfTheREADMEsWork(t *testing.T) {
 			addr := freeAddr(t)
 			proxy.start(t, addr, one.addr, two.addr)
 			awaitListener(t, addr)
-			url := "ws://" + addr + proxy.prefix + "ws"
+			url := strings.Replace(proxy.scheme, "http", "ws", 1) + "://" + addr + proxy.prefix + "ws"
 			join := func() *websocket.Conn {
-				conn := dial(t, websocket.DefaultDialer, url)
+				conn := dial(t, anyCertificate, url)
 				conn.SetReadDeadline(time.Now().Add(patience))
 				return conn
 			}
 
 			p := newTab(t)
-			p.open("http://" + addr + proxy.prefix)
+			p.open(proxy.scheme + "://" + addr + proxy.prefix)
 			p.send("through a proxy")
 			p.until(lastLine + ` == "through a proxy"`)
 
@@ -117,8 +197,8 @@ func TestProxyConfigurationsOfTheREADMEsWork(t *testing.T) {
 				wantClose(t, discard(conn), violation.want)
 			}
 
-			for origin, want := range map[string]int{"http://" + addr: 101, "http://example.com": 403} {
-				conn, response, err := websocket.DefaultDialer.Dial(url, http.Header{"Origin": {origin}})
+			for origin, want := range map[string]int{proxy.scheme + "://" + addr: 101, "http://example.com": 403} {
+				conn, response, err := anyCertificate.Dial(url, http.Header{"Origin": {origin}})
 				if response == nil || response.StatusCode != want {
 					t.Errorf("from the origin %s the handshake gives %v and %v, want status %d", origin, response, err, want)
 				}
@@ -140,6 +220,173 @@ func TestProxyConfigurationsOfTheREADMEsWork(t *testing.T) {
 			two.stop(t)
 			wantClose(t, discard(idle), websocket.CloseGoingAway)
 			wantClose(t, discard(busy), websocket.CloseGoingAway)
+		})
+	}
+}
+
+// The limits of README.md, for the connections of one address: the next gets 503, and gets in
+// when another has left. Neither counts for the requests of other addresses.
+func TestProxiesLimitTheConnectionsOfAnAddress(t *testing.T) {
+	t.Parallel()
+	const limit = 50
+	for _, proxy := range []struct {
+		name, url string
+		start     func(t *testing.T, addr, server string)
+	}{
+		{"nginx", "wss://%s/chat/ws", func(t *testing.T, addr, server string) { startNginx(t, addr, server) }},
+		{"HAProxy", "ws://%s/ws", func(t *testing.T, addr, server string) { startHAProxyAlone(t, addr, server) }},
+	} {
+		t.Run(proxy.name, func(t *testing.T) {
+			t.Parallel()
+			addr := freeAddr(t)
+			s := startServer(t, "localhost:0")
+			proxy.start(t, addr, s.addr)
+			url := fmt.Sprintf(proxy.url, addr)
+			conns := make([]*websocket.Conn, limit)
+			for i := range conns {
+				conns[i] = dial(t, anyCertificate, url)
+			}
+			if _, response, err := anyCertificate.Dial(url, nil); response == nil || response.StatusCode != 503 {
+				t.Errorf("connection %d gets %v, %v, want status 503", limit+1, response, err)
+			}
+			elsewhere := *anyCertificate
+			elsewhere.NetDialContext = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}).DialContext
+			dial(t, &elsewhere, url)
+
+			leave(t, conns[0])
+			for start := time.Now(); ; time.Sleep(100 * time.Millisecond) { // until the proxy has noticed
+				conn, _, err := anyCertificate.Dial(url, nil)
+				if err == nil {
+					conn.Close()
+					break
+				}
+				if time.Since(start) > patience {
+					t.Fatalf("after a connection has ended, the next gets %v", err)
+				}
+			}
+		})
+	}
+}
+
+// The limits of README.md, for all connections together and for requests.
+func TestProxiesLimitConnectionsInTotalAndRequests(t *testing.T) {
+	t.Parallel()
+	want503 := func(t *testing.T, url string) {
+		t.Helper()
+		if _, response, err := anyCertificate.Dial(url, nil); response == nil || response.StatusCode != 503 {
+			t.Errorf("the handshake gets %v, %v, want status 503", response, err)
+		}
+	}
+	join := func(t *testing.T, url string) { // and leave
+		t.Helper()
+		conn := dial(t, anyCertificate, url)
+		leave(t, conn)
+	}
+	t.Run("nginx, in total", func(t *testing.T) {
+		t.Parallel()
+		addr := freeAddr(t)
+		startNginx(t, addr, startServer(t, "localhost:0").addr, "limit_conn all 10000", "limit_conn all 3")
+		for range 3 {
+			dial(t, anyCertificate, "wss://"+addr+"/chat/ws")
+		}
+		want503(t, "wss://"+addr+"/chat/ws")
+	})
+	t.Run("nginx, requests", func(t *testing.T) {
+		t.Parallel()
+		addr := freeAddr(t)
+		startNginx(t, addr, startServer(t, "localhost:0").addr, "rate=5r/s", "rate=1r/m", "burst=50", "burst=2")
+		for range 3 {
+			join(t, "wss://"+addr+"/chat/ws")
+		}
+		want503(t, "wss://"+addr+"/chat/ws")
+	})
+	t.Run("HAProxy, in total", func(t *testing.T) {
+		t.Parallel()
+		addr := freeAddr(t)
+		startHAProxyAlone(t, addr, startServer(t, "localhost:0").addr, "maxconn 10000", "maxconn 3")
+		var first *websocket.Conn
+		for range 3 {
+			first = dial(t, anyCertificate, "ws://"+addr+"/ws")
+		}
+		// HAProxy leaves further connections in the kernel's queue.
+		next := &websocket.Dialer{HandshakeTimeout: 500 * time.Millisecond}
+		if _, _, err := next.Dial("ws://"+addr+"/ws", nil); err == nil {
+			t.Error("a fourth connection is accepted")
+		}
+		leave(t, first)
+		dial(t, anyCertificate, "ws://"+addr+"/ws")
+	})
+	t.Run("HAProxy, requests", func(t *testing.T) {
+		t.Parallel()
+		addr := freeAddr(t)
+		startHAProxyAlone(t, addr, startServer(t, "localhost:0").addr, "http_req_rate(0) gt 100", "http_req_rate(0) gt 3")
+		for range 3 {
+			join(t, "ws://"+addr+"/ws")
+		}
+		want503(t, "ws://"+addr+"/ws")
+	})
+}
+
+// For each client nginx takes two of its worker_connections. Its log has the client, when the
+// WebSocket ends.
+func TestNginxTakesTwoConnectionsForEachClient(t *testing.T) {
+	t.Parallel()
+	const connections = 40
+	addr := freeAddr(t)
+	log := startNginx(t, addr, startServer(t, "localhost:0").addr,
+		"worker_connections 400", fmt.Sprint("worker_connections ", connections))
+	clients := 0
+	for range connections {
+		conn, _, err := anyCertificate.Dial("wss://"+addr+"/chat/ws", nil)
+		if err != nil {
+			break
+		}
+		defer conn.Close()
+		clients++
+	}
+	if clients == 0 || clients > connections/2 {
+		t.Errorf("%d clients connect, want at most half of %d", clients, connections)
+	}
+	log.wait(t, "worker_connections are not enough")
+	if got := log.String(); strings.Contains(got, `"GET /chat/ws HTTP/1.1" 101`) {
+		t.Errorf("nginx logs a WebSocket that has not ended:\n%s", got)
+	}
+}
+
+// The server logs the proxy's address, whatever X-Forwarded-For says. HAProxy's log, in the
+// format of README.md, has it beside the client's; nginx's has the client's.
+func TestLogsOfProxiesTellTheClientsAddress(t *testing.T) {
+	t.Parallel()
+	for name, url := range map[string]string{"nginx": "wss://%s/chat/ws", "HAProxy": "ws://%s/ws"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			addr := freeAddr(t)
+			s := startServer(t, "localhost:0")
+			start := startHAProxyAlone
+			if name == "nginx" {
+				start = startNginx
+			}
+			log := start(t, addr, s.addr)
+			dialer := *anyCertificate
+			dialer.NetDialContext = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}).DialContext
+			conn, _, err := dialer.Dial(fmt.Sprintf(url, addr), http.Header{"X-Forwarded-For": {"192.0.2.1"}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			sendBinary(t, conn, []byte("x"))
+			wantEnd(t, conn, websocket.CloseUnsupportedData)
+			conn.Close()
+			logged := s.waitForLog(t, `(\S+): dropped`)
+			if strings.Contains(s.log.String(), "192.0.2.1") || strings.HasPrefix(logged, "127.0.0.2:") {
+				t.Errorf("the server logs %q, want the proxy's address", s.log)
+			}
+			if name == "nginx" {
+				log.wait(t, `127.0.0.2 - - [`)
+				log.wait(t, `"GET /chat/ws HTTP/1.1" 101`)
+			} else {
+				log.wait(t, conn.LocalAddr().String()+" is "+logged+": GET /ws HTTP/1.1 101 ")
+			}
 		})
 	}
 }
@@ -322,22 +569,23 @@ func wantTimeout(t *testing.T, config, pattern string) {
 	}
 }
 
-// codeFrom returns the code block in a Markdown file that starts with the line first.
+// codeFrom returns the code in a Markdown file that starts with the line first, up to a line
+// with less indentation.
 func codeFrom(t *testing.T, file, first string) string {
 	t.Helper()
 	text, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	const indent = "\n    "
-	_, code, found := strings.Cut(string(text), indent+first+"\n")
-	if !found {
+	match := regexp.MustCompile(`(?m)^(    +)` + regexp.QuoteMeta(first) + "\n").FindSubmatchIndex(text)
+	if match == nil {
 		t.Fatalf("%s has no code that starts with %q", file, first)
 	}
+	indent, code := string(text[match[2]:match[3]]), string(text[match[1]:])
 	var block strings.Builder
 	block.WriteString(first + "\n")
 	for line := range strings.Lines(code) {
-		line, indented := strings.CutPrefix(line, "    ")
+		line, indented := strings.CutPrefix(line, indent)
 		if !indented && line != "\n" {
 			break
 		}

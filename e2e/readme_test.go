@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"cmp"
 	"io"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +14,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode"
+
+	"github.com/gorilla/websocket"
 )
 
 // clone makes a fresh clone of the repository, with git's options.
@@ -52,7 +57,7 @@ func TestCommandsOfTheREADMEsHaveTheOutputShown(t *testing.T) {
 				case strings.Contains(command, "//nats-1:"): // a host that does not exist here
 				case strings.HasPrefix(command, "go run ."):
 					runServer(t, filepath.Dir(readme), command, shown, ports)
-				case strings.HasPrefix(command, "npx wscat "):
+				case strings.HasPrefix(command, "npx -y wscat "):
 					runWscat(t, command, shown, ports)
 				case strings.Contains(command, " -bench="):
 					wantBenchmark(t, command)
@@ -77,6 +82,7 @@ func runServer(t *testing.T, dir, command, shown string, ports map[string]string
 
 	for line := range strings.Lines(shown) {
 		line = strings.TrimSpace(line)
+		line = strings.TrimSuffix(line, " (all interfaces)") // These tests listen on one.
 		pattern := date.ReplaceAllString(regexp.QuoteMeta(line), date.String())
 		pattern = port.ReplaceAllString(pattern, `:(\d+)`)
 		pattern = strings.ReplaceAll(pattern, "localhost", `127\.0\.0\.1`)
@@ -202,5 +208,433 @@ func TestBuildIsReproducible(t *testing.T) {
 	}
 	if !bytes.Contains(binaries[0], []byte("vcs.revision=")) {
 		t.Error("the binary does not name its commit")
+	}
+}
+
+// section returns the code under a heading in file, until the next heading: the changes to
+// the server's files, and the other code.
+func section(t *testing.T, file, heading string) (changes, code string) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(root, file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, found := strings.Cut(string(text), "\n"+heading+"\n")
+	if !found {
+		t.Fatalf("%s has no heading %q", file, heading)
+	}
+	rest, _, _ = strings.Cut(rest, "\n#")
+	for _, block := range regexp.MustCompile(`(?m)(?:^    .*\n)+`).FindAllString(rest+"\n", -1) {
+		block = regexp.MustCompile(`(?m)^    `).ReplaceAllString(block, "")
+		if strings.HasPrefix(block, "--- ") {
+			changes += "\n" + block
+		} else {
+			code += block
+		}
+	}
+	if changes+code == "" {
+		t.Fatalf("%s has no code under %q", file, heading)
+	}
+	return changes, code
+}
+
+// added returns code as the lines of a change.
+func added(code string) string {
+	return "+" + strings.ReplaceAll(strings.TrimSuffix(code, "\n"), "\n", "\n+") + "\n"
+}
+
+// The setup and the stop of README.md make a program, which ends although a client has sent
+// half a request, and after it has answered a whole one.
+func TestSetupAndStopOfTheREADME(t *testing.T) {
+	t.Parallel()
+	_, setup := section(t, "README.md", "## Use it in your project")
+	_, stop := section(t, "README.md", "### Stop")
+	s := startCopy(t, `
+--- main.go
+-	return serve(ctx, listener)
++	return serveOwn(ctx, listener)
+ }
+--- own.go
++package main
++
++func serveOwn(ctx context.Context, listener net.Listener) error {
++	mux := http.NewServeMux()
+`+added(setup)+`+	mux.HandleFunc("/slow", func(w http.ResponseWriter, r *http.Request) {
++		log.Print("a slow request")
++		<-hub.stopped
++		io.WriteString(w, "answered")
++	})
++	mux.HandleFunc("/upload", func(w http.ResponseWriter, r *http.Request) {
++		log.Print("an upload")
++		io.Copy(io.Discard, r.Body)
++	})
++	server := &http.Server{Handler: mux}
++	go server.Serve(listener)
+`+added(stop)+`+	return nil
++}
+`)
+	conn := s.dial(t)
+	send(t, conn, "hello")
+	wantLines(t, conn, "hello")
+	half, err := net.Dial("tcp", s.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer half.Close()
+	io.WriteString(half, "POST /upload HTTP/1.1\r\nHost: chat\r\nContent-Length: 8\r\n\r\nhalf")
+	s.waitForLog(t, "an (upload)")
+	answer := make(chan string)
+	go func() { answer <- s.get(t, "/slow") }()
+	s.waitForLog(t, "a slow (request)")
+	start := time.Now()
+	s.signal(t, syscall.SIGTERM)
+	wantEnd(t, conn, websocket.CloseGoingAway)
+	if got := <-answer; got != "answered" {
+		t.Errorf("the slow request gets %q, want %q", got, "answered")
+	}
+	s.wantExit(t, start, 15*time.Second)
+}
+
+// readmeLogIn is the part of README.md's login that is the application's.
+const readmeLogIn = `
+--- users.go
++package main
++
++func userOf(r *http.Request) string {
++	if cookie, err := r.Cookie("user"); err == nil {
++		return cookie.Value
++	}
++	return r.FormValue("user")
++}
+`
+
+// withREADMERecipes returns the changes of README.md for a login, and for messages that are
+// handled.
+func withREADMERecipes(t *testing.T) (changes []string) {
+	t.Helper()
+	handles, toSome := section(t, "README.md", "### Handle messages, reply, and send to some")
+	field, logIn := section(t, "README.md", "### Log in")
+	return []string{handles, field, readmeLogIn, `
+--- main.go
+-	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
+` + added(logIn) + `+	mux.HandleFunc("/taxi", func(w http.ResponseWriter, r *http.Request) {
++		message := []byte("Your taxi is here.")
+` + added(toSome) + `+	})
+`}
+}
+
+// Messages are documents with the sender's name, which no message and no name can forge.
+// What is none gets an error, which nobody else sees.
+func TestHandleAndLogInOfTheREADME(t *testing.T) {
+	t.Parallel()
+	s := startCopy(t, withREADMERecipes(t)...)
+	if _, response, err := websocket.DefaultDialer.Dial("ws://"+s.addr+"/ws", nil); response == nil || response.StatusCode != 401 {
+		t.Errorf("without a login the handshake gets %v, %v, want status 401", response, err)
+	}
+	hans := s.dialTo(t, "/ws?user=hans")
+	grete, _, err := websocket.DefaultDialer.Dial("ws://"+s.addr+"/ws", http.Header{"Cookie": {"user=grete"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { grete.Close() })
+	const refused = `{"error":"send a JSON object with a text"}`
+	for _, message := range []string{"hello", `{"text":7}`, `{"text":""}`, `["text"]`, `{"text":"a"} {"text":"b"}`} {
+		send(t, hans, message)
+		wantLines(t, hans, refused)
+	}
+	s.get(t, "/taxi")
+	for _, message := range []string{`{"text":"a\nb"}`, `{"user":"grete","text":"a","USER":"grete","Text":"a\nb"}`} {
+		send(t, hans, message)
+		wantLines(t, hans, `{"text":"a\nb","user":"hans"}`)
+	}
+	wantLines(t, grete, "Your taxi is here.", `{"text":"a\nb","user":"hans"}`, `{"text":"a\nb","user":"hans"}`)
+
+	forged := s.dialTo(t, "/ws?user=%ff%fe%0a%1b")
+	send(t, forged, `{"text":"x"}`)
+	wantLines(t, grete, `{"text":"x","user":"\ufffd\ufffd\n\u001b"}`)
+}
+
+// The test of README.md passes in a copy, with the race detector, and fails if the copy does
+// not broadcast.
+func TestTestOfTheREADME(t *testing.T) {
+	t.Parallel()
+	_, block := section(t, "README.md", "### Test your own code")
+	for name, changes := range map[string][]string{
+		"unchanged": nil,
+		"handle":    withREADMERecipes(t),
+		"broken": {`
+--- client.go
+-	c.hub.broadcast <- line
++	c.tell([]byte("no"))
+`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := copyOf(t, root, append(changes, "\n--- chat_test.go\n+package main\n+\n"+added(block))...)
+			cmd := exec.Command("go", "test", "-race", ".")
+			cmd.Dir = dir
+			if out, err := cmd.CombinedOutput(); err == nil == (name == "broken") {
+				t.Errorf("go test ends with %v:\n%s", err, out)
+			}
+		})
+	}
+}
+
+// A copy of main.go serves TLS, with the call that README.md names, instead of the one there.
+func TestTLSOfTheREADME(t *testing.T) {
+	t.Parallel()
+	calls := regexp.MustCompile("(?s)`(server.ServeTLS\\([^`]*\\))` instead of\\s`(server.Serve\\([^`]*\\))`").FindStringSubmatch(readme(t))
+	if calls == nil {
+		t.Fatal("README.md does not say how a copy serves TLS")
+	}
+	file := certificate(t)
+	tls := strings.NewReplacer("cert.pem", file, "key.pem", file).Replace(calls[1])
+	s := startCopy(t, "\n--- main.go\n-\terr := "+calls[2]+"\n+\terr := "+tls+"\n")
+	conn := dial(t, anyCertificate, "wss://"+s.addr+"/ws")
+	send(t, conn, "hello")
+	wantLines(t, conn, "hello")
+	s.signal(t, syscall.SIGTERM)
+	wantEnd(t, conn, websocket.CloseGoingAway)
+	s.wantExit(t, time.Now(), patience)
+}
+
+// mistakes are the common mistakes of README.md: tests that fail inside a copy.
+const mistakes = `package main
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"testing/synctest"
+
+	"github.com/gorilla/websocket"
+)
+
+func start() (*Hub, *Client) {
+	hub := newHub()
+	go hub.run()
+	client := &Client{hub: hub, send: make(chan []byte, 256)}
+	hub.register <- client
+	return hub, client
+}
+
+var reason = &websocket.CloseError{Code: 4000}
+
+func TestSendToTheChannelOfADroppedClient(t *testing.T) {
+	hub, client := start()
+	hub.do(func() { hub.drop(client, reason) })
+	if client.tell([]byte("x")) {
+		t.Error("tell returns true")
+	}
+	client.send <- []byte("x")
+}
+
+func TestWriteBesideWritePump(t *testing.T) {
+	hub := newHub()
+	go hub.run()
+	clients := make(chan *Client, 1)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		client := &Client{hub: hub}
+		client.serve(w, r)
+		clients <- client
+	}))
+	conn, _, err := websocket.DefaultDialer.Dial(strings.Replace(server.URL, "http", "ws", 1), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for err == nil {
+			_, _, err = conn.NextReader()
+		}
+	}()
+	for client := <-clients; ; {
+		hub.broadcast <- []byte("x")
+		client.conn.WriteJSON("x")
+	}
+}
+
+func onHub(t *testing.T, f func(*Hub, *Client)) {
+	synctest.Test(t, func(t *testing.T) {
+		hub, client := start()
+		hub.do(func() { f(hub, client) })
+	})
+}
+
+func TestDoOnTheHub(t *testing.T)   { onHub(t, func(h *Hub, _ *Client) { h.do(func() {}) }) }
+func TestDoOfAClientOnTheHub(t *testing.T) { onHub(t, func(_ *Hub, c *Client) { c.do(func() {}) }) }
+func TestTellOnTheHub(t *testing.T) { onHub(t, func(_ *Hub, c *Client) { c.tell(nil) }) }
+func TestEndOnTheHub(t *testing.T)  { onHub(t, func(_ *Hub, c *Client) { c.end(reason) }) }
+func TestBroadcastOnTheHub(t *testing.T) { onHub(t, func(h *Hub, _ *Client) { h.broadcast <- nil }) }
+
+func TestDoInAGoroutineForWhichTheHubWaits(t *testing.T) {
+	onHub(t, func(h *Hub, _ *Client) {
+		saves := make(chan []byte, 1)
+		go func() {
+			for range saves {
+				h.do(func() {})
+			}
+		}()
+		for range 3 {
+			saves <- nil
+		}
+	})
+}
+
+func TestStateOutsideOfDo(t *testing.T) {
+	hub, _ := start()
+	go func() { hub.register <- &Client{hub: hub, send: make(chan []byte, 1)} }()
+	for range 1000 {
+		for range hub.clients {
+		}
+		hub.do(func() {})
+	}
+}
+`
+
+func TestCommonMistakesOfTheREADME(t *testing.T) {
+	t.Parallel()
+	dir := copyOf(t, root)
+	write(t, filepath.Join(dir, "mistakes_test.go"), mistakes)
+	build := exec.Command("go", "test", "-race", "-c", "-o", "mistakes.test", ".")
+	build.Dir = dir
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	const deadlock = "all goroutines in bubble are blocked"
+	for name, want := range map[string]string{
+		"TestSendToTheChannelOfADroppedClient":  "panic: send on closed channel",
+		"TestWriteBesideWritePump":              "DATA RACE|concurrent write to websocket connection",
+		"TestDoOnTheHub":                        deadlock,
+		"TestDoOfAClientOnTheHub":               deadlock,
+		"TestTellOnTheHub":                      deadlock,
+		"TestEndOnTheHub":                       deadlock,
+		"TestBroadcastOnTheHub":                 deadlock,
+		"TestDoInAGoroutineForWhichTheHubWaits": deadlock,
+		"TestStateOutsideOfDo":                  "DATA RACE",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cmd := exec.CommandContext(t.Context(), filepath.Join(dir, "mistakes.test"), "-test.run=^"+name+"$", "-test.timeout=60s")
+			cmd.Env = append(os.Environ(), "GORACE=halt_on_error=1")
+			out, err := cmd.CombinedOutput()
+			if err == nil || !regexp.MustCompile(want).Match(out) || bytes.Contains(out, []byte("tell returns true")) {
+				t.Errorf("the test ends with %v, want %q in its output:\n%s", err, want, out)
+			}
+		})
+	}
+}
+
+// What a reader looks for is in README.md by its usual word.
+func TestWordsAreFoundInTheREADME(t *testing.T) {
+	t.Parallel()
+	text := strings.ToLower(strings.Join(strings.Fields(readme(t)), " "))
+	for _, word := range []string{
+		"CORS", "origin", "TLS", "wss", "certificate", "flag", "configuration", "message size", "rate limit", "compression",
+		"health check", "Safari 15", "Chrome", "Firefox", "phone", "mobile", "native", "JWT", "cookie", "Prometheus",
+		"X-Forwarded-For", "connection limits", "1006", "security", "contribut", "test your own", "login",
+		"nginx", "Caddy", "HAProxy", "systemd", "Docker", "Kubernetes", "ports below 1024", "DNS rebinding", "history",
+		"presence", "rooms", "JSON", "binary", "database", "gin", "echo", "chi", "graceful shutdown", "backpressure",
+		"slow client", "half-open", "exponential backoff", "slowloris", "heartbeat", "Sec-WebSocket-Protocol", "license",
+	} {
+		if !strings.Contains(text, strings.ToLower(word)) {
+			t.Errorf("README.md does not have %q", word)
+		}
+	}
+}
+
+// A reader can skim README.md.
+func TestREADMEIsShort(t *testing.T) {
+	t.Parallel()
+	text := readme(t)
+	if got := strings.Count(text, "\n"); got > 260 {
+		t.Errorf("it has %d lines, want at most 260", got)
+	}
+	first, _, _ := strings.Cut(text, "\n## Features\n")
+	if got := len(strings.Fields(first)); got > 190 {
+		t.Errorf("it has %d words before its features, want at most 190", got)
+	}
+	lines, paragraph := strings.Split(text, "\n"), 0
+	for i, line := range lines {
+		if strings.HasPrefix(line, "#") && lines[i+1] != "" {
+			t.Errorf("no blank line follows %q", line)
+		}
+		paragraph++
+		if line == "" || strings.HasPrefix(line, "    ") || strings.HasPrefix(line, "|") {
+			paragraph = 0
+		} else if strings.HasPrefix(line, "- ") {
+			paragraph = 1
+		}
+		if paragraph > 5 {
+			t.Errorf("a paragraph has more than five lines, to %q", line)
+		}
+		shown := regexp.MustCompile(`\]\([^)]*\)`).ReplaceAllString(line, "]")
+		if got := len([]rune(shown)); got > 124 && !strings.HasPrefix(line, "|") && !strings.HasPrefix(line, "![") {
+			t.Errorf("a line has %d columns: %q", got, line)
+		}
+	}
+}
+
+// anchor returns GitHub's anchor of a heading.
+func anchor(heading string) string {
+	return strings.Map(func(r rune) rune {
+		switch {
+		case r == ' ':
+			return '-'
+		case unicode.IsLetter(r), unicode.IsDigit(r), r == '-', r == '_':
+			return unicode.ToLower(r)
+		}
+		return -1
+	}, strings.TrimLeft(heading, "# "))
+}
+
+// Each link in a Markdown file to another, or to a heading, has its target.
+func TestLinksHaveTargets(t *testing.T) {
+	t.Parallel()
+	files := []string{filepath.Join(root, "README.md")}
+	for _, pattern := range []string{"*/README.md", ".github/*.md"} {
+		matches, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil || len(matches) == 0 {
+			t.Fatalf("no files %s: %v", pattern, err)
+		}
+		files = append(files, matches...)
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, link := range regexp.MustCompile(`\]\(([^)\s]+)\)`).FindAllStringSubmatch(string(text), -1) {
+			if strings.Contains(link[1], "://") {
+				continue
+			}
+			path, fragment, _ := strings.Cut(link[1], "#")
+			target := file
+			if path != "" {
+				target = filepath.Join(filepath.Dir(file), path)
+			}
+			info, err := os.Stat(target)
+			if err != nil {
+				t.Errorf("%s: the link to %s: %v", file, link[1], err)
+				continue
+			}
+			if fragment == "" {
+				continue
+			}
+			if info.IsDir() {
+				target = filepath.Join(target, "README.md")
+			}
+			content, err := os.ReadFile(target)
+			if err != nil {
+				t.Fatal(err)
+			}
+			found := false
+			for _, heading := range regexp.MustCompile(`(?m)^#+ .*$`).FindAllString(string(content), -1) {
+				found = found || anchor(heading) == fragment
+			}
+			if !found {
+				t.Errorf("%s: %s has no heading for the link to %s", file, target, link[1])
+			}
+		}
 	}
 }
