@@ -16,6 +16,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/evanw/esbuild/pkg/api"
 	"github.com/gorilla/websocket"
 )
 
@@ -408,6 +409,7 @@ import (
 	"testing"
 	"testing/synctest"
 
+	"github.com/evanw/esbuild/pkg/api"
 	"github.com/gorilla/websocket"
 )
 
@@ -634,6 +636,43 @@ func TestLinksHaveTargets(t *testing.T) {
 			}
 			if !found {
 				t.Errorf("%s: %s has no heading for the link to %s", file, target, link[1])
+			}
+		}
+	}
+}
+
+// The page's script and style need nothing newer than the browsers of README.md, as far as
+// syntax goes: esbuild would rewrite what is newer.
+func TestPageHasNoSyntaxNewerThanTheBrowsersOfTheREADME(t *testing.T) {
+	t.Parallel()
+	browsers := regexp.MustCompile(`Chrome and Edge (\d+), Firefox\s+(\d+), Safari\s+(\d+), and later`).FindStringSubmatch(readme(t))
+	if browsers == nil {
+		t.Fatal("README.md does not name the browsers")
+	}
+	home, err := os.ReadFile(filepath.Join(root, "home.html"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for element, loader := range map[string]api.Loader{"script": api.LoaderJS, "style": api.LoaderCSS} {
+		source := regexp.MustCompile("(?s)<" + element + "[^>]*>(.*)</" + element + ">").FindSubmatch(home)
+		if source == nil {
+			t.Fatalf("the page has no %s", element)
+		}
+		print := func(engines ...api.Engine) string {
+			result := api.Transform(string(source[1]), api.TransformOptions{Loader: loader, Engines: engines,
+				Supported: map[string]bool{"regexp-unicode-property-escapes": true}}) // esbuild knows none of their names.
+			if len(result.Errors) > 0 {
+				t.Errorf("esbuild cannot rewrite the %s for %v: %v", element, engines, result.Errors)
+			}
+			return string(result.Code)
+		}
+		asIs := strings.Split(print(), "\n")
+		for i, name := range []api.EngineName{api.EngineChrome, api.EngineFirefox, api.EngineSafari} {
+			for n, line := range strings.Split(print(api.Engine{Name: name, Version: browsers[i+1]}), "\n") {
+				if n >= len(asIs) || line != asIs[n] {
+					t.Errorf("esbuild rewrites the %s for version %s of engine %d: %s", element, browsers[i+1], name, line)
+					break
+				}
 			}
 		}
 	}
