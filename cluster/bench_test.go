@@ -30,8 +30,8 @@ func BenchmarkLatency(b *testing.B) {
 		to   *node
 	}{
 		{"way=hub", nodes[0].hub, nodes[0]},
-		{"way=NATS/to=same-node", nodes[0].front, nodes[0]},
-		{"way=NATS/to=other-node", nodes[0].front, nodes[1]},
+		{"way=NATS/to=same-node", nodes[0].proxyHub, nodes[0]},
+		{"way=NATS/to=other-node", nodes[0].proxyHub, nodes[1]},
 	}
 	for _, path := range paths {
 		b.Run(path.name, func(b *testing.B) {
@@ -74,7 +74,7 @@ func BenchmarkDeliveries(b *testing.B) {
 				missing.Add(len(nodes) * n * len(nodes) * burst)
 				for range burst {
 					for _, node := range nodes {
-						node.front.broadcast <- message
+						node.proxyHub.broadcast <- message
 					}
 				}
 				missing.Wait()
@@ -188,7 +188,7 @@ func BenchmarkLargeRoom(b *testing.B) {
 			for b.Loop() {
 				for range rounds {
 					start := time.Now()
-					nodes[0].front.broadcast <- message
+					nodes[0].proxyHub.broadcast <- message
 					for range listeners {
 						late = append(late, (<-arrivals).Sub(start))
 					}
@@ -249,7 +249,7 @@ func BenchmarkNATS(b *testing.B) {
 			sent := 0
 			for b.Loop() {
 				for range maxInFlight {
-					nodes[0].front.broadcast <- message
+					nodes[0].proxyHub.broadcast <- message
 				}
 				sent += maxInFlight
 				for _, listener := range listeners {
@@ -283,7 +283,7 @@ func BenchmarkDistance(b *testing.B) {
 			for b.Loop() {
 				go func() {
 					for range each {
-						node.front.broadcast <- message
+						node.proxyHub.broadcast <- message
 					}
 				}()
 				for range each {

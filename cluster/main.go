@@ -3,11 +3,12 @@
 //
 // Usage:
 //
-//	cluster [-addr host:port] [-nats url,...] [-creds file] [-subject name]
+//	cluster [-addr host:port] [-nats url,...] [-creds file] [-password file] [-subject name]
 //
-// Each node serves a page for browsers at /, the WebSocket endpoint at /ws, and a readiness
-// probe at /ready. It listens once it has joined the room. Without -nats it starts a NATS
-// server of its own on a loopback port, for trying it out, and logs how a second node joins.
+// Each node serves a page for browsers at /, the WebSocket endpoint at /ws, a readiness probe
+// at /ready, and metrics for Prometheus at /metrics. It accepts clients once it has joined the
+// room, and retries until then. Without -nats it starts a NATS server of its own on a loopback
+// port, for trying it out, and logs how a second node joins.
 // SIGINT or SIGTERM starts a graceful shutdown: the node closes its clients' connections,
 // publishes what they have sent, and exits with status 0; a second signal forces it to exit.
 //
@@ -25,7 +26,6 @@ import (
 	"encoding/base64"
 	"flag"
 	"fmt"
-	"io"
 	"log"
 	"net"
 	"net/http"
@@ -34,9 +34,10 @@ import (
 	"strings"
 	"syscall"
 	"time"
-
-	"github.com/nats-io/nats.go"
 )
+
+// embedded is the value of -nats for which the node starts a NATS server of its own.
+const embedded = "embedded"
 
 const (
 	// Time allowed to read a request, to write its response, and between two requests. It
@@ -56,10 +57,11 @@ const (
 )
 
 var (
-	addr    = flag.String("addr", ":8080", "listen on `host:port`")
-	urls    = flag.String("nats", "", "join the room at the NATS servers `url,...` (default: an embedded server)")
-	creds   = flag.String("creds", "", "authenticate to NATS with the credentials `file`")
-	subject = flag.String("subject", "chat", "the room's `name`: the NATS subject it talks on")
+	addr     = flag.String("addr", ":8080", "listen on `host:port`")
+	urls     = flag.String("nats", embedded, "join the room at the NATS servers `url,...`")
+	creds    = flag.String("creds", "", "authenticate to NATS with the credentials `file`")
+	password = flag.String("password", "", "authenticate to NATS with the password in `file`, as the user in the URLs")
+	subject  = flag.String("subject", "chat", "the room's `name`: the NATS subject it talks on")
 )
 
 //go:embed home.html
@@ -81,16 +83,20 @@ func main() {
 		<-signals
 		os.Exit(1)
 	}()
-	if err := run(ctx, *addr, *urls, *creds, *subject); err != nil {
+	if err := run(ctx, *addr, *urls, *creds, *password, *subject); err != nil {
 		log.Fatal(err)
 	}
 }
 
-// run joins the room of that subject and serves it on addr until ctx is done. It returns an
-// error if it cannot join the room, or if listening fails, at once or later.
-func run(ctx context.Context, addr, urls, creds, subject string) error {
-	embedded := urls == ""
-	if embedded {
+// run listens on addr, joins the room of that subject, and serves it until ctx is done. It
+// returns an error if a flag is wrong, or if listening fails, at once or later.
+func run(ctx context.Context, addr, urls, creds, password, subject string) error {
+	listener, err := net.Listen("tcp", addr)
+	if err != nil {
+		return err
+	}
+	isEmbedded := urls == embedded
+	if isEmbedded {
 		nats, err := startNATS()
 		if err != nil {
 			return err
@@ -98,50 +104,56 @@ func run(ctx context.Context, addr, urls, creds, subject string) error {
 		defer nats.Shutdown()
 		urls = nats.ClientURL()
 	}
-	nc, err := connect(urls, creds)
+	options, err := natsOptions(urls, creds, password)
 	if err != nil {
 		return err
 	}
-	defer nc.Close()
-	relay, err := join(newHub(), nc, subject, log.Default())
+	relay, err := join(newHub(), options, subject, log.Default())
 	if err != nil {
 		return err
 	}
-	// Listen only now, when clients can send and receive.
-	listener, err := net.Listen("tcp", addr)
-	if err != nil {
-		return err
-	}
-	if embedded {
-		log.Printf("started a NATS server; a second node joins with: go run . -addr :%d -nats %s -subject %s",
+	if isEmbedded {
+		logSoon("started a NATS server; a second node joins with: go run . -addr :%d -nats %s -subject %s",
 			listener.Addr().(*net.TCPAddr).Port+1, urls, subject)
 	}
-	host, port, _ := net.SplitHostPort(listener.Addr().String())
-	if net.ParseIP(host).IsUnspecified() {
-		host = "localhost"
-	}
-	logSoon("listening on http://%s/", net.JoinHostPort(host, port))
 	return serve(ctx, listener, relay)
 }
 
-// serve accepts connections on listener until ctx is done, listener fails, or the
-// connection to NATS is closed for good. Then it stops the hub, waits up to shutdownWait
-// for all clients to disconnect, and stops the relay.
+// serve accepts connections on listener until ctx is done or listener fails. Then it stops
+// the hub, waits up to shutdownWait for all clients to disconnect, and stops the relay. It
+// returns the listener's error, if any.
 func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	hub := relay.hub
 	disconnected := make(chan struct{})
 	go func() { hub.run(); close(disconnected) }()
+	go relay.metrics.watch(hub)
+	go func() {
+		select {
+		case <-relay.joined:
+			host, port, _ := net.SplitHostPort(listener.Addr().String())
+			if net.ParseIP(host).IsUnspecified() {
+				host = "localhost"
+			}
+			log.Printf("listening on http://%s/", net.JoinHostPort(host, port))
+		case <-hub.stopped:
+		}
+	}()
 
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", serveHome)
 	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) {
+		if !relay.hasJoined.Load() {
+			http.Error(w, "this node has not joined the room yet", http.StatusServiceUnavailable)
+			return
+		}
 		if relay.full.Load() { // Their messages would be queued here, too.
 			http.Error(w, "too many messages are queued for NATS", http.StatusServiceUnavailable)
 			return
 		}
-		serveWs(relay.front, w, r)
+		serveWs(relay.proxyHub, w, r)
 	})
 	mux.HandleFunc("/ready", func(w http.ResponseWriter, r *http.Request) { serveReady(relay, w) })
+	mux.Handle("/metrics", relay.metrics.handler)
 	server := &http.Server{
 		Handler:        mux,
 		ReadTimeout:    httpTimeout,
@@ -149,17 +161,9 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 		MaxHeaderBytes: maxHeaderSize,
 	}
 	context.AfterFunc(ctx, func() { server.Close() }) // This does not close WebSockets: the hub does.
-	// nats.go reconnects without limit, except after a few fatal errors.
-	relay.nc.SetClosedHandler(func(*nats.Conn) { server.Close() })
-	if relay.nc.IsClosed() { // before the handler was set
-		server.Close()
-	}
 	err := server.Serve(listener)
 	if err == http.ErrServerClosed {
 		err = nil
-		if relay.nc.IsClosed() {
-			err = fmt.Errorf("NATS has closed the connection for good: %w", relay.nc.LastError())
-		}
 	}
 
 	hub.stop()
@@ -177,9 +181,9 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 // NATS. It logs nothing, as load balancers call it often.
 func serveReady(relay *Relay, w http.ResponseWriter) {
 	if relay.ready.Load() {
-		io.WriteString(w, "ready\n")
+		fmt.Fprintf(w, "ready: messages of %d nodes arrive, this one included\n", relay.heard.Load())
 	} else {
-		http.Error(w, "disconnected from NATS, no echo of this node's messages, or max_payload too small", http.StatusServiceUnavailable)
+		http.Error(w, "this node's messages do not come back from NATS: the log has the reason", http.StatusServiceUnavailable)
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"encoding/pem"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -101,10 +100,7 @@ func TestNodesJoinOverTLS(t *testing.T) {
 	defer authority.Close()
 	nats := natsWith(t, &server.Options{TLSConfig: authority.TLS, TLSTimeout: patience.Seconds()})
 	url := strings.Replace(nats.ClientURL(), "nats:", "tls:", 1)
-	untrusting := start(t, "-addr", "127.0.0.1:0", "-nats", url)
-	if status, log := untrusting.wait(); status != 1 || !strings.Contains(log, "certificate") {
-		t.Errorf("got status %d and log %q, want status 1: the certificate is unknown", status, log)
-	}
+	start(t, "-addr", "127.0.0.1:0", "-nats", url).logged(t, "cannot join NATS, .*(certificate)")
 	file := filepath.Join(t.TempDir(), "ca.pem")
 	certificate := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: authority.Certificate().Raw})
 	if err := os.WriteFile(file, certificate, 0o600); err != nil {
@@ -120,7 +116,7 @@ func TestNodesJoinOverTLS(t *testing.T) {
 func TestSIGTERMClosesConnectionsAndExitsWithStatus0(t *testing.T) {
 	t.Parallel()
 	nats := natsServer(t)
-	for name, url := range map[string]string{"joined": nats.ClientURL(), "embedded": ""} {
+	for name, url := range map[string]string{"joined": nats.ClientURL(), "embedded": embedded} {
 		t.Run(name, func(t *testing.T) {
 			p := start(t, "-addr", "127.0.0.1:0", "-nats", url)
 			c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
@@ -152,56 +148,18 @@ func TestSIGTERMDuringAnOutageExitsWithStatus0(t *testing.T) {
 	}
 }
 
-func TestFatalErrorOfNATSExitsWithStatus1(t *testing.T) {
+func TestFatalErrorOfNATSIsAReconnect(t *testing.T) {
 	t.Parallel()
 	proxy := newProxy(t, natsServer(t).Addr().String())
-	p := start(t, "-addr", "127.0.0.1:0", "-nats", "nats://"+proxy.Addr().String())
-	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
-	proxy.mu.Lock()
-	fmt.Fprint(proxy.conns[0], "-ERR 'fatal test error'\r\n")
-	proxy.mu.Unlock()
-	c.wantClose(t, websocket.CloseGoingAway)
-	c.Close()
-	if status, log := p.wait(); status != 1 || !strings.Contains(log, "fatal test error") {
-		t.Errorf("got status %d and log %q, want status 1 and the reason", status, log)
-	}
-}
-
-func TestFatalErrorOfNATSBeforeServeEndsServe(t *testing.T) {
-	t.Parallel()
-	proxy := newProxy(t, natsServer(t).Addr().String())
-	relay, _ := startRelay(t, "nats://"+proxy.Addr().String(), "chat")
-	proxy.mu.Lock()
-	fmt.Fprint(proxy.conns[0], "-ERR 'fatal test error'\r\n")
-	proxy.mu.Unlock()
-	eventually(t, "the connection is closed", relay.nc.IsClosed)
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	err = serve(ctx, listener, relay)
-	if err == nil || !strings.Contains(err.Error(), "fatal test error") || ctx.Err() != nil {
-		t.Errorf("serve returned %v (%v), want the reason at once", err, ctx.Err())
-	}
-}
-
-func TestMaximumPayloadViolationExitsWithStatus1(t *testing.T) {
-	t.Parallel()
-	nats := natsServer(t)
-	p := start(t, "-addr", "127.0.0.1:0", "-nats", nats.ClientURL())
-	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
-	reload(t, nats, &server.Options{MaxPayload: maxMessageSize}) // NATS does not notify the node.
-	c.send(t, strings.Repeat("x", maxMessageSize))
-	c.wantClose(t, websocket.CloseGoingAway)
-	c.Close()
-	status, log := p.wait()
-	if want := "NATS has closed the connection for good: nats: Maximum Payload Violation"; status != 1 || !strings.Contains(log, want) {
-		t.Errorf("got status %d and log %q, want status 1 and %q", status, log, want)
-	}
-	if strings.Contains(log, "disconnected from NATS") {
-		t.Errorf("log is %q, want no mention of queued messages", log)
+	node := startNode(t, "nats://"+proxy.Addr().String(), "chat")
+	c := node.dial(t)
+	for n := range 2 {
+		proxy.mu.Lock()
+		fmt.Fprint(proxy.conns[len(proxy.conns)-2], "-ERR 'fatal test error'\r\n")
+		proxy.mu.Unlock()
+		node.log.wait(t, "disconnected from NATS: nats: fatal test error; messages of clients are queued", n+1)
+		c.send(t, "still here")
+		c.want(t, "still here")
 	}
 }
 
@@ -227,7 +185,7 @@ func TestPausedNodeReceivesWhatNATSBuffered(t *testing.T) {
 	}
 	lines := numbered("during the pause", each)
 	for _, line := range lines {
-		node.front.broadcast <- []byte(line)
+		node.proxyHub.broadcast <- []byte(line)
 		sender.want(t, line)
 	}
 	over := time.After(answerWait + 3*time.Second)
@@ -239,7 +197,7 @@ func TestPausedNodeReceivesWhatNATSBuffered(t *testing.T) {
 		c.want(t, lines...)
 		c.Close()
 	}
-	node.front.broadcast <- []byte("afterwards")
+	node.proxyHub.broadcast <- []byte("afterwards")
 	for _, p := range paused {
 		p.Process.Signal(syscall.SIGTERM)
 		if status, log := p.wait(); status != 0 || strings.Contains(log, "disconnected from NATS") || strings.Contains(log, "missed") {
@@ -248,37 +206,38 @@ func TestPausedNodeReceivesWhatNATSBuffered(t *testing.T) {
 	}
 }
 
-func TestFailedStartIsOneLineAndStatus1(t *testing.T) {
+func TestFlagThatCannotWorkIsOneLineAndStatus1(t *testing.T) {
 	t.Parallel()
 	nats := natsServer(t)
 	busy := natsServer(t).Addr().String()
-	gone := natsServer(t)
-	stopNATS(t, gone)
+	empty := filepath.Join(t.TempDir(), "empty")
+	if err := os.WriteFile(empty, []byte("\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	long := strings.Repeat("x", 5000)
 	type test struct {
 		name string
 		args []string
 		want string
 	}
-	unreachable := "no servers available for connection"
-	guarded := natsWith(t, &server.Options{Username: "bob", Password: "hunter2"})
-	publishOnly, subscribeOnly := natsWith(t, allowed("chat", "nothing")), natsWith(t, allowed("nothing", "chat"))
 	tests := []test{
-		{"the NATS server is down", []string{"-nats", strings.Replace(gone.ClientURL(), "//", "//bob:hunter2@", 1)}, unreachable},
-		{"all NATS servers are down", []string{"-nats", gone.ClientURL() + "," + gone.ClientURL()}, unreachable},
+		{"no server", []string{"-nats", ""}, "-nats is empty"},
 		{"no port", []string{"-nats", "nats://bob:hunter2@nonsense:port"}, "malformed"},
 		{"no scheme", []string{"-nats", "bob:hunter2@localhost:4222"}, "malformed"},
 		{"nothing between two commas", []string{"-nats", nats.ClientURL() + ",,"}, "malformed"},
-		{"no such host", []string{"-nats", "nats://bob:hunter2@nats..svc:4222"}, "lookup nats..svc: no such host"},
-		{"no TLS there", []string{"-nats", strings.Replace(nats.ClientURL(), "nats:", "tls:", 1)}, "secure connection not available"},
-		{"a wrong password", []string{"-nats", strings.Replace(guarded.ClientURL(), "//", "//bob:hunter3@", 1)}, "Authorization Violation"},
 		{"a password that could be a port", []string{"-nats", "nats://127.0.0.1:1/hunter2@localhost"}, "malformed"},
+		{"an empty password", []string{"-nats", "nats://bob:@127.0.0.1:1"}, "the password in a URL of NATS is empty"},
 		{"no such credentials", []string{"-nats", nats.ClientURL(), "-creds", "/nonexistent"}, "open /nonexistent:"},
+		{"credentials without a key", []string{"-nats", nats.ClientURL(), "-creds", empty}, "unable to extract key pair"},
+		{"no such password", []string{"-nats", "nats://a@127.0.0.1:1", "-password", "/nonexistent"}, "open /nonexistent:"},
+		{"a file without a password", []string{"-nats", "nats://a@127.0.0.1:1", "-password", empty}, "empty is empty"},
+		{"a password without a user", []string{"-nats", nats.ClientURL(), "-password", empty}, "each URL of NATS has the same user"},
+		{"two passwords", []string{"-nats", "nats://bob:hunter2@127.0.0.1:1", "-password", empty}, "and no password"},
+		{"two users", []string{"-nats", "nats://a@127.0.0.1:1,nats://b@127.0.0.1:1", "-password", empty}, "the same user"},
 		{"wildcards", []string{"-nats", nats.ClientURL(), "-subject", "chat.*"}, `"chat.*" cannot name a room`},
 		{"a space", []string{"-nats", nats.ClientURL(), "-subject", "two words"}, `"two words" cannot name a room`},
 		{"a tab, with the embedded server", []string{"-subject", "chat\t"}, `"chat\t" cannot name a room`},
-		{"5,000 characters", []string{"-nats", nats.ClientURL(), "-subject", strings.Repeat("x", 5000)}, "at most 255 bytes"},
-		{"permission to publish only", []string{"-nats", publishOnly.ClientURL()}, `Permissions Violation for Subscription to "chat"`},
-		{"permission to subscribe only", []string{"-nats", subscribeOnly.ClientURL()}, `Permissions Violation for Publish to "chat"`},
+		{"5,000 characters", []string{"-nats", nats.ClientURL(), "-subject", long}, "at most 255 bytes"},
 		{"a port in use", []string{"-addr", busy, "-nats", nats.ClientURL()}, "address already in use"},
 	}
 	for _, special := range "/#?, \"%[]\\\n" {
@@ -294,12 +253,64 @@ func TestFailedStartIsOneLineAndStatus1(t *testing.T) {
 			if status != 1 || strings.Count(log, "\n") != 1 || len(log) > 250 || !strings.Contains(log, test.want) {
 				t.Errorf("got status %d and log %q, want status 1 and one line with %q", status, log, test.want)
 			}
-			for _, secret := range []string{"bob", "hun", "ter"} {
+			for _, secret := range []string{"bob", "hun", "ter2"} {
 				if strings.Contains(log, secret) {
 					t.Errorf("log is %q, want no part of a URL in it", log)
 				}
 			}
 		})
+	}
+}
+
+func TestStartDuringAnOutageRetries(t *testing.T) {
+	t.Parallel()
+	gone := natsServer(t)
+	restart := stopNATS(t, gone)
+	guarded := natsWith(t, &server.Options{Username: "bob", Password: "hunter2"})
+	login := func(s *server.Server, password string) string {
+		return strings.Replace(s.ClientURL(), "//", "//bob:"+password+"@", 1)
+	}
+	tests := []struct{ name, urls, want string }{
+		{"the NATS server is down", login(gone, "hunter3"), "no servers available for connection"},
+		{"all NATS servers are down", gone.ClientURL() + "," + gone.ClientURL(), "no servers available for connection"},
+		{"no such host", "nats://bob:hunter3@nats..svc:4222", "lookup nats..svc: no such host"},
+		{"no TLS there", strings.Replace(natsServer(t).ClientURL(), "nats:", "tls:", 1), "secure connection not available"},
+		{"a wrong password", login(guarded, "hunter3"), "Authorization Violation"},
+	}
+	var nodes []*process
+	var addrs []string
+	for _, test := range tests {
+		addr := fmt.Sprint("127.0.0.1:", port(t))
+		p := start(t, "-addr", addr, "-nats", test.urls)
+		begun := time.Now()
+		const lines = 3
+		for n := range lines {
+			if log := p.logged(t, "(.*)"); !strings.Contains(log, test.want) || strings.Contains(log, "hunter") {
+				t.Errorf("%s: line %d of the log is %q, want %q", test.name, n, log, test.want)
+			}
+		}
+		if took := time.Since(begun); took < (lines-1)*reportPeriod {
+			t.Errorf("%s: %d lines in the log after %v", test.name, lines, took)
+		}
+		if got := ready(t, "http://"+addr+"/ready"); got != http.StatusServiceUnavailable {
+			t.Errorf("%s: /ready answers %d, want 503", test.name, got)
+		}
+		_, response, err := websocket.DefaultDialer.Dial("ws://"+addr+"/ws", nil)
+		if response == nil || response.StatusCode != http.StatusServiceUnavailable {
+			t.Errorf("%s: /ws answers %v, want 503", test.name, err)
+		}
+		nodes, addrs = append(nodes, p), append(addrs, addr)
+	}
+	restart()
+	nodes[0].logged(t, "(listening on)")
+	if got := ready(t, "http://"+addrs[0]+"/ready"); got != http.StatusOK {
+		t.Errorf("/ready answers %d when NATS is back, want 200", got)
+	}
+	for n, p := range nodes {
+		p.Process.Signal(syscall.SIGTERM)
+		if status, log := p.wait(); status != 0 {
+			t.Errorf("%s: got status %d and log %q, want status 0", tests[n].name, status, log)
+		}
 	}
 }
 
@@ -312,14 +323,32 @@ func TestUnknownArgumentIsRefused(t *testing.T) {
 }
 
 func TestEscapedPasswordMayContainAnyCharacter(t *testing.T) {
+	t.Parallel()
 	const password = `p/a#s?s, "w%o@r:d`
 	guarded := natsWith(t, &server.Options{Username: "bob", Password: password})
 	escaped := strings.ReplaceAll(url.UserPassword("bob", password).String(), ",", "%2C")
-	nc, err := connect("nats://"+escaped+"@"+guarded.Addr().String(), "")
-	if err != nil {
-		t.Fatal(err)
+	relay, _ := startRelay(t, "nats://"+escaped+"@"+guarded.Addr().String(), "chat")
+	relay.leave()
+}
+
+func TestPasswordFileIsReadForEachConnection(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "password")
+	write := func(password string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(password+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
-	nc.Close()
+	write("hunter2")
+	s := natsWith(t, &server.Options{Username: "bob", Password: "hunter2"})
+	p := start(t, "-addr", "127.0.0.1:0", "-nats", "nats://bob@"+s.Addr().String(), "-password", file)
+	c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
+	write("hunter3")
+	reload(t, s, &server.Options{Username: "bob", Password: "hunter3"}) // disconnects the node
+	p.logged(t, "(reconnected to NATS)")
+	c.send(t, "hello")
+	c.want(t, "hello")
 }
 
 func TestReadinessProbe(t *testing.T) {
@@ -368,28 +397,6 @@ func ready(t *testing.T, url string) int {
 		t.Errorf("got %s and %q, want a reason", response.Status, body)
 	}
 	return response.StatusCode
-}
-
-func TestNodeListensOnlyOnceItHasJoined(t *testing.T) {
-	t.Parallel()
-	silent, err := net.Listen("tcp", "127.0.0.1:0") // accepts connections, and sends nothing
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer silent.Close()
-	addr := fmt.Sprint("127.0.0.1:", port(t))
-	p := start(t, "-addr", addr, "-nats", "nats://"+silent.Addr().String())
-	conn, err := silent.Accept() // The node waits for NATS, for two seconds.
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	if _, err := net.Dial("tcp", addr); err == nil {
-		t.Error("the node accepts a connection before it has joined")
-	}
-	if status, log := p.wait(); status != 1 || !strings.Contains(log, "cannot join NATS") {
-		t.Errorf("got status %d and log %q, want status 1 and that it cannot join", status, log)
-	}
 }
 
 func TestNodeServesThePage(t *testing.T) {

@@ -1,21 +1,16 @@
 package main
 
 import (
-	"cmp"
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"log"
 	"maps"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
-	"unicode"
 	"unicode/utf8"
 
-	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 )
 
@@ -39,9 +34,9 @@ const (
 	// Time from reconnecting to publishing, so that the other nodes have reconnected too.
 	settleWait = 8 * reconnectWait
 
-	// Time allowed for a subscription to propagate through the NATS cluster before the node
-	// accepts clients: it sees only that its own server has it. 26 ms was the maximum in
-	// 4,000 joins at three servers on one machine, half of them with both cores busy.
+	// Time allowed for a subscription to propagate through the NATS cluster before a new
+	// node accepts clients: it sees only that its own server has it. 26 ms was the maximum
+	// in 4,000 joins at three servers on one machine, half of them with both cores busy.
 	propagationWait = 250 * time.Millisecond
 
 	// Time between two probes of a node.
@@ -50,32 +45,24 @@ const (
 	// Time allowed for an echo. Without one, the node reconnects to NATS.
 	answerWait = 10 * time.Second
 
+	// Time since the last message or probe of a node for which it counts as being in the
+	// room: three probes.
+	nodeWait = 3 * probePeriod
+
+	// Time since then after which a node is forgotten, as a restarted node is a new one.
+	forgetWait = 24 * time.Hour
+
 	// Time allowed for NATS to accept what is queued when the node stops.
 	drainWait = 5 * time.Second
 
 	// Time between two reports in the log, so that other publishers cannot fill it.
 	reportPeriod = time.Second
 
-	// Maximum size in bytes of a subject. NATS closes the connection if it does not fit
-	// into its line of 4 KiB.
-	maxSubjectSize = 255
-
 	// Maximum size in bytes of a node's header, and of a message with it, which NATS must
 	// accept.
 	headerSize  = 128
 	payloadSize = headerSize + maxMessageSize
-
-	// Number of nodes remembered before all are forgotten: a restarted node is a new one, and
-	// other publishers can invent nodes.
-	maxNodes = 1 << 10
 )
-
-// notEchoed reports a node's own messages without an echo: NATS may have delivered them or
-// not. Publishing them again could deliver them twice.
-const notEchoed = "may have lost a message: it has not come back from NATS"
-
-// refused reports messages that no node can have published.
-const refused = "refused a message from NATS: it was too long, or not valid UTF-8"
 
 // A Relay joins the hubs of several nodes to one room. It publishes what the node's clients
 // send, and delivers to the hub what NATS sends, the node's own messages included: each
@@ -83,138 +70,124 @@ const refused = "refused a message from NATS: it was too long, or not valid UTF-
 //
 // The echo of a node's own messages proves that it can publish and receive. At most
 // maxInFlight messages are without an echo; then senders wait, so a hub that is behind slows
-// them down: NATS has no backpressure. A probe is a message without text, published only for
-// its echo.
+// them down: NATS has no backpressure. A probe is a message without text, published for its
+// echo, and so that other nodes know of this one.
 type Relay struct {
 	// The node's hub, which broadcasts to the clients.
 	hub *Hub
 
 	// The hub that clients use: hub's channels, except for broadcast, which run receives
 	// from.
-	front *Hub
+	proxyHub *Hub
 
-	nc  *nats.Conn
-	sub *nats.Subscription
-	log *log.Logger
+	options nats.Options
+	subject string
+	log     *log.Logger
+	metrics *metrics
 
-	// From NATS to run.
-	incoming chan *nats.Msg
-	statuses chan nats.Status
+	// To run:
+	conns    chan *nats.Conn  // from connect
+	statuses chan nats.Status // of nc
+	denied   chan struct{}    // NATS has denied a publish or a subscription
+	incoming chan *nats.Msg   // from NATS
 
-	// Closed by leave: all clients are done.
-	over chan struct{}
+	// Closed by run when this node has received an echo for the first time. Clients that
+	// connect from then on miss nothing.
+	joined chan struct{}
+
+	// Closed by leave.
+	clientsDone chan struct{}
 
 	running sync.WaitGroup // run
 
-	// From run to handlers: this node receives its echoes; outgoing is full.
-	ready, full atomic.Bool
+	// From run to handlers: joined is closed; this node receives its echoes; outgoing is
+	// full; number of nodes that it has received messages or probes of within nodeWait.
+	hasJoined, ready, full atomic.Bool
+	heard                  atomic.Int64
 
-	// Owned by run, and before that by join:
-	outgoing  [][]byte          // messages of clients, to publish
-	settled   bool              // connected to NATS for settleWait
-	inRoom    bool              // an echo has arrived since it settled
-	idleTicks int               // reports since the last echo, or change of the connection
-	name      string            // the node's ID in the headers of its messages
-	published uint64            // number of messages published under that name
-	seen      map[string]uint64 // the same of each node, as far as this one has received
+	// Owned by run:
+	nc        *nats.Conn // nil until the first connection
+	probe     <-chan time.Time
+	outgoing  [][]byte // messages of clients, to publish
+	state     state
+	ticks     int                // reports since the start
+	idleTicks int                // reports since the last echo, or change of the connection
+	id        string             // this node, in the headers of its messages
+	published uint64             // number of messages published
+	echoed    uint64             // number of them that have come back, or are lost
+	nodes     map[string]*sender // by ID, this one included
 
 	mu       sync.Mutex
-	problems map[string]uint64 // since the last report
+	counters map[string]uint64 // since the last report
 }
 
-// join joins hub to the room of that subject: it receives every message published after join
-// returns. It returns an error if the subject is invalid, or if NATS does not let this node
-// publish and subscribe. Later errors go to logger.
+// A state is what run knows of the path from this node to NATS and back.
+type state int
+
+const (
+	settling   state = iota // disconnected, or connected for less than settleWait
+	mayProbe                // waiting for the echo of a probe
+	mayPublish              // a probe has come back, so messages of clients are published
+)
+
+// A sender is a node of the room, as far as this one has received its messages.
+type sender struct {
+	nextSeq uint64 // number of messages that it has published
+	heard   int    // ticks when the last message or probe arrived
+}
+
+// join joins hub to the room of that subject, in the background, and retries until it has
+// joined. It returns an error if the subject is invalid. Later errors go to logger.
 //
-// The caller runs hub, passes the relay's front to clients, and finally calls leave.
-func join(hub *Hub, nc *nats.Conn, subject string, logger *log.Logger) (*Relay, error) {
-	if len(subject) > maxSubjectSize || !server.IsValidLiteralSubject(subject) || strings.ContainsFunc(subject, unicode.IsSpace) {
-		return nil, fmt.Errorf("%.40q cannot name a room: a NATS subject of at most %d bytes can, without white space and wildcards",
-			subject, maxSubjectSize)
+// The caller runs hub, passes the relay's proxyHub to clients once joined is closed, and
+// finally calls leave.
+func join(hub *Hub, options nats.Options, subject string, logger *log.Logger) (*Relay, error) {
+	if !isLiteral(subject) {
+		return nil, fmt.Errorf("%.40q cannot name a room: a NATS subject of at most %d bytes can, "+
+			"without white space and wildcards", subject, maxSubjectSize)
 	}
-	front := *hub
-	front.broadcast = make(chan []byte) // The rest is shared, so that do and tell work.
+	proxyHub := *hub
+	proxyHub.broadcast = make(chan []byte) // The rest is shared, so that do and tell work.
 	r := &Relay{
-		hub:      hub,
-		front:    &front,
-		nc:       nc,
-		log:      logger,
-		incoming: make(chan *nats.Msg, incomingSize),
-		statuses: nc.StatusChanged(nats.CONNECTED, nats.RECONNECTING),
-		over:     make(chan struct{}),
-		settled:  true,
-		name:     rand.Text(),
-		seen:     make(map[string]uint64),
-		problems: make(map[string]uint64),
+		hub:         hub,
+		proxyHub:    &proxyHub,
+		subject:     subject,
+		log:         logger,
+		conns:       make(chan *nats.Conn),
+		denied:      make(chan struct{}, 1),
+		incoming:    make(chan *nats.Msg, incomingSize),
+		joined:      make(chan struct{}),
+		clientsDone: make(chan struct{}),
+		options:     options,
+		id:          rand.Text(),
+		nodes:       make(map[string]*sender),
+		counters:    make(map[string]uint64),
 	}
-	nc.SetErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { r.note(err.Error(), 1) })
-	nc.SetDisconnectErrHandler(func(_ *nats.Conn, err error) {
-		if !nc.IsClosed() { // else serve logs why
-			// Without an error, check has closed the connection.
-			logger.Printf("disconnected from NATS: %v; messages of clients are queued", cmp.Or(err, nats.ErrTimeout))
-		}
-	})
-	nc.SetReconnectHandler(func(*nats.Conn) {
-		// Flush, so that NATS has the subscription again. If the connection has broken again,
-		// there is no address, or the flush fails.
-		if address := nc.ConnectedAddr(); address != "" && nc.FlushTimeout(answerWait) == nil {
-			logger.Printf("reconnected to NATS: %s; messages of other nodes were missed meanwhile", address)
-			if err := accepts(nc); err != nil {
-				logger.Printf("NATS: %v: longer messages are lost", err)
-			}
-		}
-	})
-	var err error
-	if r.sub, err = nc.Subscribe(subject, r.receive); err != nil {
-		return nil, err
-	}
-	// Before NATS answers the flush, it reports missing permissions and limits, and echoes the
-	// probe.
-	if err := cmp.Or(r.publish(nil), nc.FlushTimeout(answerWait), nc.LastError(), accepts(nc)); err != nil {
-		return nil, err
-	}
-	for late := time.After(answerWait); !r.inRoom; {
-		select {
-		case message := <-r.incoming:
-			r.count(message) // There are no clients yet.
-		case <-late:
-			return nil, errors.New("NATS does not echo this node's messages")
-		}
-	}
-	time.Sleep(propagationWait)
-	r.ready.Store(true)
+	r.metrics = newMetrics(r)
+	go r.connect()
 	r.running.Go(r.run)
 	return r, nil
-}
-
-// accepts returns an error if NATS does not accept the longest message of a node. Call it
-// after a flush, as an account can have a limit of its own.
-func accepts(nc *nats.Conn) error {
-	if most := nc.MaxPayload(); most < payloadSize {
-		return fmt.Errorf("NATS accepts messages of at most %d bytes, and has to accept %d", most, payloadSize)
-	}
-	return nil
 }
 
 // leave publishes what is queued, for at most drainWait, and closes the connection. Call it
 // once, when all clients are done: messages of others are lost.
 func (r *Relay) leave() {
-	close(r.over)
-	defer time.AfterFunc(drainWait, r.nc.Close).Stop()
+	close(r.clientsDone)
 	r.running.Wait()
-	r.nc.Close()
 }
 
 // run is the relay's goroutine. It ends after leave, when all messages have been echoed, or
-// the connection is closed.
+// drainWait has passed.
 func (r *Relay) run() {
-	ticks, probe := time.Tick(reportPeriod), time.After(probePeriod)
-	stopped, over := r.front.stopped, r.over
-	for over != nil || len(r.outgoing)+r.inFlight() > 0 && !r.nc.IsClosed() {
-		// Backpressure: clients wait while outgoing is full. While the node is in the room, one
-		// message that waits for the window is enough.
-		in := r.front.broadcast
-		if stopped != nil && (len(r.outgoing) >= outgoingSize || len(r.outgoing) > 0 && r.inRoom) {
+	var drained <-chan time.Time
+	ticks := time.Tick(reportPeriod)
+	stopped, clientsDone := r.proxyHub.stopped, r.clientsDone
+loop:
+	for clientsDone != nil || len(r.outgoing)+r.inFlight() > 0 {
+		// Backpressure: clients wait while outgoing is full. While messages come back, one that
+		// waits for the window is enough.
+		in := r.proxyHub.broadcast
+		if stopped != nil && (len(r.outgoing) >= outgoingSize || len(r.outgoing) > 0 && r.state == mayPublish) {
 			in = nil // a nil channel is never ready
 		}
 		select {
@@ -222,158 +195,191 @@ func (r *Relay) run() {
 			r.outgoing = append(r.outgoing, message)
 		case message := <-r.incoming:
 			r.deliver(message)
-		case <-r.statuses: // disconnected or reconnected
-			r.settled, r.inRoom, r.idleTicks = false, false, 0
-			probe = time.After(settleWait)
-		case <-probe:
-			r.settled, probe = r.nc.IsConnected(), time.After(probePeriod)
-			r.publish(nil)
+		case r.nc = <-r.conns:
+			r.statuses = r.nc.StatusChanged(nats.CONNECTED, nats.RECONNECTING, nats.CLOSED)
+			r.nc.Subscribe(r.subject, r.receive) // If it fails, no probe comes back.
+			r.settle()
+		case <-r.statuses: // connected, disconnected, or closed
+			r.settle()
+		case <-r.denied:
+			r.state = min(r.state, mayProbe)
+		case <-r.probe:
+			r.probe = time.After(probePeriod)
+			if r.nc.IsConnected() {
+				r.state = max(r.state, mayProbe)
+				if err := r.publish(nil); err != nil {
+					r.count(err.Error(), 1)
+				}
+			}
 		case <-ticks:
 			r.check()
 			r.report()
 		case <-stopped:
 			stopped = nil // Each client may broadcast one more message before it is done.
-		case <-over:
-			over = nil
+		case <-clientsDone:
+			clientsDone, drained = nil, time.After(drainWait)
+		case <-drained:
+			break loop
 		}
 		// The window shrinks while the hub is behind, but to no less than one message, so that
 		// a slow node can still publish.
 		window := max(1, maxInFlight-len(r.incoming))
-		for len(r.outgoing) > 0 && r.inRoom && r.inFlight() < window {
+		for len(r.outgoing) > 0 && r.state == mayPublish && r.inFlight() < window {
 			if err := r.publish(r.outgoing[0]); err == nats.ErrMaxPayload {
-				r.note("lost a message: it is longer than NATS accepts", 1)
+				r.count(tooLong, 1)
 			} else if err != nil {
 				break
 			}
 			r.outgoing = r.outgoing[1:]
 		}
 		r.full.Store(len(r.outgoing) >= outgoingSize)
+		ready := r.state == mayPublish && !r.isLate()
+		r.ready.Store(ready)
+		if ready && r.hasJoined.CompareAndSwap(false, true) {
+			close(r.joined)
+		}
+		r.metrics.queue.Set(float64(len(r.outgoing)))
+		r.metrics.inFlight.Set(float64(r.inFlight()))
 	}
-	r.note(notEchoed, r.published-r.seen[r.name])
-	r.note("lost a message: NATS had not accepted it when this node stopped", uint64(len(r.outgoing)))
+	r.nc.Close() // does nothing if it is nil
+	r.count(notEchoed, uint64(r.inFlight()))
+	r.count(notAccepted, uint64(len(r.outgoing)))
 	r.report()
 }
 
-// publish publishes message; without text it is a probe. The header has the node, and how
-// many messages it has published before, so that others can count what they miss. After an
-// error, NATS has not received all of it.
+// settle makes this node wait before it publishes again, as the connection has changed.
+func (r *Relay) settle() {
+	r.state, r.idleTicks = settling, 0
+	r.probe = time.After(settleWait)
+	if !r.hasJoined.Load() { // It has no clients, so it need not wait for other nodes.
+		r.probe = time.After(propagationWait)
+	}
+	if r.nc.IsClosed() { // by nats.go, after an error that it does not handle
+		r.log.Printf("disconnected from NATS: %v; messages of clients are queued", r.nc.LastError())
+		r.statuses = nil
+		go r.connect()
+	}
+}
+
+// publish publishes message; without text it is a probe. The header has the node's ID, and
+// how many messages it has published before, so that others can count what they miss. After
+// an error, NATS has not received all of it.
 func (r *Relay) publish(message []byte) error {
-	header := nats.Header{"Node": {r.name}, "Said": {fmt.Sprint(r.published)}}
-	err := r.nc.PublishMsg(&nats.Msg{Subject: r.sub.Subject, Header: header, Data: message})
-	if err == nil && len(message) > 0 {
-		r.published++
+	header := nats.Header{"Node": {r.id}, "Said": {strconv.FormatUint(r.published, 10)}}
+	err := r.nc.PublishMsg(&nats.Msg{Subject: r.subject, Header: header, Data: message})
+	if err == nil {
+		r.metrics.published.Inc()
+		r.published += min(1, uint64(len(message)))
 	}
 	return err
 }
 
 // inFlight returns how many of this node's messages have not been echoed.
 func (r *Relay) inFlight() int {
-	return int(r.published - r.seen[r.name])
+	return int(r.published - r.echoed)
+}
+
+// isLate reports whether the last echo was answerWait ago. It counts reports instead of
+// time, so that a node that was paused first receives what NATS has buffered for it.
+func (r *Relay) isLate() bool {
+	return r.idleTicks > int(answerWait/reportPeriod)
 }
 
 // check reconnects if no echo arrives: the connection may be half-open, or permissions
-// withdrawn. run calls it every reportPeriod. It counts calls instead of time, so that a node
-// that was paused first receives what NATS has buffered for it.
+// withdrawn. It also counts the nodes in the room. run calls it every reportPeriod.
 func (r *Relay) check() {
+	r.ticks++
 	r.idleTicks++
-	late := r.idleTicks > int(answerWait/reportPeriod)
-	r.ready.Store(r.inRoom && !late && accepts(r.nc) == nil)
-	if late && r.settled && len(r.incoming) == 0 { // The echo may be in incoming.
+	if r.isLate() && r.state >= mayProbe && len(r.incoming) == 0 { // The echo may be in incoming.
 		r.nc.ForceReconnect()
 	}
+	heard := int64(0)
+	for _, node := range r.nodes {
+		if node.heard >= r.ticks-int(nodeWait/reportPeriod) {
+			heard++
+		}
+	}
+	if before := r.heard.Swap(heard); before != heard {
+		r.log.Printf("NATS: messages of %d nodes arrive, this one included; before: %d", heard, before)
+	}
+	maps.DeleteFunc(r.nodes, func(_ string, node *sender) bool {
+		return node.heard < r.ticks-int(forgetWait/reportPeriod)
+	})
 }
 
 // receive passes a message from NATS to run. nats.go calls it, in a goroutine of its own. It
 // refuses longer messages than nodes publish, so that incoming is bounded in bytes, too.
 func (r *Relay) receive(message *nats.Msg) {
+	defer r.metrics.received.Inc()
 	if len(message.Data) > maxMessageSize || message.Size() > maxSubjectSize+payloadSize {
-		r.note(refused, 1)
+		r.count(refused, 1)
 		return
 	}
 	select {
 	case r.incoming <- message:
 	default:
-		r.note("lost a message from NATS: slow consumer, the hub is behind", 1)
+		r.count(slow, 1)
 	}
 }
 
 // deliver passes a message from NATS to the hub. Other software may publish on the subject,
 // so it validates and cleans the message as readPump does.
 func (r *Relay) deliver(message *nats.Msg) {
-	if !r.count(message) {
+	if !r.isNew(message) {
+		r.count(late, min(1, uint64(len(message.Data))))
 		return
 	}
 	if !utf8.Valid(message.Data) {
-		r.note(refused, 1)
+		r.count(refused, 1)
 		return
 	}
 	line := clean(message.Data)
 	if string(line) != string(message.Data) {
-		r.note("cleaned a message from NATS: it was not one line of text", 1)
+		r.count(cleaned, 1)
 	}
 	if len(line) == 0 {
 		return
 	}
 	select {
 	case r.hub.broadcast <- line:
-	case <-r.over: // no clients are left
+		r.metrics.deliveries.Add(float64(r.metrics.clients.Load()))
+	case <-r.clientsDone: // no clients are left
 	}
 }
 
-// count reports whether message is new: one that a NATS server has delayed may arrive after
-// later ones. It notes how many messages of the same node are missing between the last one
-// and this one. Other publishers may send no number, or a false one.
-func (r *Relay) count(message *nats.Msg) (isNew bool) {
-	name := message.Header.Get("Node")
-	// A node takes twenty years to publish 2^40 messages, and sums of false numbers below
-	// that stay readable.
-	before, err := strconv.ParseUint(message.Header.Get("Said"), 10, 40)
-	if err != nil || len(name) > headerSize {
+// isNew reports whether message is new: one that a NATS server has delayed may arrive after
+// later ones. It counts the messages of the same node that are missing between the last one
+// and this one, and takes the echo of a probe as proof that this node is in the room. Other
+// software publishes without these headers.
+func (r *Relay) isNew(message *nats.Msg) bool {
+	id := message.Header.Get("Node")
+	seq, err := strconv.ParseUint(message.Header.Get("Said"), 10, 64)
+	if err != nil {
 		return true
 	}
-	already, known := r.seen[name]
-	if known && before < already {
+	node, known := r.nodes[id]
+	if !known {
+		node = &sender{nextSeq: seq}
+		r.nodes[id] = node
+	}
+	if seq < node.nextSeq {
 		return false
 	}
-	after := before + uint64(min(1, len(message.Data)))
-	missed := "missed a message"
-	if name == r.name {
-		if after > r.published {
-			// Another publisher uses this name. Other nodes would ignore this node's next
-			// messages as old: so it takes another name.
-			r.note("took another name: another publisher uses this node's", 1)
-			r.note(notEchoed, r.published-already)
-			r.name, r.published = rand.Text(), 0
-			r.seen[r.name] = 0
-			return true
+	lost := seq - node.nextSeq
+	node.nextSeq, node.heard = seq+min(1, uint64(len(message.Data))), r.ticks
+	if id != r.id {
+		r.count(missed, lost)
+		return true
+	}
+	r.count(notEchoed, lost)
+	r.echoed, r.idleTicks = node.nextSeq, 0
+	// Only a probe is certain not to have been queued since before a disconnect.
+	if isProbe := len(message.Data) == 0; isProbe && r.state == mayProbe {
+		r.state = mayPublish
+		if most := r.nc.MaxPayload(); most < payloadSize {
+			r.log.Printf("NATS accepts messages of at most %d bytes, and has to accept %d: longer ones are lost",
+				most, payloadSize)
 		}
-		missed = notEchoed
-		r.inRoom, r.idleTicks = r.settled, 0 // It may have been queued since before a disconnect.
 	}
-	if known {
-		r.note(missed, before-already)
-	} else if len(r.seen) > maxNodes {
-		maps.DeleteFunc(r.seen, func(name string, _ uint64) bool { return name != r.name })
-	}
-	r.seen[name] = after
 	return true
-}
-
-// note adds n occurrences of what to the next report. Any goroutine may call it.
-func (r *Relay) note(what string, n uint64) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if n > 0 {
-		r.problems[what] += n
-	}
-}
-
-// report logs the problems since its last call.
-func (r *Relay) report() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for what, n := range r.problems {
-		r.log.Printf("NATS: %d × %s", n, what)
-	}
-	clear(r.problems)
 }

@@ -8,14 +8,12 @@ import (
 	"fmt"
 	"io"
 	"log"
-	"math"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -28,6 +26,7 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nkeys"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 )
 
 // patience limits how long a test waits for something that must happen: only a failing test
@@ -90,22 +89,45 @@ type node struct {
 // startRelay joins a hub that does not run to the room. The caller calls leave.
 func startRelay(t testing.TB, natsURL, subject string) (*Relay, *logBook) {
 	t.Helper()
-	nc, err := connect(natsURL, "")
+	relay, book := startJoining(t, natsURL, "", subject)
+	awaitJoined(t, relay, book)
+	return relay, book
+}
+
+// startJoining is startRelay, but does not wait until the relay has joined.
+func startJoining(t testing.TB, natsURL, creds, subject string) (*Relay, *logBook) {
+	t.Helper()
+	options, err := natsOptions(natsURL, creds, "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	book := new(logBook)
-	relay, err := join(newHub(), nc, subject, log.New(book, "", 0))
+	relay, err := join(newHub(), options, subject, log.New(book, "", 0))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return relay, book
 }
 
+func awaitJoined(t testing.TB, relay *Relay, book *logBook) {
+	t.Helper()
+	select {
+	case <-relay.joined:
+	case <-time.After(patience):
+		t.Fatalf("has not joined; log is %q", book)
+	}
+}
+
 // startNode starts a node on a loopback port, until the test ends.
 func startNode(t testing.TB, natsURL, subject string) *node {
 	t.Helper()
 	relay, book := startRelay(t, natsURL, subject)
+	return serveRelay(t, relay, book)
+}
+
+// serveRelay serves relay on a loopback port, until the test ends.
+func serveRelay(t testing.TB, relay *Relay, book *logBook) *node {
+	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -346,7 +368,7 @@ func TestConnectedClientReceivesMessagesOfOtherNodes(t *testing.T) {
 	for n := range 50 {
 		listener := nodes[0].dial(t)
 		line := fmt.Sprint("hello ", n)
-		nodes[1].front.broadcast <- []byte(line)
+		nodes[1].proxyHub.broadcast <- []byte(line)
 		listener.want(t, line)
 	}
 }
@@ -355,8 +377,8 @@ func TestTellReachesAClientThroughTheFront(t *testing.T) {
 	_, nodes := startRoom(t, 1)
 	conn := nodes[0].dial(t)
 	var client *Client
-	nodes[0].front.do(func() {
-		for client = range nodes[0].front.clients {
+	nodes[0].proxyHub.do(func() {
+		for client = range nodes[0].proxyHub.clients {
 		}
 	})
 	if !client.tell([]byte("for one client")) {
@@ -493,7 +515,7 @@ func TestFullQueueDelaysSendersAndDropsNothing(t *testing.T) {
 	want := numbered("flood", total)
 	go func() {
 		for _, line := range want {
-			nodes[0].front.broadcast <- []byte(line)
+			nodes[0].proxyHub.broadcast <- []byte(line)
 			taken.Add(1)
 		}
 	}()
@@ -536,7 +558,7 @@ func TestNewClientsGet503WhileTheQueueIsFull(t *testing.T) {
 	awaitDisconnect(t, nodes)
 	nodes[0].dial(t) // The queue is not full yet.
 	for range outgoingSize {
-		nodes[0].front.broadcast <- message
+		nodes[0].proxyHub.broadcast <- message
 	}
 	eventually(t, "outgoing is full", nodes[0].full.Load)
 
@@ -557,26 +579,19 @@ func TestPongsAreDelayedOnlyForAClientWhoseMessageTheFullQueueDelays(t *testing.
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		hub := newHub()
-		front := *hub
-		front.broadcast = make(chan []byte)
-		relay := &Relay{
-			hub:      hub,
-			front:    &front,
-			nc:       disconnectedFromNATS(t),
-			sub:      new(nats.Subscription),
-			over:     make(chan struct{}),
-			log:      log.Default(),
-			problems: make(map[string]uint64),
+		options := nats.Options{Servers: []string{"nats://192.0.2.1"}, CustomDialer: noNetwork{}}
+		relay, err := join(hub, options, "chat", log.Default())
+		if err != nil {
+			t.Fatal(err)
 		}
 		go hub.run()
-		relay.running.Go(relay.run)
 		pipes := make(pipeListener)
-		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { serveWs(&front, w, r) })}
+		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { serveWs(relay.proxyHub, w, r) })}
 		go server.Serve(pipes)
 		defer server.Close()
 
 		for range outgoingSize {
-			front.broadcast <- message
+			relay.proxyHub.broadcast <- message
 		}
 		start := time.Now()
 		idle, delayed := pipes.dial(t), pipes.dial(t)
@@ -609,37 +624,44 @@ func TestPongsAreDelayedOnlyForAClientWhoseMessageTheFullQueueDelays(t *testing.
 
 func TestNodeReconnectsOnlyWithoutAnEchoThatCouldBeLate(t *testing.T) {
 	t.Parallel()
-	nc, err := connect(natsServer(t).ClientURL(), "")
+	options, err := natsOptions(natsServer(t).ClientURL(), "", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc, err := options.Connect()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer nc.Close()
 	const limit = int(answerWait / reportPeriod)
 	tests := []struct {
-		name              string
-		settled           bool
-		idleTicks         int
-		queued            int
-		ready, reconnects bool
+		name       string
+		state      state
+		idleTicks  int
+		queued     int
+		isLate     bool
+		reconnects bool
 	}{
-		{"echoes arrive", true, limit - 1, 0, true, false},
-		{"the hub is behind", true, limit, 1, false, false},
-		{"NATS has just reconnected", false, limit, 0, false, false},
-		{"no echo arrives", true, limit, 0, false, true},
+		{"echoes arrive", mayPublish, limit - 1, 0, false, false},
+		{"the hub is behind", mayPublish, limit, 1, true, false},
+		{"NATS has just reconnected", settling, limit, 0, true, false},
+		{"no echo arrives", mayPublish, limit, 0, true, true},
+		{"no echo arrives after a reconnect", mayProbe, limit, 0, true, true},
 	}
 	for _, test := range tests {
 		before := nc.Stats().Reconnects
-		r := &Relay{nc: nc, incoming: make(chan *nats.Msg, 1), settled: test.settled, inRoom: test.settled, idleTicks: test.idleTicks}
+		r := &Relay{nc: nc, incoming: make(chan *nats.Msg, 1), state: test.state, idleTicks: test.idleTicks}
 		for range test.queued {
 			r.incoming <- new(nats.Msg)
 		}
 		r.check()
-		if got := r.ready.Load(); got != test.ready {
-			t.Errorf("%s: ready is %t, want %t", test.name, got, test.ready)
+		if got := r.isLate(); got != test.isLate {
+			t.Errorf("%s: late is %t, want %t", test.name, got, test.isLate)
 		}
 		if got := nc.IsReconnecting() || nc.Stats().Reconnects > before; got != test.reconnects {
 			t.Errorf("%s: reconnects is %t, want %t", test.name, got, test.reconnects)
 		}
+		eventually(t, "it is connected", nc.IsConnected)
 	}
 }
 
@@ -653,17 +675,6 @@ func TestIdleNodeStaysReady(t *testing.T) {
 		}
 		return time.Since(start) > answerWait+2*reportPeriod
 	})
-}
-
-// disconnectedFromNATS returns a connection that reconnects without end, and uses no network.
-func disconnectedFromNATS(t testing.TB) *nats.Conn {
-	t.Helper()
-	nc, err := nats.Connect("nats://192.0.2.1", nats.RetryOnFailedConnect(true), nats.MaxReconnects(-1),
-		nats.ReconnectBufSize(-1), nats.SetCustomDialer(noNetwork{}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return nc
 }
 
 // noNetwork is a dialer that always fails.
@@ -734,17 +745,17 @@ func TestMessagesInFlightAtADisconnectAreCountedAndNotPublishedAgain(t *testing.
 
 	// A message that does not reach NATS, and one whose echo does not reach the node.
 	proxy.cut(toNATS)
-	near.front.broadcast <- []byte("lost")
+	near.proxyHub.broadcast <- []byte("lost")
 	proxy.wait(t, toNATS, "lost")
 	proxy.restore()
 	near.log.wait(t, "1 × may have lost a message", 1)
 	proxy.cut(fromNATS)
-	near.front.broadcast <- []byte("arrives")
+	near.proxyHub.broadcast <- []byte("arrives")
 	listener.want(t, "arrives")
 	proxy.restore()
 	near.log.wait(t, "1 × may have lost a message", 2)
 
-	near.front.broadcast <- []byte("end")
+	near.proxyHub.broadcast <- []byte("end")
 	listener.want(t, "end")
 }
 
@@ -869,7 +880,7 @@ func TestNodePublishesAfterSettleWait(t *testing.T) {
 	listener := nodes[1].dial(t)
 	restart := stopNATS(t, s)
 	awaitDisconnect(t, nodes)
-	nodes[0].front.broadcast <- []byte("sent during the outage")
+	nodes[0].proxyHub.broadcast <- []byte("sent during the outage")
 	restart()
 	nodes[0].log.wait(t, "reconnected to NATS", 1)
 	nodes[1].log.wait(t, "reconnected to NATS", 1)
@@ -884,7 +895,7 @@ func TestNodePublishesAfterSettleWait(t *testing.T) {
 	back = time.Now()
 	eventually(t, "settleWait has passed", func() bool { return time.Since(back) > settleWait })
 	before := time.Now()
-	nodes[0].front.broadcast <- []byte("sent afterwards")
+	nodes[0].proxyHub.broadcast <- []byte("sent afterwards")
 	listener.want(t, "sent afterwards")
 	if waited := time.Since(before); waited > settleWait/2 {
 		t.Errorf("a message after settleWait took %v, want no delay", waited)
@@ -898,18 +909,18 @@ func TestMissedMessagesAreCountedOnceOtherNodesPublishAgain(t *testing.T) {
 	near := startNode(t, s.ClientURL(), "chat")
 	far := startNode(t, "nats://"+proxy.Addr().String(), "chat")
 	listener := far.dial(t)
-	near.front.broadcast <- []byte("before")
+	near.proxyHub.broadcast <- []byte("before")
 	listener.want(t, "before")
 
 	// The far node reads nothing until NATS disconnects it.
 	proxy.blocked[fromNATS].Lock()
 	for _, line := range numbered(strings.Repeat("x", maxMessageSize-10), total) {
-		near.front.broadcast <- []byte(line)
+		near.proxyHub.broadcast <- []byte(line)
 	}
 	eventually(t, "NATS disconnects the node", func() bool { return s.NumSlowConsumers() > 0 })
 	proxy.blocked[fromNATS].Unlock()
 	far.log.wait(t, "messages of other nodes were missed meanwhile", 1)
-	near.front.broadcast <- []byte("end")
+	near.proxyHub.broadcast <- []byte("end")
 	received := listener.receiveUntil(t, "end")
 	far.log.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total-len(received)), 1)
 }
@@ -923,12 +934,12 @@ func TestHalfOpenConnectionToNATSIsDetected(t *testing.T) {
 	for _, proxy := range proxies {
 		proxy.cut(toNATS)
 	}
-	sending.front.broadcast <- []byte("lost")
+	sending.proxyHub.broadcast <- []byte("lost")
 	for i, node := range []*node{sending, idle} {
 		node.log.wait(t, "disconnected from NATS: "+nats.ErrTimeout.Error(), 1) // answerWait later
 		proxies[i].restore()
 	}
-	sending.front.broadcast <- []byte("arrives")
+	sending.proxyHub.broadcast <- []byte("arrives")
 	listener.want(t, "arrives")
 	sending.log.wait(t, "1 × may have lost a message", 1)
 }
@@ -936,11 +947,14 @@ func TestHalfOpenConnectionToNATSIsDetected(t *testing.T) {
 func TestRoomSurvivesTheFailoverOfANATSServer(t *testing.T) {
 	t.Parallel()
 	servers, _ := natsCluster(t, false)
+	var urls []string
+	for _, s := range servers {
+		urls = append(urls, s.ClientURL())
+	}
 	var nodes []*node
 	var clients []*client
-	for _, s := range servers {
-		node := startNode(t, s.ClientURL(), "chat")
-		eventually(t, "the node has the addresses of all servers", func() bool { return len(node.nc.Servers()) == len(servers) })
+	for range 3 {
+		node := startNode(t, strings.Join(urls, ","), "chat")
 		nodes = append(nodes, node)
 		clients = append(clients, node.dial(t))
 	}
@@ -952,7 +966,7 @@ func TestRoomSurvivesTheFailoverOfANATSServer(t *testing.T) {
 		}
 	}
 	wantAtAll("hello")
-	stopNATS(t, servers[0])
+	stopNATS(t, servers[slices.Index(urls, nodes[0].nc.ConnectedUrl())])
 	nodes[0].log.wait(t, "reconnected to NATS", 1)
 	wantAtAll("still here")
 }
@@ -969,7 +983,7 @@ func TestNewNodeOfANATSClusterMissesNothing(t *testing.T) {
 	listener := startNode(t, servers[2].ClientURL(), "chat").dial(t)
 	for n, sender := range old {
 		line := fmt.Sprint("hello from ", n)
-		sender.front.broadcast <- []byte(line)
+		sender.proxyHub.broadcast <- []byte(line)
 		listener.want(t, line)
 	}
 }
@@ -1029,7 +1043,7 @@ func TestShutdownPublishesTheQueueFirst(t *testing.T) {
 	client, listener := nodes[0].dial(t), nodes[1].dial(t)
 	want := numbered("queued", total)
 	for _, line := range want {
-		nodes[0].front.broadcast <- []byte(line)
+		nodes[0].proxyHub.broadcast <- []byte(line)
 	}
 	var group sync.WaitGroup
 	group.Go(func() { client.wantClose(t, websocket.CloseGoingAway) }) // at once, while the relay still publishes
@@ -1046,7 +1060,7 @@ func TestShutdownWaitsForMessagesInFlight(t *testing.T) {
 	near := startNode(t, "nats://"+proxy.Addr().String(), "chat")
 	listener := startNode(t, s.ClientURL(), "chat").dial(t)
 	proxy.delay(200 * time.Millisecond)
-	near.front.broadcast <- []byte("in flight")
+	near.proxyHub.broadcast <- []byte("in flight")
 	near.stop()
 	listener.want(t, "in flight")
 	wantNothingLost(t, []*node{near})
@@ -1060,7 +1074,7 @@ func TestShutdownWaitsForTheReconnect(t *testing.T) {
 	awaitDisconnect(t, nodes)
 	want := numbered("queued", 100)
 	for _, line := range want {
-		nodes[0].front.broadcast <- []byte(line)
+		nodes[0].proxyHub.broadcast <- []byte(line)
 	}
 	go nodes[0].stop()
 	client.wantClose(t, websocket.CloseGoingAway)
@@ -1079,7 +1093,7 @@ func TestShutdownDuringAnOutageDisconnectsSendersAndLogsTheLoss(t *testing.T) {
 	var group sync.WaitGroup
 	group.Go(func() {
 		for range 2*outgoingSize + 1 {
-			nodes[0].front.broadcast <- []byte("lost")
+			nodes[0].proxyHub.broadcast <- []byte("lost")
 			taken.Add(1)
 		}
 	})
@@ -1162,7 +1176,7 @@ func TestFloodOnOneNodeDropsNoClientOfAnother(t *testing.T) {
 	var group sync.WaitGroup
 	group.Go(func() {
 		for _, line := range want {
-			nodes[0].front.broadcast <- []byte(line)
+			nodes[0].proxyHub.broadcast <- []byte(line)
 		}
 	})
 	for _, node := range nodes {
@@ -1222,7 +1236,7 @@ func TestSendersWaitWhileTheHubIsBehind(t *testing.T) {
 	taken := 0
 	for received := 0; received < others/2; {
 		select {
-		case relay.front.broadcast <- message:
+		case relay.proxyHub.broadcast <- message:
 			taken++
 		case line := <-relay.hub.broadcast:
 			if want := fmt.Sprint("theirs ", received); string(line) != want {
@@ -1245,11 +1259,11 @@ func TestWindowLimitsMessagesInFlight(t *testing.T) {
 	proxy.cut(fromNATS)
 	lines := numbered("sent", 2*maxInFlight)
 	for _, line := range lines[:maxInFlight+1] {
-		near.front.broadcast <- []byte(line)
+		near.proxyHub.broadcast <- []byte(line)
 	}
 	listener.want(t, lines[:maxInFlight]...)
 	select {
-	case near.front.broadcast <- []byte("more"):
+	case near.proxyHub.broadcast <- []byte("more"):
 		t.Error("the relay took a message beyond the window and the one that waits for it")
 	case <-time.After(reportPeriod):
 	}
@@ -1273,28 +1287,25 @@ func awaitAll(t testing.TB, relay *Relay) {
 	t.Helper()
 	relay.nc.Flush()
 	eventually(t, "all messages are received", func() bool {
-		waiting, _, _ := relay.sub.Pending()
-		return waiting == 0
+		return testutil.ToFloat64(relay.metrics.received) >= float64(relay.nc.Stats().InMsgs)
 	})
 }
 
 func TestSlowConsumerIsCountedInTheLog(t *testing.T) {
 	const total = incomingSize + 1000
 	s := natsServer(t)
-	slow, book := joinWithoutHub(t, s.ClientURL())
+	behind, book := joinWithoutHub(t, s.ClientURL())
 	fast := startNode(t, s.ClientURL(), "chat")
 	listener := fast.dial(t)
 	lines := numbered("flood", total)
 	go func() {
 		for _, line := range lines {
-			fast.front.broadcast <- []byte(line)
+			fast.proxyHub.broadcast <- []byte(line)
 		}
 	}()
 	listener.receiveUntil(t, lines[total-1])
-	awaitAll(t, slow) // They are received, or dropped.
-	slow.mu.Lock()
-	dropped := slow.problems["lost a message from NATS: slow consumer, the hub is behind"]
-	slow.mu.Unlock()
+	awaitAll(t, behind) // They are received, or dropped.
+	dropped := testutil.ToFloat64(behind.metrics.lost[slow])
 	if dropped == 0 {
 		t.Fatal("nothing was dropped")
 	}
@@ -1302,16 +1313,16 @@ func TestSlowConsumerIsCountedInTheLog(t *testing.T) {
 	// Now the hub receives again.
 	const some = 100 // so that incoming has space for the next messages
 	for _, line := range lines[:some] {
-		if got := string(<-slow.hub.broadcast); got != line {
+		if got := string(<-behind.hub.broadcast); got != line {
 			t.Fatalf("the hub receives %q, want %q", got, line)
 		}
 	}
-	fast.front.broadcast <- []byte("end")
+	fast.proxyHub.broadcast <- []byte("end")
 	received := some
 	for line := ""; line != "end"; received++ {
-		line = string(<-slow.hub.broadcast)
+		line = string(<-behind.hub.broadcast)
 	}
-	book.wait(t, fmt.Sprintf("NATS: %d × lost a message from NATS: slow consumer, the hub is behind\n", dropped), 1)
+	book.wait(t, fmt.Sprintf("NATS: %.0f × lost a message from NATS: slow consumer, the hub is behind\n", dropped), 1)
 	book.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total+1-received), 1)
 }
 
@@ -1341,19 +1352,21 @@ func TestLateMessagesAreDiscardedAndGapsCountedOnce(t *testing.T) {
 	relay := countingRelay()
 	for _, test := range tests {
 		message := &nats.Msg{Header: numberedBy(test.node, test.said), Data: []byte(test.text)}
-		if got := relay.count(message); got != test.isNew {
+		if got := relay.isNew(message); got != test.isNew {
 			t.Errorf("%s: new is %t, want %t", test.name, got, test.isNew)
 		}
-		if got := relay.problems["missed a message"]; got != test.missed {
+		if got := relay.counters[missed]; got != test.missed {
 			t.Errorf("%s: %d missed, want %d", test.name, got, test.missed)
 		}
-		clear(relay.problems)
+		clear(relay.counters)
 	}
 }
 
 // countingRelay returns a relay that can only count messages.
 func countingRelay() *Relay {
-	return &Relay{name: "mine", seen: make(map[string]uint64), problems: make(map[string]uint64)}
+	r := &Relay{id: "mine", nodes: make(map[string]*sender), counters: make(map[string]uint64)}
+	r.metrics = newMetrics(r)
+	return r
 }
 
 // numberedBy returns the headers of a message of node, which has published that many before.
@@ -1377,13 +1390,13 @@ func TestMessagesDelayedByANATSServerAreDiscarded(t *testing.T) {
 		proxy.blocked[toNATS].Lock()
 	}
 	for _, line := range numbered("delayed", held) {
-		near.front.broadcast <- []byte(line)
+		near.proxyHub.broadcast <- []byte(line)
 		sender.want(t, line)
 	}
 	near.nc.SetServerPool([]string{servers[0].ClientURL()})
 	near.nc.ForceReconnect()
 	near.log.wait(t, "reconnected to NATS", 1)
-	near.front.broadcast <- []byte("afterwards")
+	near.proxyHub.broadcast <- []byte("afterwards")
 	listener.want(t, "afterwards")
 
 	received := far.nc.Stats().InMsgs
@@ -1392,125 +1405,12 @@ func TestMessagesDelayedByANATSServerAreDiscarded(t *testing.T) {
 		proxy.blocked[toNATS].Unlock()
 	}
 	eventually(t, "the delayed messages arrive", func() bool { return far.nc.Stats().InMsgs >= received+held })
-	near.front.broadcast <- []byte("end")
+	near.proxyHub.broadcast <- []byte("end")
 	listener.want(t, "end")
 	far.stop()
 	want := fmt.Sprintf("NATS: %d × missed a message\n", held)
 	if got := far.log.String(); !strings.Contains(got, want) || strings.Count(got, "missed a message") != 1 {
 		t.Errorf("log is %q, want %q in it, and no other message missed", got, want)
-	}
-}
-
-func TestOtherPublishersCannotExhaustTheNodesMemory(t *testing.T) {
-	relay := countingRelay()
-	relay.published = 1
-	relay.count(&nats.Msg{Header: numberedBy(relay.name, 0), Data: message})
-	for n := range 3 * maxNodes {
-		relay.count(&nats.Msg{Header: numberedBy(fmt.Sprint(n), 1)})
-	}
-	if got := len(relay.seen); got > maxNodes+1 {
-		t.Errorf("remembers %d nodes, want at most %d and itself", got, maxNodes)
-	}
-	if got := relay.inFlight(); got != 0 {
-		t.Errorf("%d of its own messages are in flight, want none", got)
-	}
-	clear(relay.seen)
-	for _, said := range []string{"", "1 2", "-1", "1.5", "99999999999999999999", "x"} {
-		if message := (&nats.Msg{Header: numberedBy("other", said)}); !relay.count(message) || len(relay.seen) > 0 {
-			t.Errorf("a message with the number %q is counted, or not delivered", said)
-		}
-	}
-	if relay.count(&nats.Msg{Header: numberedBy(strings.Repeat("x", headerSize+1), 1)}); len(relay.seen) > 0 {
-		t.Error("remembers a node whose name is too long")
-	}
-}
-
-func TestNodeWhoseNameAnotherPublisherUsesIsStillReceived(t *testing.T) {
-	t.Parallel()
-	s, nodes := startRoom(t, 2)
-	near, listener := nodes[0], nodes[1].dial(t)
-	nc := otherPublisher(t, s)
-	subscription, err := nc.SubscribeSync("chat")
-	if err != nil {
-		t.Fatal(err)
-	}
-	nc.Flush()
-	tests := []struct {
-		name string
-		said func(said uint64) uint64 // after near has published as many
-		text string
-	}{
-		{"a jump", func(uint64) uint64 { return 100 }, ""},
-		{"a jump with a message", func(uint64) uint64 { return 100 }, "forged"},
-		{"the largest", func(uint64) uint64 { return 1<<40 - 1 }, ""},
-		{"the next message of a twin, or a bot's answer to a probe", func(said uint64) uint64 { return said }, "forged"},
-	}
-	for n, test := range tests {
-		near.front.broadcast <- []byte("genuine")
-		listener.want(t, "genuine")
-		message, err := subscription.NextMsg(patience)
-		for err == nil && string(message.Data) != "genuine" {
-			message, err = subscription.NextMsg(patience)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		said, _ := strconv.ParseUint(message.Header.Get("Said"), 10, 64)
-		message.Header.Set("Said", fmt.Sprint(test.said(said+1)))
-		message.Data = []byte(test.text)
-		nc.PublishMsg(message)
-		if test.text != "" {
-			listener.want(t, test.text) // Any publisher may send a message.
-		}
-		near.log.wait(t, "1 × took another name", n+1)
-		lines := numbered(test.name, 2*maxInFlight)
-		for _, line := range lines {
-			near.front.broadcast <- []byte(line)
-		}
-		listener.want(t, lines...)
-		if !near.ready.Load() {
-			t.Errorf("%s: not ready", test.name)
-		}
-	}
-	wantNothingLost(t, []*node{near})
-}
-
-func TestForgedNumbersStayReadableInTheLog(t *testing.T) {
-	relay := countingRelay()
-	var logged logBook
-	relay.log = log.New(&logged, "", 0)
-	for n := range 1000 {
-		for _, said := range []uint64{0, 100, 1<<40 - 1, 1 << 62, 1<<63 + 10, math.MaxUint64 - 10, math.MaxUint64} {
-			relay.count(&nats.Msg{Header: numberedBy(fmt.Sprint(n%10), said), Data: message})
-		}
-	}
-	relay.report()
-	if got, want := logged.String(), fmt.Sprintf("NATS: %d × missed a message\n", 10*(1<<40-3)); got != want {
-		t.Errorf("log is %q, want %q", got, want)
-	}
-}
-
-func TestMessagesInFlightWhenTheNameChangesAreCounted(t *testing.T) {
-	relay := countingRelay()
-	relay.published, relay.seen["mine"] = 7, 4
-	relay.count(&nats.Msg{Header: numberedBy("mine", 100)})
-	if relay.name == "mine" || relay.inFlight() != 0 {
-		t.Errorf("name is %q with %d in flight, want another one with none", relay.name, relay.inFlight())
-	}
-	if got := relay.problems[notEchoed]; got != 3 {
-		t.Errorf("%d may be lost, want 3", got)
-	}
-
-	// The echoes of messages under the old name arrive.
-	for n := 4; n < 7; n++ {
-		if !relay.count(&nats.Msg{Header: numberedBy("mine", n), Data: message}) {
-			t.Errorf("its own number %d is late, want that its clients receive it", n)
-		}
-	}
-	relay.published = 2
-	relay.count(&nats.Msg{Header: numberedBy(relay.name, 2)})
-	if got := relay.problems[notEchoed]; got != 5 {
-		t.Errorf("%d may be lost, want the first two under the new name as well", got)
 	}
 }
 
@@ -1594,8 +1494,8 @@ func TestMessagesOfOtherPublishersAreCleanedOrRefused(t *testing.T) {
 			}
 			listener.want(t, "end")
 			nodes[0].stop()
-			if got := nodes[0].log.String(); !strings.Contains(got, "NATS: 1 × "+test.logged) || strings.Count(got, "\n") != 1 {
-				t.Errorf("log is %q, want one line with %q", got, test.logged)
+			if got := nodes[0].log.String(); !strings.Contains(got, "NATS: 1 × "+test.logged) || strings.Count(got, " × ") != 1 {
+				t.Errorf("log is %q, want one problem: %q", got, test.logged)
 			}
 		})
 	}
@@ -1658,20 +1558,6 @@ func guarded(t *testing.T, payload int64) (s *server.Server, file string) {
 	return natsWith(t, &server.Options{TrustedKeys: []string{operatorKey}, AccountResolver: accounts}), file
 }
 
-func TestNodeDoesNotJoinIfItsAccountLimitsMessagesTooMuch(t *testing.T) {
-	t.Parallel()
-	s, file := guarded(t, payloadSize-1)
-	nc, err := connect(s.ClientURL(), file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	const want = "NATS accepts messages of at most 639 bytes, and has to accept 640"
-	if _, err := join(newHub(), nc, "chat", log.Default()); err == nil || err.Error() != want {
-		t.Errorf("got %v, want %q", err, want)
-	}
-}
-
 func TestMessageTooLongForNATSIsLoggedAndBlocksNoOthers(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t)
@@ -1684,33 +1570,62 @@ func TestMessageTooLongForNATSIsLoggedAndBlocksNoOthers(t *testing.T) {
 	c.send(t, "short")
 	natsWith(t, &server.Options{Port: address.Port, MaxPayload: maxMessageSize})
 	c.want(t, "short")
-	node.log.wait(t, "NATS accepts messages of at most 512 bytes, and has to accept 640", 1)
+	node.log.wait(t, "NATS accepts messages of at most 512 bytes, and has to accept 640: longer ones are lost", 1)
 	node.log.wait(t, "NATS: 1 × lost a message: it is longer than NATS accepts", 1)
-	eventually(t, "the node is not ready", func() bool { return !node.ready.Load() })
+	if !node.ready.Load() {
+		t.Error("not ready, want that the node still serves short messages")
+	}
+}
+
+func TestMaxPayloadLoweredByAReloadCostsLongMessagesOnly(t *testing.T) {
+	t.Parallel()
+	s := natsServer(t)
+	node := startNode(t, s.ClientURL(), "chat")
+	c := node.dial(t)
+	reload(t, s, &server.Options{MaxPayload: maxMessageSize}) // NATS does not notify the node.
+	long := strings.Repeat("x", maxMessageSize)
+	c.send(t, long)
+	node.log.wait(t, "disconnected from NATS: nats: Maximum Payload Violation", 1)
+	c.send(t, "short")
+	c.want(t, "short")
+	node.log.wait(t, "NATS: 1 × may have lost a message", 1)
+	c.send(t, long)
+	c.send(t, "short again")
+	c.want(t, "short again")
+	node.log.wait(t, "NATS: 1 × lost a message: it is longer than NATS accepts", 1)
+	if got := strings.Count(node.log.String(), "disconnected from NATS"); got != 1 {
+		t.Errorf("disconnected %d times, want once", got)
+	}
+	restarted := startNode(t, s.ClientURL(), "chat")
+	restarted.log.wait(t, "NATS accepts messages of at most 512 bytes", 1)
+}
+
+func TestAccountThatLimitsMessagesTooMuchIsLogged(t *testing.T) {
+	t.Parallel()
+	s, file := guarded(t, payloadSize-1)
+	relay, book := startJoining(t, s.ClientURL(), file, "chat")
+	awaitJoined(t, relay, book)
+	defer relay.leave()
+	book.wait(t, "NATS accepts messages of at most 639 bytes, and has to accept 640: longer ones are lost", 1)
 }
 
 func TestCredentialsAreForOneRoom(t *testing.T) {
 	t.Parallel()
 	s, file := guarded(t, payloadSize)
-	if _, err := connect(s.ClientURL(), ""); err == nil || !errors.Is(err, nats.ErrAuthorization) {
-		t.Errorf("without credentials: got %v, want %v", err, nats.ErrAuthorization)
+	tests := []struct{ name, creds, subject, want string }{
+		{"without credentials", "", "chat", "Authorization Violation"},
+		{"another room", file, "secrets", "permissions violation"},
 	}
-	nc, err := connect(s.ClientURL(), file)
-	if err != nil {
-		t.Fatal(err)
+	for _, test := range tests {
+		relay, book := startJoining(t, s.ClientURL(), test.creds, test.subject)
+		book.wait(t, test.want, 1)
+		if relay.hasJoined.Load() {
+			t.Errorf("%s: has joined", test.name)
+		}
+		relay.leave()
 	}
-	if _, err := join(newHub(), nc, "secrets", log.Default()); !errors.Is(err, nats.ErrPermissionViolation) {
-		t.Errorf("another room: got %v, want %v", err, nats.ErrPermissionViolation)
-	}
-	nc.Close()
-	nc, err = connect(s.ClientURL(), file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	relay, err := join(newHub(), nc, "chat", log.Default())
-	if err != nil {
-		t.Fatal(err)
-	}
+	relay, book := startJoining(t, s.ClientURL(), file, "chat")
+	awaitJoined(t, relay, book)
 	relay.leave()
 }
 
@@ -1763,36 +1678,80 @@ func TestMessagesWithoutPermissionAreQueued(t *testing.T) {
 	eventually(t, "the node is ready", node.ready.Load)
 }
 
-func TestJoinReturnsTheReasonOfAFailure(t *testing.T) {
+func TestInvalidSubjectIsRefused(t *testing.T) {
+	long := strings.Repeat("x", maxSubjectSize+1)
+	for _, subject := range []string{"", "chat.*", "chat.>", "two words", "chat..", "a\tb", long} {
+		const want = "cannot name a room"
+		_, err := join(newHub(), nats.Options{}, subject, log.Default())
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%.40q: got %v, want an error with %q", subject, err, want)
+		}
+	}
+}
+
+func TestNodeThatNATSRefusesRetriesAndLogsTheReason(t *testing.T) {
 	t.Parallel()
-	s := natsServer(t)
-	small := natsWith(t, &server.Options{MaxPayload: maxMessageSize})
-	plain := natsWith(t, &server.Options{NoHeaderSupport: true})
 	tests := []struct {
-		nats          *server.Server
-		subject, want string
+		name string
+		nats *server.Options
+		want string
 	}{
-		{s, "", "cannot name a room"},
-		{s, "chat.*", "cannot name a room"},
-		{s, "chat.>", "cannot name a room"},
-		{s, "two words", "cannot name a room"},
-		{s, "chat..", "cannot name a room"},
-		{s, "a\tb", "cannot name a room"},
-		{s, strings.Repeat("x", maxSubjectSize+1), "cannot name a room"},
-		{small, "chat", "at most 512 bytes, and has to accept 640"},
-		{plain, "chat", "headers not supported"},
-		{natsWith(t, allowed("nothing", "chat")), "chat", "Permissions Violation for Publish"},
-		{natsWith(t, allowed("chat", "nothing")), "chat", "Permissions Violation for Subscription"},
+		{"no headers", &server.Options{NoHeaderSupport: true}, "headers not supported"},
+		{"no permission to publish", allowed("nothing", "chat"), "Permissions Violation for Publish"},
+		{"no permission to subscribe", allowed("chat", "nothing"), "Permissions Violation for Subscription"},
+		{"another password", &server.Options{Authorization: "a token"}, "Authorization Violation"},
 	}
 	for _, test := range tests {
-		nc, err := connect(test.nats.ClientURL(), "")
-		if err != nil {
-			t.Fatal(err)
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			s := natsWith(t, test.nats)
+			relay, book := startJoining(t, s.ClientURL(), "", "chat")
+			defer relay.leave()
+			book.wait(t, test.want, 1)
+			if relay.hasJoined.Load() || relay.ready.Load() {
+				t.Error("has joined")
+			}
+			port := s.Addr().(*net.TCPAddr).Port
+			stopNATS(t, s)
+			natsWith(t, &server.Options{Port: port})
+			awaitJoined(t, relay, book)
+		})
+	}
+}
+
+func TestStartFailsAtNoServerThatOthersReplace(t *testing.T) {
+	t.Parallel()
+	const password = "hunter2"
+	refusing := natsWith(t, &server.Options{Username: "bob", Password: "rotated"})
+	accepting := natsWith(t, &server.Options{Username: "bob", Password: password})
+	var urls []string
+	for _, s := range []*server.Server{refusing, accepting} {
+		urls = append(urls, "nats://bob:"+password+"@"+s.Addr().String())
+	}
+	for range 12 { // nats.go chooses a server at random
+		relay, book := startRelay(t, strings.Join(urls, ","), "chat")
+		relay.leave()
+		if got := book.String(); strings.Contains(got, "violation") {
+			t.Errorf("log is %q, want no error", got)
 		}
-		if _, err := join(newHub(), nc, test.subject, log.Default()); err == nil || !strings.Contains(err.Error(), test.want) {
-			t.Errorf("%.40q: got %v, want an error with %q", test.subject, err, test.want)
-		}
-		nc.Close()
+	}
+}
+
+func TestNodeUsesNoServersThatItsURLsDoNotName(t *testing.T) {
+	t.Parallel()
+	servers, _ := natsCluster(t, false)
+	near := servers[0].Addr().String()
+	node := startNode(t, "nats://"+near, "chat")
+	restart := stopNATS(t, servers[0])
+	node.log.wait(t, "disconnected from NATS", 1)
+	for range 12 { // Each makes nats.go try the next server of its list at once.
+		node.nc.ForceReconnect()
+		eventually(t, "no server is left", node.nc.IsReconnecting)
+	}
+	restart()
+	node.log.wait(t, "reconnected to NATS: "+near, 1)
+	if got := node.nc.Servers(); len(got) != 1 {
+		t.Errorf("the node uses %q, want the one server that it was given", got)
 	}
 }
 
@@ -1822,19 +1781,19 @@ func TestNATSConfigurationAdmitsNodesOnly(t *testing.T) {
 	url := func(s *server.Server) string { return "nats://chat:hunter2@" + s.Addr().String() }
 	sender, listener := startNode(t, url(first), "chat"), startNode(t, url(second), "chat").dial(t)
 	long := strings.Repeat("x", maxMessageSize)
-	sender.front.broadcast <- []byte(long)
+	sender.proxyHub.broadcast <- []byte(long)
 	listener.want(t, long)
 
-	if nc, err := connect(first.ClientURL(), ""); err == nil {
-		nc.Close()
-		t.Error("connected without a password")
+	tests := []struct{ name, url, subject, want string }{
+		{"no password", first.ClientURL(), "chat", "Authorization Violation"},
+		{"another room", url(first), "secrets", "permissions violation"},
 	}
-	nc, err := connect(url(first), "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	if _, err := join(newHub(), nc, "secrets", log.Default()); !errors.Is(err, nats.ErrPermissionViolation) {
-		t.Errorf("joined another room: got %v, want %v", err, nats.ErrPermissionViolation)
+	for _, test := range tests {
+		relay, book := startJoining(t, test.url, "", test.subject)
+		book.wait(t, test.want, 1)
+		if relay.hasJoined.Load() {
+			t.Errorf("%s: has joined", test.name)
+		}
+		relay.leave()
 	}
 }

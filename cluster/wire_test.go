@@ -26,10 +26,10 @@ func TestWireIsThatOfEarlierVersions(t *testing.T) {
 	for published, text := range []string{"", "hello", "hello again"} {
 		if text != "" {
 			published--
-			n.front.broadcast <- []byte(text)
+			n.proxyHub.broadcast <- []byte(text)
 			listener.want(t, text)
 		}
-		want := fmt.Sprintf("HMSG chat 1 55 %d\r\nNATS/1.0\r\nNode: %s\r\nSaid: %d\r\n\r\n%s\r\n", 55+len(text), n.name, published, text)
+		want := fmt.Sprintf("HMSG chat 1 55 %d\r\nNATS/1.0\r\nNode: %s\r\nSaid: %d\r\n\r\n%s\r\n", 55+len(text), n.id, published, text)
 		if got := older.message(t, text == ""); got != want {
 			t.Errorf("NATS sends %q, want %q", got, want)
 		}

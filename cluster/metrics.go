@@ -1,0 +1,125 @@
+package main
+
+import (
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// What happens to messages, in the words of the log and of the metrics.
+const (
+	missed      = "missed a message"
+	notEchoed   = "may have lost a message: it has not come back from NATS"
+	notAccepted = "lost a message: NATS had not accepted it when this node stopped"
+	tooLong     = "lost a message: it is longer than NATS accepts"
+	slow        = "lost a message from NATS: slow consumer, the hub is behind"
+	late        = "discarded a message: it was late, or sent twice"
+	refused     = "refused a message from NATS: it was too long, or not valid UTF-8"
+	cleaned     = "cleaned a message from NATS: it was not one line of text"
+)
+
+// metrics are a node's metrics for Prometheus. Any goroutine may use them.
+type metrics struct {
+	// Serves them at /metrics.
+	handler http.Handler
+
+	published, received, deliveries, reconnects, natsErrors prometheus.Counter
+
+	// By the words of the log.
+	lost map[string]prometheus.Counter
+
+	queue, inFlight prometheus.Gauge
+
+	clients atomic.Int64 // as of the last second
+}
+
+func newMetrics(r *Relay) *metrics {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector())
+	registry.MustRegister(collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	factory := promauto.With(registry)
+	counter := func(name, help string) prometheus.Counter {
+		return factory.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
+	}
+	gauge := func(name, help string) prometheus.Gauge {
+		return factory.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
+	}
+	gaugeFunc := func(name, help string, value func() float64) {
+		factory.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value)
+	}
+	m := &metrics{
+		handler: promhttp.HandlerFor(registry, promhttp.HandlerOpts{}),
+		published: counter("chat_nats_published_messages_total",
+			"Messages and probes of this node that it has published to NATS."),
+		received: counter("chat_nats_received_messages_total",
+			"Messages and probes that NATS has sent to this node, its own included."),
+		deliveries: counter("chat_deliveries_total",
+			"Messages broadcast to clients, times the clients of the second before."),
+		reconnects: counter("chat_nats_reconnects_total",
+			"Reconnects to NATS."),
+		natsErrors: counter("chat_nats_errors_total",
+			"Errors that NATS has reported, such as missing permissions and wrong credentials."),
+		lost: make(map[string]prometheus.Counter),
+		queue: gauge("chat_outgoing_messages",
+			"Messages of clients that wait for NATS, at most 8192."),
+		inFlight: gauge("chat_in_flight_messages",
+			"Messages published and not echoed, at most 32."),
+	}
+	lost := factory.NewCounterVec(prometheus.CounterOpts{
+		Name: "chat_lost_messages_total",
+		Help: "Messages that were lost, missed, discarded, refused or changed, by the words of the log.",
+	}, []string{"reason"})
+	for _, reason := range []string{missed, notEchoed, notAccepted, tooLong, slow, late, refused, cleaned} {
+		m.lost[reason] = lost.WithLabelValues(reason)
+	}
+	gaugeFunc("chat_clients", "Connected clients.", func() float64 { return float64(m.clients.Load()) })
+	gaugeFunc("chat_nodes", "Nodes that this one has received messages or probes of in the last 15 s, itself included.",
+		func() float64 { return float64(r.heard.Load()) })
+	gaugeFunc("chat_incoming_messages", "Messages from NATS that wait for the hub, at most 8192.",
+		func() float64 { return float64(len(r.incoming)) })
+	gaugeFunc("chat_ready", "1 if this node receives its own messages from NATS, else 0.", func() float64 {
+		if r.ready.Load() {
+			return 1
+		}
+		return 0
+	})
+	return m
+}
+
+// watch counts the clients of hub once a second, until hub has been stopped.
+func (m *metrics) watch(hub *Hub) {
+	for hub.do(func() { m.clients.Store(int64(len(hub.clients))) }) {
+		select {
+		case <-time.After(time.Second):
+		case <-hub.stopped:
+		}
+	}
+	m.clients.Store(0)
+}
+
+// count adds n to the counter what, for the next report. Any goroutine may call it.
+func (r *Relay) count(what string, n uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n > 0 {
+		r.counters[what] += n
+		if counter := r.metrics.lost[what]; counter != nil { // else it is an error of NATS
+			counter.Add(float64(n))
+		}
+	}
+}
+
+// report logs what has been counted since its last call.
+func (r *Relay) report() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for what, n := range r.counters {
+		r.log.Printf("NATS: %d × %s", n, what)
+	}
+	clear(r.counters)
+}
