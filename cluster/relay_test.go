@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -73,8 +74,11 @@ var ports atomic.Int64
 func stopNATS(t testing.TB, s *server.Server) (restart func()) {
 	t.Helper()
 	address, _ := s.Addr().(*net.TCPAddr)
+	// A process that another test is starting has the listener too, until exec closes it.
+	syscall.ForkLock.RLock()
 	s.Shutdown()
 	s.WaitForShutdown()
+	syscall.ForkLock.RUnlock()
 	return func() { natsWith(t, &server.Options{Port: address.Port}) }
 }
 

@@ -4,14 +4,18 @@ package kubernetes
 
 import (
 	"os"
+	"os/exec"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 
 	apps "k8s.io/api/apps/v1"
 	core "k8s.io/api/core/v1"
+	networking "k8s.io/api/networking/v1"
 	policy "k8s.io/api/policy/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	"sigs.k8s.io/yaml"
 )
 
@@ -50,62 +54,181 @@ func TestDockerStopOfTheREADMEWaitsForTheNode(t *testing.T) {
 	}
 }
 
-func TestManifestIsWhatKubernetesKnowsAndHoldsTogether(t *testing.T) {
-	manifest, err := os.ReadFile("chat.yaml")
+func TestDockerfileBuildsTheProgramWithTheVersionOfGoInGoMod(t *testing.T) {
+	dockerfile, err := os.ReadFile("../Dockerfile")
 	if err != nil {
 		t.Fatal(err)
 	}
-	documents := strings.Split(string(manifest), "\n---\n")
-	var deployment apps.Deployment
-	var service core.Service
-	var budget policy.PodDisruptionBudget
-	for i, kind := range []any{&deployment, &service, &budget} {
-		// Strictly: a field that is misspelled or in the wrong place is an error.
-		if err := yaml.UnmarshalStrict([]byte(documents[i]), kind); err != nil {
-			t.Errorf("document %d of %d: %v", i+1, len(documents), err)
-		}
+	build := regexp.MustCompile(`(?m)^RUN (.* go build .*) -o /bin/chat \.$`).FindSubmatch(dockerfile)
+	if build == nil {
+		t.Fatal("no RUN builds the program")
 	}
-	if t.Failed() {
-		return
+	command := exec.Command("sh", "-c", string(build[1])+" -n -o "+t.TempDir()+" .") // -n: without compiling
+	command.Dir = ".."
+	if out, err := command.CombinedOutput(); err != nil {
+		t.Errorf("%s: %v\n%s", build[1], err, out)
 	}
-	for i, want := range []string{"apps/v1 Deployment", "v1 Service", "policy/v1 PodDisruptionBudget"} {
-		got := []string{
-			deployment.APIVersion + " " + deployment.Kind,
-			service.APIVersion + " " + service.Kind,
-			budget.APIVersion + " " + budget.Kind,
-		}[i]
-		if got != want {
-			t.Errorf("document %d is %q, want %q", i+1, got, want)
-		}
+	image := regexp.MustCompile(`FROM golang:(\S+) AS build`).FindSubmatch(dockerfile)
+	module, err := os.ReadFile("../go.mod")
+	if err != nil {
+		t.Fatal(err)
 	}
+	if image == nil || !strings.Contains(string(module), "\ngo "+string(image[1])+".") {
+		t.Errorf("the image is %s, want the version of Go in go.mod", image)
+	}
+}
 
-	pod := deployment.Spec.Template
+// A manifest is the contents of chat.yaml.
+type manifest struct {
+	deployment apps.Deployment
+	service    core.Service
+	budget     policy.PodDisruptionBudget
+	network    networking.NetworkPolicy
+	ingress    networking.Ingress
+}
+
+func readManifest(t *testing.T) *manifest {
+	t.Helper()
+	text, err := os.ReadFile("chat.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := new(manifest)
+	kinds := []struct {
+		name  string
+		value any
+	}{
+		{"apps/v1 Deployment", &m.deployment},
+		{"v1 Service", &m.service},
+		{"policy/v1 PodDisruptionBudget", &m.budget},
+		{"networking.k8s.io/v1 NetworkPolicy", &m.network},
+		{"networking.k8s.io/v1 Ingress", &m.ingress},
+	}
+	documents := strings.Split(string(text), "\n---\n")
+	if len(documents) != len(kinds) {
+		t.Fatalf("got %d documents, want %d", len(documents), len(kinds))
+	}
+	for i, kind := range kinds {
+		// Strictly: a field that is misspelled or in the wrong place is an error.
+		if err := yaml.UnmarshalStrict([]byte(documents[i]), kind.value); err != nil {
+			t.Fatalf("%s: %v", kind.name, err)
+		}
+		var meta struct{ APIVersion, Kind string }
+		if err := yaml.Unmarshal([]byte(documents[i]), &meta); err != nil {
+			t.Fatal(err)
+		}
+		if got := meta.APIVersion + " " + meta.Kind; got != kind.name {
+			t.Errorf("document %d is %q, want %q", i+1, got, kind.name)
+		}
+	}
+	return m
+}
+
+func TestManifestHoldsTogether(t *testing.T) {
+	m := readManifest(t)
+	pod := m.deployment.Spec.Template
 	node := pod.Spec.Containers[0]
 	label := pod.Labels["app"]
 	for what, got := range map[string]string{
-		"Deployment":          deployment.Spec.Selector.MatchLabels["app"],
-		"Service":             service.Spec.Selector["app"],
-		"PodDisruptionBudget": budget.Spec.Selector.MatchLabels["app"],
+		"Deployment":          m.deployment.Spec.Selector.MatchLabels["app"],
+		"Service":             m.service.Spec.Selector["app"],
+		"PodDisruptionBudget": m.budget.Spec.Selector.MatchLabels["app"],
+		"NetworkPolicy":       m.network.Spec.PodSelector.MatchLabels["app"],
 	} {
 		if got != label || got == "" {
 			t.Errorf("%s selects %q, want the nodes' label %q", what, got, label)
 		}
 	}
-	if probe := node.ReadinessProbe.HTTPGet; probe.Path != "/ready" || probe.Port.StrVal != node.Ports[0].Name {
+	for _, spread := range pod.Spec.TopologySpreadConstraints {
+		if got := spread.LabelSelector.MatchLabels["app"]; got != label {
+			t.Errorf("a spread over %s selects %q, want %q", spread.TopologyKey, got, label)
+		}
+	}
+	http := node.Ports[0].Name
+	if probe := node.ReadinessProbe.HTTPGet; probe.Path != "/ready" || probe.Port.StrVal != http {
 		t.Errorf("readiness is asked at %s on port %s", probe.Path, probe.Port.StrVal)
 	}
 	if node.LivenessProbe != nil {
 		t.Error("there is a livenessProbe, want none")
 	}
-	if service.Spec.Ports[0].TargetPort.StrVal != node.Ports[0].Name || node.Args[1] != ":8080" || node.Ports[0].ContainerPort != 8080 {
-		t.Error("the Service, the port and -addr do not agree")
+	port := m.service.Spec.Ports[0]
+	if port.TargetPort.StrVal != http || node.Args[0] != "-addr=:8080" || node.Ports[0].ContainerPort != 8080 ||
+		m.network.Spec.Ingress[0].Ports[0].Port.StrVal != http {
+		t.Error("the Service, the NetworkPolicy, the port and -addr do not agree")
 	}
-	if env := node.Env[0]; node.Args[3] != "$("+env.Name+")" {
-		t.Errorf("-nats is %q, want what %s holds", node.Args[3], env.Name)
+	if got := pod.Annotations["prometheus.io/port"]; got != "8080" {
+		t.Errorf("Prometheus reads port %s, want 8080", got)
 	}
+	var public []string
+	for _, path := range m.ingress.Spec.Rules[0].HTTP.Paths {
+		public = append(public, path.Path)
+		backend := path.Backend.Service
+		if *path.PathType != networking.PathTypeExact || backend.Name != m.service.Name || backend.Port.Name != port.Name {
+			t.Errorf("the Ingress has for %s %s of %s:%s", path.Path, *path.PathType, backend.Name, backend.Port.Name)
+		}
+	}
+	if !slices.Equal(public, []string{"/", "/ws"}) {
+		t.Errorf("the paths %q are public, want the page and the WebSocket endpoint", public)
+	}
+
+	mount, volume := node.VolumeMounts[0], pod.Spec.Volumes[0]
+	if mount.Name != volume.Name || node.Args[2] != "-password="+mount.MountPath+"/password" {
+		t.Errorf("%s is not in the volume %s", node.Args[2], volume.Name)
+	}
+	for _, arg := range node.Args {
+		if regexp.MustCompile(`//[^@]*:[^@]*@`).MatchString(arg) {
+			t.Errorf("%s has a password, which the process list shows", arg)
+		}
+	}
+}
+
+// A pod of a namespace that enforces the restricted Pod Security Standard must have these.
+func TestPodIsAcceptedInRestrictedNamespaces(t *testing.T) {
+	pod := readManifest(t).deployment.Spec.Template.Spec
+	node := pod.Containers[0].SecurityContext
+	if seccomp := pod.SecurityContext.SeccompProfile; seccomp == nil || seccomp.Type != core.SeccompProfileTypeRuntimeDefault {
+		t.Errorf("seccompProfile is %v, want RuntimeDefault", seccomp)
+	}
+	if !*pod.SecurityContext.RunAsNonRoot || *node.AllowPrivilegeEscalation || node.Capabilities.Drop[0] != "ALL" {
+		t.Error("the pod may gain privileges")
+	}
+}
+
+func TestTimesOfTheManifestAreLongEnough(t *testing.T) {
+	m := readManifest(t)
+	pod := m.deployment.Spec.Template.Spec
+	node := pod.Containers[0]
 	// The grace period starts with preStop.
-	preStop, stop := node.Lifecycle.PreStop.Sleep.Seconds, stopTime(t)
-	if grace := *pod.Spec.TerminationGracePeriodSeconds; grace <= preStop+stop {
-		t.Errorf("terminationGracePeriodSeconds is %d, want more than preStop's %d s and the node's %d s", grace, preStop, stop)
+	ends := node.Lifecycle.PreStop.Sleep.Seconds + stopTime(t)
+	if grace := *pod.TerminationGracePeriodSeconds; grace <= ends {
+		t.Errorf("terminationGracePeriodSeconds is %d, want more than the %d s that a pod takes to end", grace, ends)
+	}
+	if got := int64(m.deployment.Spec.MinReadySeconds); got <= ends {
+		t.Errorf("minReadySeconds is %d, want more than the %d s that a pod takes to end", got, ends)
+	}
+	// A reconnect to NATS: settleWait, and a second to reconnect.
+	reconnect := number(t, "../relay.go", `\breconnectWait = (\d+) \* time\.Millisecond\n`) *
+		number(t, "../relay.go", `\bsettleWait = (\d+) \* reconnectWait\n`)
+	probe := node.ReadinessProbe
+	if failures := 1000 * int64(probe.PeriodSeconds*(probe.FailureThreshold-1)); failures <= reconnect+1000 {
+		t.Errorf("Kubernetes takes a node out of rotation after %d ms, want more than the %d ms of a reconnect",
+			failures, reconnect+1000)
+	}
+	checks := number(t, "../README.md", `default-server check inter 1s fall (\d+)`)
+	if failures := 1000 * (checks - 1); failures <= reconnect+1000 {
+		t.Errorf("HAProxy takes a node out of rotation after %d ms, want more than the %d ms of a reconnect",
+			failures, reconnect+1000)
+	}
+	ping := number(t, "../client.go", `\bpongWait = (\d+) \* time\.Second\n`) * 9 / 10
+	for _, timeout := range []string{"read", "send"} {
+		name := "nginx.ingress.kubernetes.io/proxy-" + timeout + "-timeout"
+		if got, err := strconv.ParseInt(m.ingress.Annotations[name], 10, 64); err != nil || got <= ping {
+			t.Errorf("%s is %d (%v), want more than the %d s between two pings", name, got, err, ping)
+		}
+	}
+	limit := node.Resources.Limits.Memory().Value()
+	goLimit, err := resource.ParseQuantity(strings.TrimSuffix(node.Env[0].Value, "B"))
+	if err != nil || node.Env[0].Name != "GOMEMLIMIT" || goLimit.Value() >= limit || goLimit.Value() < limit*8/10 {
+		t.Errorf("%s is %s (%v), want a little less than the limit of %d bytes", node.Env[0].Name, node.Env[0].Value, err, limit)
 	}
 }

@@ -1,0 +1,126 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// block returns the first indented block of README.md that contains text.
+func block(t *testing.T, text string) string {
+	t.Helper()
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, block := range regexp.MustCompile(`(?m)(?:^    .*\n|^\n)+`).FindAllString(string(readme), -1) {
+		if strings.Contains(block, text) {
+			return regexp.MustCompile(`(?m)^    `).ReplaceAllString(block, "")
+		}
+	}
+	t.Fatalf("README.md has no block with %q", text)
+	return ""
+}
+
+// The quick start runs as it is pasted, in a copy of this folder. Only the ports differ, as
+// those that it names may be in use.
+func TestQuickStartWithThreeServersWorksAsPasted(t *testing.T) {
+	dir := t.TempDir()
+	for _, pattern := range []string{"*.go", "go.*", "*.html", "nats.conf"} {
+		names, err := fs.Glob(os.DirFS("."), pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range names {
+			text, err := os.ReadFile(name)
+			if err == nil && !strings.HasSuffix(name, "_test.go") {
+				err = os.WriteFile(dir+"/"+name, text, 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	script := block(t, "go tool nats-server")
+	free := func(prefix string) string { // for example 1234, if 12340 to 12349 are free
+		for {
+			first := port(t)/10*10 + 10
+			busy := false
+			for n := first; n < first+10; n++ {
+				listener, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", n))
+				if busy = busy || err != nil; err == nil {
+					listener.Close()
+				}
+			}
+			if !busy && strings.Contains(script, prefix) {
+				script = strings.ReplaceAll(script, prefix, fmt.Sprint(first/10))
+				return fmt.Sprint(first / 10)
+			}
+		}
+	}
+	nodes := free("808")
+	free("422")
+	free("622")
+	monitoring := free("822")
+	bash := exec.Command("bash", "-c", script)
+	bash.Dir = dir
+	bash.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	stderr, err := bash.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := bash.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		syscall.Kill(-bash.Process.Pid, syscall.SIGTERM)
+		bash.Wait()
+	})
+	log := bufio.NewScanner(stderr)
+	listening := 0
+	for listening < 2 && log.Scan() {
+		if strings.Contains(log.Text(), "listening on http://localhost:"+nodes) {
+			listening++
+		}
+		if strings.Contains(log.Text(), "iolation") {
+			t.Errorf("the log has %q", log.Text())
+		}
+	}
+	if listening < 2 {
+		t.Fatalf("%d nodes listen, want 2", listening)
+	}
+	go func() {
+		for log.Scan() {
+		}
+	}()
+	one, two := dial(t, "ws://localhost:"+nodes+"0/ws"), dial(t, "ws://localhost:"+nodes+"1/ws")
+	one.send(t, "hello")
+	one.want(t, "hello")
+	two.want(t, "hello")
+	two.send(t, "hello yourself")
+	one.want(t, "hello yourself")
+
+	for n := 1; n <= 3; n++ {
+		eventually(t, "the server has the number of routes that README.md names", func() bool {
+			response, err := http.Get(fmt.Sprint("http://127.0.0.1:", monitoring, n, "/varz"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer response.Body.Close()
+			var varz struct{ Routes int }
+			if err := json.NewDecoder(response.Body).Decode(&varz); err != nil {
+				t.Fatal(err)
+			}
+			return varz.Routes == 8
+		})
+	}
+}
