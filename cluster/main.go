@@ -9,8 +9,9 @@
 // at /ready, and metrics for Prometheus at /metrics. It accepts clients once it has joined the
 // room, and retries until then. Without -nats it starts a NATS server of its own on a loopback
 // port, for trying it out, and logs how a second node joins.
-// SIGINT or SIGTERM starts a graceful shutdown: the node closes its clients' connections,
-// publishes what they have sent, and exits with status 0; a second signal forces it to exit.
+// SIGINT, SIGTERM or SIGHUP starts a graceful shutdown: the node closes its clients'
+// connections, publishes what it has read from them, and exits with status 0; a second signal
+// forces it to exit with status 1.
 //
 // hub.go, client.go and home.html are copies of the chat server's; relay.go joins the hub to
 // NATS, and nats.go connects to NATS. This file repeats much of that server's main.go, as a
@@ -40,9 +41,13 @@ import (
 const embedded = "embedded"
 
 const (
-	// Time allowed to read a request, to write its response, and between two requests. It
-	// does not apply to WebSocket connections.
+	// Time allowed to read a request, and to write its response. It does not apply to
+	// WebSocket connections.
 	httpTimeout = 10 * time.Second
+
+	// Time allowed between two requests on a connection: longer than the idle timeout of load
+	// balancers, which answer 502 if the server closes first (60 s in AWS).
+	idleTimeout = 75 * time.Second
 
 	// Maximum size in bytes of a request header, which also bounds the URLs in the log.
 	// (net/http allows 4 KiB more.)
@@ -51,6 +56,10 @@ const (
 	// Time allowed for all clients to disconnect during a graceful shutdown: less than the
 	// ten seconds that docker stop allows by default.
 	shutdownWait = 8 * time.Second
+
+	// A second signal forces an exit if it comes this long after the first, or later:
+	// coreutils' timeout sends SIGTERM twice at the same moment.
+	forceAfter = time.Second
 
 	// Longest time that startup and shutdown wait for a write to the log.
 	logWait = 100 * time.Millisecond
@@ -77,10 +86,15 @@ func main() {
 	ctx, cancel := context.WithCancel(context.Background())
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) { // as under nohup
+		signal.Notify(signals, syscall.SIGHUP)
+	}
 	go func() {
 		<-signals
 		cancel()
-		<-signals
+		for first := time.Now(); time.Since(first) < forceAfter; {
+			<-signals
+		}
 		os.Exit(1)
 	}()
 	if err := run(ctx, *addr, *urls, *creds, *password, *subject); err != nil {
@@ -124,17 +138,17 @@ func run(ctx context.Context, addr, urls, creds, password, subject string) error
 // returns the listener's error, if any.
 func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	hub := relay.hub
-	disconnected := make(chan struct{})
-	go func() { hub.run(); close(disconnected) }()
+	go hub.run()
 	go relay.metrics.watch(hub)
 	go func() {
 		select {
 		case <-relay.joined:
 			host, port, _ := net.SplitHostPort(listener.Addr().String())
+			scope := ""
 			if net.ParseIP(host).IsUnspecified() {
-				host = "localhost"
+				host, scope = "localhost", " (all interfaces)"
 			}
-			log.Printf("listening on http://%s/", net.JoinHostPort(host, port))
+			log.Printf("listening on http://%s/%s", net.JoinHostPort(host, port), scope)
 		case <-hub.stopped:
 		}
 	}()
@@ -158,6 +172,7 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 		Handler:        mux,
 		ReadTimeout:    httpTimeout,
 		WriteTimeout:   httpTimeout,
+		IdleTimeout:    idleTimeout,
 		MaxHeaderBytes: maxHeaderSize,
 	}
 	context.AfterFunc(ctx, func() { server.Close() }) // This does not close WebSockets: the hub does.
@@ -169,7 +184,7 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	hub.stop()
 	logSoon("shutting down")
 	select {
-	case <-disconnected:
+	case <-hub.ended:
 	case <-time.After(shutdownWait):
 		logSoon("exiting: some clients are still connected after %v", shutdownWait)
 	}

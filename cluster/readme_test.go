@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // block returns the first indented block of README.md that contains text.
@@ -51,26 +52,29 @@ func TestQuickStartWithThreeServersWorksAsPasted(t *testing.T) {
 		}
 	}
 	script := block(t, "go tool nats-server")
-	free := func(prefix string) string { // for example 1234, if 12340 to 12349 are free
+	next := port(t) / 10
+	freePorts := func(prefix string) string { // returns for example 1234, if 12340 to 12349 are free
 		for {
-			first := port(t)/10*10 + 10
+			next++
 			busy := false
-			for n := first; n < first+10; n++ {
-				listener, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", n))
-				if busy = busy || err != nil; err == nil {
-					listener.Close()
+			for n := range 10 {
+				listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d%d", next, n))
+				if err != nil {
+					busy = true
+					break
 				}
+				listener.Close()
 			}
-			if !busy && strings.Contains(script, prefix) {
-				script = strings.ReplaceAll(script, prefix, fmt.Sprint(first/10))
-				return fmt.Sprint(first / 10)
+			if !busy {
+				script = strings.ReplaceAll(script, prefix, fmt.Sprint(next))
+				return fmt.Sprint(next)
 			}
 		}
 	}
-	nodes := free("808")
-	free("422")
-	free("622")
-	monitoring := free("822")
+	monitoring := freePorts("822")
+	freePorts("422")
+	freePorts("622")
+	nodes := freePorts("808")
 	bash := exec.Command("bash", "-c", script)
 	bash.Dir = dir
 	bash.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -85,6 +89,8 @@ func TestQuickStartWithThreeServersWorksAsPasted(t *testing.T) {
 		syscall.Kill(-bash.Process.Pid, syscall.SIGTERM)
 		bash.Wait()
 	})
+	late := time.AfterFunc(2*patience, func() { syscall.Kill(-bash.Process.Pid, syscall.SIGTERM) })
+	defer late.Stop()
 	log := bufio.NewScanner(stderr)
 	listening := 0
 	for listening < 2 && log.Scan() {
@@ -111,7 +117,7 @@ func TestQuickStartWithThreeServersWorksAsPasted(t *testing.T) {
 
 	for n := 1; n <= 3; n++ {
 		eventually(t, "the server has the number of routes that README.md names", func() bool {
-			response, err := http.Get(fmt.Sprint("http://127.0.0.1:", monitoring, n, "/varz"))
+			response, err := http.Get(fmt.Sprintf("http://127.0.0.1:%s%d/varz", monitoring, n))
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -3,11 +3,18 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	cryptorand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log"
+	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -1759,26 +1766,109 @@ func TestNodeUsesNoServersThatItsURLsDoNotName(t *testing.T) {
 	}
 }
 
-// natsConfigured starts a NATS server with nats.conf, on loopback ports, and with routes.
-func natsConfigured(t *testing.T, routes string) *server.Server {
+// natsConfigured starts a NATS server with nats.conf, as edit changes it, on loopback ports,
+// and with routes.
+func natsConfigured(t *testing.T, routes string, edit *strings.Replacer) *server.Server {
 	t.Helper()
 	t.Setenv("CHAT_PASSWORD", "hunter2")
-	options, err := server.ProcessConfigFile("nats.conf") // as nats-server -t does
+	text, err := os.ReadFile("nats.conf")
 	if err != nil {
 		t.Fatal(err)
 	}
-	options.Port = 0
+	file := filepath.Join(t.TempDir(), "nats.conf")
+	if err := os.WriteFile(file, []byte(edit.Replace(string(text))), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	options, err := server.ProcessConfigFile(file) // as nats-server -t does
+	if err != nil {
+		t.Fatal(err)
+	}
+	if options.HTTPPort == 0 || options.Cluster.PingInterval != 5*time.Second || options.Cluster.MaxPingsOut != 2 {
+		t.Error("the options lack the monitoring port, or the ping of routes")
+	}
+	options.Port, options.HTTPPort = 0, 0
 	options.Cluster.Host, options.Cluster.Port = "127.0.0.1", server.RANDOM_PORT
 	options.Routes = server.RoutesFromStr(routes)
 	return natsWith(t, options)
 }
 
-func TestNATSConfigurationAdmitsNodesOnly(t *testing.T) {
-	first := natsConfigured(t, "")
-	second := natsConfigured(t, "nats://"+first.ClusterAddr().String())
+// natsPair starts two NATS servers with nats.conf, as edit changes it, that are a cluster.
+func natsPair(t *testing.T, edit *strings.Replacer) (first, second *server.Server) {
+	t.Helper()
+	first = natsConfigured(t, "", edit)
+	second = natsConfigured(t, "nats://"+first.ClusterAddr().String(), edit)
 	eventually(t, "a cluster", func() bool {
 		return first.NumRoutes() > server.DEFAULT_ROUTE_POOL_SIZE && second.NumRoutes() > server.DEFAULT_ROUTE_POOL_SIZE
 	})
+	return first, second
+}
+
+func TestTLSLinesOfTheNATSConfigurationAreForNodesAndRoutes(t *testing.T) {
+	dir := t.TempDir()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber:          big.NewInt(1),
+		NotAfter:              time.Now().Add(time.Hour),
+		IPAddresses:           []net.IP{net.IPv4(127, 0, 0, 1)},
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+	}
+	certificate, err := x509.CreateCertificate(cryptorand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyBytes, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{
+		"server.pem":     {Type: "CERTIFICATE", Bytes: certificate},
+		"ca.pem":         {Type: "CERTIFICATE", Bytes: certificate},
+		"server-key.pem": {Type: "PRIVATE KEY", Bytes: keyBytes},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	first, second := natsPair(t, strings.NewReplacer("# tls {", "tls {", "/etc/nats", dir))
+	varz, err := first.Varz(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !varz.Cluster.TLSRequired || !varz.Cluster.TLSVerify {
+		t.Errorf("TLS of routes is required: %t, verified: %t", varz.Cluster.TLSRequired, varz.Cluster.TLSVerify)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}))
+	var nodes []*node
+	for _, s := range []*server.Server{first, second} {
+		options, err := natsOptions("tls://chat:hunter2@"+s.Addr().String(), "", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		options.TLSConfig = &tls.Config{RootCAs: roots} // as SSL_CERT_FILE, which is read once a process
+		book := new(logBook)
+		relay, err := join(newHub(), options, "chat", log.New(book, "", 0))
+		if err != nil {
+			t.Fatal(err)
+		}
+		awaitJoined(t, relay, book)
+		if _, err := relay.nc.TLSConnectionState(); err != nil {
+			t.Errorf("the node is connected without TLS: %v", err)
+		}
+		nodes = append(nodes, serveRelay(t, relay, book))
+	}
+	listener := nodes[1].dial(t)
+	nodes[0].proxyHub.broadcast <- []byte("hello")
+	listener.want(t, "hello")
+}
+
+func TestNATSConfigurationAdmitsNodesOnly(t *testing.T) {
+	first, second := natsPair(t, strings.NewReplacer())
 	if first.JetStreamEnabled() {
 		t.Error("JetStream is on, want it off")
 	}
