@@ -74,10 +74,10 @@ func TestCommandsOfTheREADMEsHaveTheOutputShown(t *testing.T) {
 // the output shown, and adds the ports in it to ports.
 func runServer(t *testing.T, dir, command, shown string, ports map[string]string) {
 	t.Helper()
-	compile := exec.Command("go", "build", "-o", os.DevNull, ".") // may take long, which is not the server's time
+	compile := exec.Command("go", "run", ".", "-h") // may take long, which is not the server's time
 	compile.Dir = dir
 	if out, err := compile.CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
+		t.Fatalf("go run . -h: %v\n%s", err, out)
 	}
 	cmd := exec.Command("sh", "-c", withPorts(command, ports)+" -addr localhost:0")
 	cmd.Dir = dir
