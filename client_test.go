@@ -30,10 +30,10 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// The tests are in two files. In this one: the index of the promises; what goes over the
-// wire; how a client ends; the promises about one client; the helpers; fuzzing. In
-// hub_test.go: the hub alone, what applications do, do and tell, serving, the log, the page,
-// the process, and the benchmarks.
+// The tests are in two files, in this order. Here: the index of the promises, the wire,
+// how a client ends, the promises about clients, the helpers, fuzzing. In hub_test.go: the
+// hub, its shutdown, what applications do, do and tell, serving, the log, the page, the
+// process, the benchmarks.
 
 // index lists the promises and the tests of each, in both files. It is code so that the
 // compiler knows its names.
@@ -252,8 +252,8 @@ func TestConstantsAndCloseReasonsAreAsPromised(t *testing.T) {
 // message is not broadcast.
 
 func TestMessageBecomesOneCleanLineOrNone(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		p := r.join(t)
+	withServer(t, func(t *testing.T, s *server) {
+		p := s.join(t)
 		for sent, want := range map[string]string{
 			"plain":                             "plain",
 			"  around\t\r\n":                    "around",
@@ -287,19 +287,19 @@ func TestCleanReplacesInvalidUTF8(t *testing.T) {
 	}
 }
 
-// On the wire, out: one WebSocket text message is one or more chat messages joined by '\n',
-// in one frame, below 32 KiB. The message that does not fit into a frame begins the next.
-// An application's messages may have any size.
+// On the wire, out: one WebSocket text message is one or more chat messages joined by
+// '\n', in one frame, below 32 KiB. The message that does not fit into a frame begins the
+// next. An application's messages may have any size.
 
 func TestQueuedMessagesAreJoinedInFramesBelow32KiB(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		p := r.join(t).unbuffered()
+	withServer(t, func(t *testing.T, s *server) {
+		p := s.join(t).unbuffered()
 		var want, got []string
 		for n := range 1 + sendQueueSize { // One is with writePump.
 			want = append(want, fmt.Sprintf("%0*d", maxMessageSize, n))
-			r.broadcast(want[n])
+			s.broadcast(want[n])
 		}
-		r.hub.stop()
+		s.hub.stop()
 		frames := 0
 		for {
 			f, err := p.readFrame(patience)
@@ -327,13 +327,13 @@ func TestBatchIsFilledToTheLastByte(t *testing.T) {
 	// and a message of the greatest length, and not one byte more.
 	const most = maxBatchSize/(maxMessageSize+1) - 1
 	for gap, want := range map[int]int{448: most + 2, 449: most + 1} {
-		runInRoom(t, fmt.Sprint(gap), func(t *testing.T, r *room) {
-			p := r.join(t).unbuffered()
-			r.broadcast("writePump is busy with this")
+		runWithServer(t, fmt.Sprint(gap), func(t *testing.T, s *server) {
+			p := s.join(t).unbuffered()
+			s.broadcast("writePump is busy with this")
 			for range most {
-				r.broadcast(strings.Repeat("x", maxMessageSize))
+				s.broadcast(strings.Repeat("x", maxMessageSize))
 			}
-			r.broadcast(strings.Repeat("x", gap), strings.Repeat("x", maxMessageSize))
+			s.broadcast(strings.Repeat("x", gap), strings.Repeat("x", maxMessageSize))
 			p.wantLines("writePump is busy with this")
 			lines, err := p.read(patience)
 			if len(lines) != want {
@@ -386,19 +386,19 @@ func TestMessagesOfAnySizeFillFramesInOrder(t *testing.T) {
 			want:   list(full, 1, full),
 		},
 	} {
-		runInRoom(t, test.name, func(t *testing.T, r *room) {
-			p := r.join(t).unbuffered()
-			client := r.clients()[0]
-			r.broadcast("busy")
+		runWithServer(t, test.name, func(t *testing.T, s *server) {
+			p := s.join(t).unbuffered()
+			client := s.clients()[0]
+			s.broadcast("busy")
 			var want []byte
-			r.hub.do(func() {
+			s.hub.do(func() {
 				for i, size := range test.queued {
 					message := bytes.Repeat([]byte{'a' + byte(i)}, size)
 					want = append(append(want, '\n'), message...)
-					r.hub.queue(client, message)
+					s.hub.queue(client, message)
 				}
 			})
-			r.hub.stop()
+			s.hub.stop()
 			p.wantLines("busy")
 			var got []byte
 			var sizes []int
@@ -424,13 +424,13 @@ func TestMessagesOfAnySizeFillFramesInOrder(t *testing.T) {
 }
 
 func TestBatchesDoNotChangeTheMessagesThatClientsShare(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		one, other := r.join(t).unbuffered(), r.join(t).unbuffered()
-		r.broadcast("busy")
+	withServer(t, func(t *testing.T, s *server) {
+		one, other := s.join(t).unbuffered(), s.join(t).unbuffered()
+		s.broadcast("busy")
 		buffer := []byte("hello, and room behind it")
-		r.broadcast("first", "second")
-		r.hub.do(func() { r.hub.deliver(buffer[:5]) })
-		r.broadcast("third")
+		s.broadcast("first", "second")
+		s.hub.do(func() { s.hub.deliver(buffer[:5]) })
+		s.broadcast("third")
 		for _, p := range list(one, other) {
 			p.wantLines("busy", "first", "second", "hello", "third")
 		}
@@ -451,13 +451,13 @@ func TestHeartbeatClientGetsAnEmptyMessageWithEachPing(t *testing.T) {
 		"other":     without,
 		"heartbeat": with,
 	} {
-		runInRoom(t, subprotocol, func(t *testing.T, r *room) {
-			p := r.join(t, strings.Fields(subprotocol)...)
+		runWithServer(t, subprotocol, func(t *testing.T, s *server) {
+			p := s.join(t, strings.Fields(subprotocol)...)
 			if got := p.Subprotocol(); (got == "heartbeat") != (subprotocol == "heartbeat") {
 				t.Errorf("the server chose %q", got)
 			}
 			start := time.Now()
-			time.AfterFunc(10*time.Second, func() { r.broadcast("hello") })
+			time.AfterFunc(10*time.Second, func() { s.broadcast("hello") })
 			var got []string
 			for {
 				f, err := p.readFrame(time.Until(start.Add(3*pingPeriod - 1)))
@@ -481,8 +481,8 @@ func TestClientAsksForTheHeartbeatByItsURL(t *testing.T) {
 		"?heartbeat=1": true,
 		"?other":       false,
 	} {
-		runInRoom(t, query, func(t *testing.T, r *room) {
-			conn, _, err := r.dialer(t).Dial(roomURL+query, nil)
+		runWithServer(t, query, func(t *testing.T, s *server) {
+			conn, _, err := s.dialer(t).Dial(serverURL+query, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -500,12 +500,13 @@ func TestClientAsksForTheHeartbeatByItsURL(t *testing.T) {
 	}
 }
 
-// RFC 6455: a chat with one client is an echo server. gorilla/websocket parses the frames,
-// and has tests for that. These tests show what the pumps do with them.
+// RFC 6455: a chat with one client is an echo server. gorilla/websocket parses the
+// frames, and has tests for that. This test shows what the pumps do with them.
 
 func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 	const closeBack = `close 1000 ""`
-	const lengths = "\u00a1\u07ff\u0800\uffff\U00010000\U0010ffff." // of UTF-8, first and last
+	// The first and last characters of each length in UTF-8.
+	const lengths = "\u00a1\u07ff\u0800\uffff\U00010000\U0010ffff."
 	hello, helloBack := encode(0x81, "hello"), `text "hello"`
 	type test struct {
 		name string
@@ -637,8 +638,8 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 		})
 	}
 	for _, test := range tests {
-		runInRoom(t, test.name, func(t *testing.T, r *room) {
-			p := r.join(t)
+		runWithServer(t, test.name, func(t *testing.T, s *server) {
+			p := s.join(t)
 			start := time.Now()
 			p.write(append(slices.Concat(test.sent...), encodeClose(1000, "")...))
 			var got []string
@@ -662,9 +663,9 @@ func TestFramesAreAnsweredAsRFC6455Says(t *testing.T) {
 	}
 }
 
-// When a client violates the protocol, it alone gets a close code and a reason, also while
-// it is sending. After both close frames TCP is closed at once. The other clients notice
-// nothing.
+// When a client violates the protocol, it alone gets a close code and a reason, also
+// while it is sending. After both close frames TCP is closed at once. The other clients
+// notice nothing.
 
 // A violation is something that a client sends to have its connection closed.
 type violation struct {
@@ -726,8 +727,8 @@ var violations = []violation{
 	},
 }
 
-// manyMessages and manyFragments of one message are more than a pipe holds for a peer that
-// does not read, and more than the rate limit lets through in closeWait.
+// manyMessages, and manyFragments of one message, are more than a pipe holds for a peer
+// that does not read, and more than the rate limit lets through in closeWait.
 var (
 	manyMessages  = bytes.Repeat(encode(0x81, strings.Repeat("x", 122)), 2000)
 	manyFragments = bytes.Repeat(encode(0x00, strings.Repeat("x", 122)), 2000)
@@ -738,25 +739,25 @@ func TestViolatorAloneIsClosedAndReadsTheReason(t *testing.T) {
 		for _, busy := range list(false, true) {
 			for _, sends := range list(false, true) {
 				name := fmt.Sprintf("%s,busy=%v,sends=%v", violation.name, busy, sends)
-				runInRoom(t, name, func(t *testing.T, r *room) {
-					testViolation(t, r, violation, busy, sends)
+				runWithServer(t, name, func(t *testing.T, s *server) {
+					testViolation(t, s, violation, busy, sends)
 				})
 			}
 		}
 	}
 }
 
-// testViolation has a client violate the protocol. If busy, it has not read three messages
-// before; if sends, it goes on sending.
-func testViolation(t *testing.T, r *room, violation violation, busy, sends bool) {
+// testViolation has a client violate the protocol. If busy, three messages are queued for
+// it; if sends, it keeps sending.
+func testViolation(t *testing.T, s *server, violation violation, busy, sends bool) {
 	sent, want := violation.sent, violation.want
-	violator, other := r.join(t), r.join(t)
+	violator, other := s.join(t), s.join(t)
 	logged, start := *want, time.Now()
 	var broadcast, received []string
 	if busy {
 		violator.unbuffered()
 		broadcast = list("one", "two", "three")
-		r.broadcast(broadcast...)
+		s.broadcast(broadcast...)
 		received = broadcast
 	}
 	if logged.Code == 1002 {
@@ -777,7 +778,7 @@ func testViolation(t *testing.T, r *room, violation violation, busy, sends bool)
 		writing.Wait() // It reads only when it has written all.
 	}
 	if got := violator.wantClose(want); !slices.Equal(got, received) {
-		t.Errorf("before the close frame came %s, want %q", brief(got), received)
+		t.Errorf("got %s before the close frame, want %q", brief(got), received)
 	}
 	if logged.Code == 1002 {
 		violator.wantHalfEnd()
@@ -787,10 +788,10 @@ func testViolation(t *testing.T, r *room, violation violation, busy, sends bool)
 	violator.wantEnd()
 	writing.Wait()
 	if got := time.Since(start); got != 0 {
-		t.Errorf("all this took %v, want no time", got)
+		t.Errorf("the ending took %v, want no time", got)
 	}
-	r.wantLogged(t, fmt.Sprintf("pipe: dropped: %q", logged.Error()))
-	r.broadcast("still here")
+	s.wantLogged(t, fmt.Sprintf("pipe: dropped: %q", logged.Error()))
+	s.broadcast("still here")
 	other.wantLines(append(broadcast, "still here")...)
 }
 
@@ -798,10 +799,10 @@ func testViolation(t *testing.T, r *room, violation violation, busy, sends bool)
 
 func TestViolatorReadsTheReasonOverTCPWhileItSends(t *testing.T) {
 	watch(t, patience)
-	r := tcpRoom(t)
+	s := tcpServer(t)
 	for _, violation := range violations {
 		if len(violation.sent) < 1000 && violation.sent[0] != 0x01 {
-			p := r.join(t)
+			p := s.join(t)
 			p.write(slices.Concat(violation.sent, manyMessages[:8<<10]))
 			p.wantClose(violation.want)
 		}
@@ -810,8 +811,8 @@ func TestViolatorReadsTheReasonOverTCPWhileItSends(t *testing.T) {
 
 func TestViolatorThatNeverAnswersIsClosedAfterCloseWait(t *testing.T) {
 	for _, violation := range violations {
-		runInRoom(t, violation.name, func(t *testing.T, r *room) {
-			p := r.join(t)
+		runWithServer(t, violation.name, func(t *testing.T, s *server) {
+			p := s.join(t)
 			p.SetCloseHandler(func(int, string) error { return nil })
 			p.write(violation.sent)
 			p.wantClose(violation.want)
@@ -839,9 +840,9 @@ func (l wholeListener) Accept() (net.Conn, error) {
 func TestViolatorReadsTheReasonWithoutCloseWrite(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		listener := newPipeListener()
-		r := newRoom(t, wholeListener{listener})
-		r.connect = listener.connect
-		p := r.join(t)
+		s := newServer(t, wholeListener{listener})
+		s.connect = listener.connect
+		p := s.join(t)
 		p.write(slices.Concat(encode(0x8f, ""), manyMessages))
 		p.wantClose(&websocket.CloseError{Code: 1002, Text: "bad opcode 15"})
 		p.pipe().CloseWrite()
@@ -867,15 +868,15 @@ func TestCompressedMessageThatCannotBeReadIsAProtocolError(t *testing.T) {
 			log:  "unexpected EOF",
 		},
 	} {
-		runInRoom(t, test.name, func(t *testing.T, r *room) {
-			p := r.join(t)
+		runWithServer(t, test.name, func(t *testing.T, s *server) {
+			p := s.join(t)
 			p.write(encode(0xc1, test.sent))
 			_, err := p.read(patience)
 			if !websocket.IsCloseError(err, websocket.CloseProtocolError) {
 				t.Errorf("the connection ended with %v, want 1002", err)
 			}
 			p.Close()
-			r.wantLogged(t, `pipe: dropped: "websocket: close 1002 (protocol error): `+test.log+`"`)
+			s.wantLogged(t, `pipe: dropped: "websocket: close 1002 (protocol error): `+test.log+`"`)
 		})
 	}
 }
@@ -890,67 +891,67 @@ func TestTLSConnectionCutWithinARecordIsAbnormalClosure(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
 				pipes := newPipeListener()
-				r := newRoom(t, tls.NewListener(pipes, issuer.TLS))
-				r.connect = func(t testing.TB) net.Conn {
+				s := newServer(t, tls.NewListener(pipes, issuer.TLS))
+				s.connect = func(t testing.TB) net.Conn {
 					return tls.Client(pipes.connect(t), &tls.Config{InsecureSkipVerify: true})
 				}
-				p := r.join(t)
+				p := s.join(t)
 				p.write(sent)
 				conn := p.NetConn().(*tls.Conn).NetConn()
 				conn.Write([]byte{23, 3, 3, 0, 100, 'x'}) // one byte of a record of 100
 				conn.Close()
-				r.wantLogged(t, "pipe: "+logVanished)
+				s.wantLogged(t, "pipe: "+logVanished)
 			})
 		})
 	}
 }
 
-// How a connection ends, and its line in the log: it says which side closed the connection.
-// There is no line after a normal closure. A peer's text is quoted, so that it can neither
-// end a line of the log nor drive a terminal.
+// How a connection ends, and its line in the log, which says which side closed it. A
+// normal closure is not logged. A peer's text is quoted, so that it can neither end a
+// line of the log nor drive a terminal.
 
 // A closing is a way to end a connection, and what it leads to.
 type closing struct {
 	name  string
-	end   func(*room, *peer)
+	end   func(*server, *peer)
 	after time.Duration         // from the start of end until TCP is closed
 	lines int                   // that the peer reads before the close frame
-	want  *websocket.CloseError // that the peer reads, or nil if it has reset the connection
+	want  *websocket.CloseError // what the peer reads, or nil if it has closed TCP
 	log   string                // what follows the address
 }
 
 const logVanished = `disconnected: "websocket: close 1006 (abnormal closure): unexpected EOF"`
 
 // sends has the peer send bytes, and not answer a close frame.
-func sends(sent []byte) func(*room, *peer) {
-	return func(_ *room, p *peer) {
+func sends(sent []byte) func(*server, *peer) {
+	return func(_ *server, p *peer) {
 		p.SetCloseHandler(func(int, string) error { return nil })
 		p.write(sent)
 	}
 }
 
 // stall broadcasts lines that the peer does not read before the end.
-func (r *room) stall(p *peer, lines int) {
+func (s *server) stall(p *peer, lines int) {
 	p.unbuffered()
 	for n := range lines {
-		r.broadcast(fmt.Sprint("line ", n))
+		s.broadcast(fmt.Sprint("line ", n))
 	}
 }
 
-// drop drops the room's only client for each of the reasons, in this order.
-func (r *room) drop(reasons ...*websocket.CloseError) {
-	client := r.clients()[0]
-	r.hub.do(func() {
+// drop drops the server's only client for each of the reasons, in this order.
+func (s *server) drop(reasons ...*websocket.CloseError) {
+	client := s.clients()[0]
+	s.hub.do(func() {
 		for _, reason := range reasons {
-			r.hub.drop(client, reason)
+			s.hub.drop(client, reason)
 		}
 	})
 }
 
-// end calls end of the room's only client for each of the reasons, on readPump's goroutine:
-// when it reads a pong from p.
-func (r *room) end(p *peer, reasons ...*websocket.CloseError) {
-	client := r.clients()[0]
+// end calls end of the server's only client for each of the reasons, on readPump's
+// goroutine: when it reads a pong from p.
+func (s *server) end(p *peer, reasons ...*websocket.CloseError) {
+	client := s.clients()[0]
 	client.conn.SetPongHandler(func(string) error {
 		for _, reason := range reasons {
 			client.end(reason)
@@ -994,18 +995,18 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 		},
 		{
 			name: "the peer half-closes",
-			end:  func(_ *room, p *peer) { p.pipe().CloseWrite() },
+			end:  func(_ *server, p *peer) { p.pipe().CloseWrite() },
 			want: &websocket.CloseError{Code: 1006, Text: "unexpected EOF"},
 			log:  logVanished,
 		},
 		{
 			name: "the peer vanishes",
-			end:  func(_ *room, p *peer) { p.Close() },
+			end:  func(_ *server, p *peer) { p.Close() },
 			log:  logVanished,
 		},
 		{
 			name: "the peer vanishes within a message",
-			end: func(_ *room, p *peer) {
+			end: func(_ *server, p *peer) {
 				p.write(encode(0x01, "x"))
 				p.Close()
 			},
@@ -1013,8 +1014,8 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 		},
 		{
 			name: "the network resets it",
-			end: func(r *room, p *peer) {
-				r.broadcast("not read")
+			end: func(s *server, p *peer) {
+				s.broadcast("not read")
 				p.Close()
 			},
 			log: `disconnected: "websocket: close 1006 (abnormal closure): ` +
@@ -1022,8 +1023,8 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 		},
 		{
 			name: "the peer sends binary and half-closes",
-			end: func(r *room, p *peer) {
-				r.stall(p, 1)
+			end: func(s *server, p *peer) {
+				s.stall(p, 1)
 				p.write(encode(0x82, ""))
 				p.pipe().CloseWrite()
 				synctest.Wait()
@@ -1035,7 +1036,7 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 		},
 		{
 			name: "the peer answers no ping",
-			end: func(_ *room, p *peer) {
+			end: func(_ *server, p *peer) {
 				p.SetPingHandler(func(string) error { return nil })
 			},
 			after: pongWait,
@@ -1045,8 +1046,8 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 		},
 		{
 			name: "the peer reads nothing and violates the protocol",
-			end: func(r *room, p *peer) {
-				r.stall(p, 1)
+			end: func(s *server, p *peer) {
+				s.stall(p, 1)
 				p.write(encode(0x8f, ""))
 				time.Sleep(writeWait - time.Second)
 			},
@@ -1057,8 +1058,8 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 		},
 		{
 			name: "the peer does not read",
-			end: func(r *room, p *peer) {
-				r.stall(p, 1+sendQueueSize+2) // One line is with writePump.
+			end: func(s *server, p *peer) {
+				s.stall(p, 1+sendQueueSize+2) // One line is with writePump.
 			},
 			after: sendQueueSize / 2 * backpressureDelay,
 			lines: 1 + sendQueueSize,
@@ -1067,14 +1068,14 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 		},
 		{
 			name: "the application unregisters it",
-			end:  func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] },
+			end:  func(s *server, _ *peer) { s.hub.unregister <- s.clients()[0] },
 			want: errUnregistered,
 		},
 		{
 			name: "the server shuts down",
-			end: func(r *room, p *peer) {
-				r.stall(p, 3)
-				r.hub.stop()
+			end: func(s *server, p *peer) {
+				s.stall(p, 3)
+				s.hub.stop()
 			},
 			lines: 3,
 			want:  errShuttingDown,
@@ -1082,28 +1083,28 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 	}
 	long := &websocket.CloseError{Code: 4000, Text: "x" + strings.Repeat("é", 70)}
 	cut := &websocket.CloseError{Code: 4000, Text: "x" + strings.Repeat("é", 61)}
-	for how, ends := range map[string]func(*room, *peer, ...*websocket.CloseError){
-		"drop": func(r *room, _ *peer, reasons ...*websocket.CloseError) { r.drop(reasons...) },
-		"end":  (*room).end,
+	for how, ends := range map[string]func(*server, *peer, ...*websocket.CloseError){
+		"drop": func(s *server, _ *peer, reasons ...*websocket.CloseError) { s.drop(reasons...) },
+		"end":  (*server).end,
 	} {
 		closings = append(closings, closing{
 			name: how + " with a long reason",
-			end:  func(r *room, p *peer) { ends(r, p, long) },
+			end:  func(s *server, p *peer) { ends(s, p, long) },
 			want: cut,
 			log:  fmt.Sprintf("dropped: %q", long.Error()),
 		}, closing{
 			name: how + " with one reason, then another",
-			end:  func(r *room, p *peer) { ends(r, p, errBinary, errTooBig) },
+			end:  func(s *server, p *peer) { ends(s, p, errBinary, errTooBig) },
 			want: errBinary,
 			log: `dropped: "websocket: close 1003 (unsupported data): ` +
 				`binary messages are not supported"`,
 		})
 	}
 	for _, test := range closings {
-		runInRoom(t, test.name, func(t *testing.T, r *room) {
-			p := r.join(t)
+		runWithServer(t, test.name, func(t *testing.T, s *server) {
+			p := s.join(t)
 			start := time.Now()
-			test.end(r, p)
+			test.end(s, p)
 			if test.want != nil {
 				lines := p.wantCloseWithin(2*pongWait, test.want)
 				for n, line := range lines {
@@ -1125,9 +1126,9 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 				t.Errorf("it ended after %v, want %v", got, test.after)
 			}
 			if test.log == "" {
-				r.wantLogged(t)
+				s.wantLogged(t)
 			} else {
-				r.wantLogged(t, "pipe: "+test.log)
+				s.wantLogged(t, "pipe: "+test.log)
 			}
 		})
 	}
@@ -1142,19 +1143,19 @@ func TestCloseCodeThatMustNotBeSentIsReplaced(t *testing.T) {
 		1015: false, 2999: false,
 		3000: true, 4999: true, 5000: false, 70000: false,
 	} {
-		for how, ends := range map[string]func(*room, *peer, *websocket.CloseError){
-			"drop": func(r *room, _ *peer, reason *websocket.CloseError) { r.drop(reason) },
-			"end":  func(r *room, p *peer, reason *websocket.CloseError) { r.end(p, reason) },
+		for how, ends := range map[string]func(*server, *peer, *websocket.CloseError){
+			"drop": func(s *server, _ *peer, reason *websocket.CloseError) { s.drop(reason) },
+			"end":  func(s *server, p *peer, reason *websocket.CloseError) { s.end(p, reason) },
 		} {
-			runInRoom(t, fmt.Sprint(how, code), func(t *testing.T, r *room) {
-				p := r.join(t)
+			runWithServer(t, fmt.Sprint(how, code), func(t *testing.T, s *server) {
+				p := s.join(t)
 				reason := &websocket.CloseError{Code: code, Text: "kicked"}
 				want := reason
 				if !sent {
 					want = &websocket.CloseError{Code: 1011, Text: reason.Error()}
 				}
 				start := time.Now()
-				ends(r, p, reason)
+				ends(s, p, reason)
 				p.wantClose(want)
 				synctest.Wait()
 				p.wantEnd()
@@ -1171,41 +1172,41 @@ func TestClientThatNeverReadsIsClosed(t *testing.T) {
 	for _, test := range []struct {
 		name         string // what the server writes
 		subprotocols []string
-		begin        func(*room, *peer)
+		begin        func(*server, *peer)
 		after        time.Duration         // until the write fails
 		want         *websocket.CloseError // in the log
 	}{
 		{
 			name:  "a message",
-			begin: func(r *room, _ *peer) { r.broadcast("this") },
+			begin: func(s *server, _ *peer) { s.broadcast("this") },
 			after: writeWait,
 			want:  timeout,
 		},
 		{
 			name: "a message, then a close frame",
-			begin: func(r *room, _ *peer) {
-				r.broadcast("this")
-				r.drop(errBinary)
+			begin: func(s *server, _ *peer) {
+				s.broadcast("this")
+				s.drop(errBinary)
 			},
 			after: writeWait,
 			want:  errBinary,
 		},
 		{
 			name:  "a close frame",
-			begin: func(r *room, _ *peer) { r.drop(errBinary) },
+			begin: func(s *server, _ *peer) { s.drop(errBinary) },
 			after: writeWait,
 			want:  errBinary,
 		},
 		{
 			name:  "a ping",
-			begin: func(*room, *peer) {},
+			begin: func(*server, *peer) {},
 			after: pingPeriod + writeWait,
 			want:  timeout,
 		},
 		{
 			name:         "a heartbeat",
 			subprotocols: list(heartbeat),
-			begin: func(_ *room, p *peer) {
+			begin: func(_ *server, p *peer) {
 				go io.ReadFull(p.NetConn(), make([]byte, 2)) // the ping alone
 			},
 			after: pingPeriod + writeWait,
@@ -1213,25 +1214,25 @@ func TestClientThatNeverReadsIsClosed(t *testing.T) {
 		},
 		{
 			name:  "a pong",
-			begin: func(_ *room, p *peer) { p.write(encode(0x89, "")) },
+			begin: func(_ *server, p *peer) { p.write(encode(0x89, "")) },
 			after: pingPeriod, // The next write fails.
 			want:  timeout,
 		},
 		{
 			name: "a pong, then a message",
-			begin: func(r *room, p *peer) {
+			begin: func(s *server, p *peer) {
 				p.write(encode(0x89, ""))
 				time.Sleep(2 * writeWait)
-				r.broadcast("this")
+				s.broadcast("this")
 			},
 			after: 2 * writeWait,
 			want:  timeout,
 		},
 	} {
-		runInRoom(t, test.name, func(t *testing.T, r *room) {
-			p := r.join(t, test.subprotocols...).unbuffered()
+		runWithServer(t, test.name, func(t *testing.T, s *server) {
+			p := s.join(t, test.subprotocols...).unbuffered()
 			start, want := time.Now(), test.after+closeWait
-			test.begin(r, p)
+			test.begin(s, p)
 			p.NetConn().SetWriteDeadline(time.Time{})
 			for !p.pipe().far.isClosed() && time.Since(start) < 2*want { // It answers.
 				time.Sleep(100 * time.Millisecond)
@@ -1241,46 +1242,46 @@ func TestClientThatNeverReadsIsClosed(t *testing.T) {
 			if got := time.Since(start); got < want || got > want+200*time.Millisecond {
 				t.Errorf("TCP was closed after %v, want %v", got, want)
 			}
-			r.wantLogged(t, fmt.Sprintf("pipe: dropped: %q", test.want.Error()))
+			s.wantLogged(t, fmt.Sprintf("pipe: dropped: %q", test.want.Error()))
 		})
 	}
 }
 
 func TestNothingWaitsForAClientAfterAFailedWrite(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		p := r.join(t)
-		client := r.clients()[0]
+	withServer(t, func(t *testing.T, s *server) {
+		p := s.join(t)
+		client := s.clients()[0]
 		p.pipe().far.onWrite = func() error { return errReset }
 		start := time.Now()
-		r.broadcast("this ends writePump")
+		s.broadcast("this ends writePump")
 		for range 2 * sendQueueSize {
 			client.send <- []byte("sent past the hub")
 		}
 		synctest.Wait()
 		for range 2 * sendQueueSize {
-			r.broadcast("lost")
+			s.broadcast("lost")
 		}
 		if got := time.Since(start); got != 0 {
 			t.Errorf("it cost the others %v, want no time", got)
 		}
 		time.Sleep(closeWait)
-		r.wantLogged(t, `pipe: dropped: "websocket: close 1006 (abnormal closure): `+
+		s.wantLogged(t, `pipe: dropped: "websocket: close 1006 (abnormal closure): `+
 			`read pipe: connection reset by peer"`)
 	})
 }
 
 func TestPeerThatDoesNotTakeTheHandshakeIsDroppedAfterWriteWait(t *testing.T) {
 	for _, stopping := range list(false, true) {
-		runInRoom(t, fmt.Sprintf("stopping=%v", stopping), func(t *testing.T, r *room) {
-			conn := r.connect(t).(*pipe)
+		runWithServer(t, fmt.Sprintf("stopping=%v", stopping), func(t *testing.T, s *server) {
+			conn := s.connect(t).(*pipe)
 			defer conn.Close()
 			conn.unbuffer()
 			start := time.Now()
 			fmt.Fprintf(conn, "%s\r\n", handshake)
-			client := r.clients()[0]
-			r.hub.broadcast <- []byte("run no longer receives this")
+			client := s.clients()[0]
+			s.hub.broadcast <- []byte("run no longer receives this")
 			if stopping {
-				r.hub.stop()
+				s.hub.stop()
 			}
 			time.Sleep(writeWait - 1)
 			if synctest.Wait(); conn.far.isClosed() {
@@ -1293,10 +1294,10 @@ func TestPeerThatDoesNotTakeTheHandshakeIsDroppedAfterWriteWait(t *testing.T) {
 				t.Errorf("TCP was not closed after %v", writeWait)
 			}
 			if stopping {
-				r.wantEnd(t)
-				r.wantLogged(t)
+				s.wantEnd(t)
+				s.wantLogged(t)
 			} else {
-				r.wantLogged(t, `pipe: disconnected: "websocket: close 1006 (abnormal closure): `+
+				s.wantLogged(t, `pipe: disconnected: "websocket: close 1006 (abnormal closure): `+
 					`handshake response: i/o timeout"`)
 			}
 		})
@@ -1304,27 +1305,27 @@ func TestPeerThatDoesNotTakeTheHandshakeIsDroppedAfterWriteWait(t *testing.T) {
 }
 
 func TestSlowReaderDelaysItsEndByWriteWaitAndCloseWaitAtMost(t *testing.T) {
-	for how, end := range map[string]func(*room){
-		"stop": func(r *room) { r.hub.stop() },
-		"drop": func(r *room) { r.drop(errBinary) },
+	for how, end := range map[string]func(*server){
+		"stop": func(s *server) { s.hub.stop() },
+		"drop": func(s *server) { s.drop(errBinary) },
 	} {
-		for _, busy := range list(true, false) { // Is writePump writing when the reason comes?
-			runInRoom(t, fmt.Sprintf("%s,busy=%v", how, busy), func(t *testing.T, r *room) {
-				p := r.join(t).unbuffered()
-				client := r.clients()[0]
+		for _, busy := range list(true, false) { // Is writePump writing at the time?
+			runWithServer(t, fmt.Sprintf("%s,busy=%v", how, busy), func(t *testing.T, s *server) {
+				p := s.join(t).unbuffered()
+				client := s.clients()[0]
 				start := time.Now()
 				if busy {
-					r.broadcast("not read yet")
+					s.broadcast("not read yet")
 				}
-				r.hub.do(func() {
+				s.hub.do(func() {
 					for range sendQueueSize {
-						r.hub.queue(client, bytes.Repeat([]byte("x"), maxMessageSize))
+						s.hub.queue(client, bytes.Repeat([]byte("x"), maxMessageSize))
 					}
 				})
-				end(r)
+				end(s)
 				var reading sync.WaitGroup
 				defer reading.Wait()
-				reading.Go(func() { // It takes each frame just in time, and answers no close frame.
+				reading.Go(func() { // It reads each frame just in time, and answers none.
 					for err := error(nil); err == nil; {
 						time.Sleep(writeWait - time.Second)
 						_, err = p.readFrame(time.Second)
@@ -1342,9 +1343,9 @@ func TestSlowReaderDelaysItsEndByWriteWaitAndCloseWaitAtMost(t *testing.T) {
 }
 
 func TestPongWaitsForAStalledPeer(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		p := r.join(t).unbuffered()
-		r.broadcast("this is not read yet")
+	withServer(t, func(t *testing.T, s *server) {
+		p := s.join(t).unbuffered()
+		s.broadcast("this is not read yet")
 		p.write(encode(0x89, "are you there?"))
 		time.Sleep(writeWait - time.Second)
 		for _, want := range list(`text "this is not read yet"`, `pong "are you there?"`) {
@@ -1358,9 +1359,9 @@ func TestPongWaitsForAStalledPeer(t *testing.T) {
 }
 
 func TestPingsGoOutBetweenFramesOfABacklog(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		p := r.join(t).unbuffered()
-		client := r.clients()[0]
+	withServer(t, func(t *testing.T, s *server) {
+		p := s.join(t).unbuffered()
+		client := s.clients()[0]
 		var reading sync.WaitGroup
 		defer reading.Wait()
 		pings := 0
@@ -1378,9 +1379,9 @@ func TestPingsGoOutBetweenFramesOfABacklog(t *testing.T) {
 			}
 		})
 		for range 5 * pingPeriod / time.Second { // The queue is never empty.
-			r.hub.do(func() {
-				for len(client.send) < 3 && r.hub.clients[client] {
-					r.hub.queue(client, make([]byte, maxBatchSize))
+			s.hub.do(func() {
+				for len(client.send) < 3 && s.hub.clients[client] {
+					s.hub.queue(client, make([]byte, maxBatchSize))
 				}
 			})
 			time.Sleep(time.Second)
@@ -1397,7 +1398,7 @@ func TestPingsGoOutBetweenFramesOfABacklog(t *testing.T) {
 func TestIdleClientKeepsTwoStacksOf2KiB(t *testing.T) {
 	watch(t, patience)
 	const n = 200
-	r := tcpRoom(t)
+	s := tcpServer(t)
 	others := runtime.NumGoroutine()
 	stacks := func(clients int) int {
 		for runtime.NumGoroutine() > others+2*clients { // The handlers return.
@@ -1409,12 +1410,12 @@ func TestIdleClientKeepsTwoStacksOf2KiB(t *testing.T) {
 		runtime.ReadMemStats(&stats)
 		return int(stats.StackInuse)
 	}
-	p := r.join(t)
+	p := s.join(t)
 	p.send("hello")
 	p.wantLines("hello")
 	before := stacks(1)
 	for range n {
-		conn := r.connect(t)
+		conn := s.connect(t)
 		t.Cleanup(func() { conn.Close() })
 		fmt.Fprintf(conn, "%s\r\n", handshake)
 		http.ReadResponse(bufio.NewReader(conn), nil)
@@ -1493,11 +1494,11 @@ func TestInvalidHandshakeIsRefusedAndRegistersNothing(t *testing.T) {
 			log:     badKey,
 		},
 	} {
-		runInRoom(t, test.name, func(t *testing.T, r *room) {
-			front := *r.hub
-			front.register = make(chan *Client) // A client that registers gets no response.
-			r.serveFor(&front)
-			conn := r.connect(t)
+		runWithServer(t, test.name, func(t *testing.T, s *server) {
+			front := *s.hub
+			front.register = make(chan *Client) // which nothing receives from
+			s.serveFor(&front)
+			conn := s.connect(t)
 			defer conn.Close()
 			fmt.Fprintf(conn, "%s\r\n", test.request)
 			conn.SetDeadline(time.Now().Add(patience))
@@ -1512,7 +1513,7 @@ func TestInvalidHandshakeIsRefusedAndRegistersNothing(t *testing.T) {
 			if _, header, found := strings.Cut(test.request, "Origin: "); found {
 				origin = strings.TrimSpace(header)
 			}
-			r.wantLogged(t, fmt.Sprintf(
+			s.wantLogged(t, fmt.Sprintf(
 				`pipe: handshake refused: "websocket: %s" (Origin %q, Host "pipe")`,
 				test.log, origin))
 		})
@@ -1522,21 +1523,21 @@ func TestInvalidHandshakeIsRefusedAndRegistersNothing(t *testing.T) {
 func TestPanicInCheckOriginLeavesNothingInTheHub(t *testing.T) {
 	defer func(old websocket.Upgrader) { upgrader = old }(upgrader)
 	upgrader.CheckOrigin = func(*http.Request) bool { panic("an application's mistake") }
-	inRoom(t, func(t *testing.T, r *room) {
-		if _, _, err := r.dialer(t).Dial(roomURL, nil); err == nil {
+	withServer(t, func(t *testing.T, s *server) {
+		if _, _, err := s.dialer(t).Dial(serverURL, nil); err == nil {
 			t.Error("the handshake succeeded")
 		}
-		if got := len(r.clients()); got != 0 {
+		if got := len(s.clients()); got != 0 {
 			t.Errorf("the hub has %d clients, want none", got)
 		}
 	}) // and the hub ends
 }
 
 func TestHandshakeResponseIsDelayedUntilTheClientIsRegistered(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		front := *r.hub
+	withServer(t, func(t *testing.T, s *server) {
+		front := *s.hub
 		front.register = make(chan *Client)
-		r.serveFor(&front)
+		s.serveFor(&front)
 		const slow = 50 * time.Millisecond
 		go func() {
 			time.Sleep(slow)
@@ -1544,10 +1545,11 @@ func TestHandshakeResponseIsDelayedUntilTheClientIsRegistered(t *testing.T) {
 			if got := client.conn.RemoteAddr().String(); got != "pipe" {
 				t.Errorf("run sees a client at %s, want pipe", got)
 			}
-			r.hub.register <- client
+			s.hub.register <- client
 		}()
 		start := time.Now()
-		conn, _, err := r.dialer(t).Dial(roomURL, http.Header{"Origin": {"http://pipe"}}) // its own
+		sameOrigin := http.Header{"Origin": {"http://pipe"}}
+		conn, _, err := s.dialer(t).Dial(serverURL, sameOrigin)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1560,34 +1562,34 @@ func TestHandshakeResponseIsDelayedUntilTheClientIsRegistered(t *testing.T) {
 }
 
 func TestClientIsRegisteredBeforeItsHandshakeSucceeds(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		connect := r.connect
-		r.connect = func(t testing.TB) net.Conn {
+	withServer(t, func(t *testing.T, s *server) {
+		connect := s.connect
+		s.connect = func(t testing.TB) net.Conn {
 			conn := connect(t)
 			// A message at the moment of the handshake response must reach the client.
-			welcome := sync.OnceFunc(func() { r.hub.broadcast <- []byte("welcome") })
+			welcome := sync.OnceFunc(func() { s.hub.broadcast <- []byte("welcome") })
 			conn.(*pipe).far.onWrite = func() error { welcome(); return nil }
 			return conn
 		}
-		r.join(t).wantLines("welcome")
+		s.join(t).wantLines("welcome")
 	})
 }
 
 func TestJoinedWhenDialReturnsOverTCP(t *testing.T) {
 	watch(t, patience)
-	r := tcpRoom(t)
+	s := tcpServer(t)
 	for n := 0; n < 300 && !t.Failed(); n++ {
-		p, want := r.join(t), fmt.Sprint("line ", n)
-		r.hub.broadcast <- []byte(want)
+		p, want := s.join(t), fmt.Sprint("line ", n)
+		s.hub.broadcast <- []byte(want)
 		p.wantLines(want)
 		p.Close()
 	}
 }
 
 func TestMiddlewareNeedsNoMoreThanUnwrap(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(r.hub, wrapped{w}, req) }
-		p := r.join(t)
+	withServer(t, func(t *testing.T, s *server) {
+		s.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(s.hub, wrapped{w}, req) }
+		p := s.join(t)
 		p.send("hello")
 		p.wantLines("hello")
 	})
@@ -1618,15 +1620,27 @@ func TestServerWithoutHijackRespondsWithAnError(t *testing.T) {
 	}
 }
 
+func TestServeWsReturnsAfterTheHandshake(t *testing.T) {
+	withServer(t, func(t *testing.T, s *server) {
+		returned := make(chan bool)
+		s.serve = func(w http.ResponseWriter, req *http.Request) {
+			serveWs(s.hub, w, req)
+			close(returned)
+		}
+		s.join(t)
+		wait(t, returned, "serveWs")
+	})
+}
+
 // Promise 2. One order: every client sees the same messages in the same order.
 
 func TestAllClientsReceiveTheSameMessagesInTheSameOrder(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
+	withServer(t, func(t *testing.T, s *server) {
 		const senders, each = 8, 50
 		seen := make([][]string, senders)
 		var peers []*peer
 		for range senders {
-			peers = append(peers, r.join(t))
+			peers = append(peers, s.join(t))
 		}
 		var wg sync.WaitGroup
 		for i, p := range peers {
@@ -1640,7 +1654,7 @@ func TestAllClientsReceiveTheSameMessagesInTheSameOrder(t *testing.T) {
 		wg.Wait()
 		for i := range seen {
 			if !slices.Equal(seen[i], seen[0]) {
-				t.Errorf("client %d saw %s, client 0 saw %s", i, brief(seen[i]), brief(seen[0]))
+				t.Errorf("client %d received %s, want %s", i, brief(seen[i]), brief(seen[0]))
 			}
 		}
 		for i := range senders { // Each sender's lines come in its order, and none twice.
@@ -1648,7 +1662,7 @@ func TestAllClientsReceiveTheSameMessagesInTheSameOrder(t *testing.T) {
 				return line[0] != byte('0'+i)
 			})
 			if len(own) != each || !slices.IsSorted(own) || len(slices.Compact(own)) != each {
-				t.Errorf("of client %d came %s, want %d lines in order", i, brief(own), each)
+				t.Errorf("client %d sent %s, want %d lines in order", i, brief(own), each)
 			}
 		}
 	})
@@ -1658,12 +1672,12 @@ func TestAllClientsReceiveTheSameMessagesInTheSameOrder(t *testing.T) {
 // The hub's backpressure is in hub_test.go.
 
 func TestFloodDropsNoHealthyClient(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
+	withServer(t, func(t *testing.T, s *server) {
 		const floods, each = 8, 3 * rateBurst
 		var wg sync.WaitGroup
 		var peers []*peer
 		for range 2 * floods {
-			peers = append(peers, r.join(t).unbuffered())
+			peers = append(peers, s.join(t).unbuffered())
 		}
 		for i, p := range peers {
 			if i < floods {
@@ -1696,8 +1710,8 @@ func TestSenderIsRateLimitedAndNeverDropped(t *testing.T) {
 		"pings":          encode(0x89, "flood"),
 		"pongs":          encode(0x8a, "flood"),
 	} {
-		runInRoom(t, name, func(t *testing.T, r *room) {
-			p := r.join(t).unbuffered()
+		runWithServer(t, name, func(t *testing.T, s *server) {
+			p := s.join(t).unbuffered()
 			go io.Copy(io.Discard, p.NetConn())
 			start := time.Now()
 			for n := range 1000 {
@@ -1709,17 +1723,17 @@ func TestSenderIsRateLimitedAndNeverDropped(t *testing.T) {
 					t.Fatalf("frame %d was read after %v, want %v", n+1, got, want)
 				}
 				if n == rateBurst-1 {
-					r.wantLogged(t)
+					s.wantLogged(t)
 				}
 			}
-			r.wantLogged(t, "pipe: rate limited to 100 messages a second")
+			s.wantLogged(t, "pipe: rate limited to 100 messages a second")
 		})
 	}
 }
 
 func TestTokenBucketRefillsWhileIdle(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		p := r.join(t).unbuffered()
+	withServer(t, func(t *testing.T, s *server) {
+		p := s.join(t).unbuffered()
 		go io.Copy(io.Discard, p.NetConn())
 		burst := func() time.Duration {
 			start := time.Now()
@@ -1854,8 +1868,8 @@ func TestPeerTimesOutPongWaitAfterItsLastMessageOrControlFrame(t *testing.T) {
 			want:   quarter + pongWait,
 		},
 	} {
-		runInRoom(t, test.name, func(t *testing.T, r *room) {
-			p := r.join(t)
+		runWithServer(t, test.name, func(t *testing.T, s *server) {
+			p := s.join(t)
 			p.SetPingHandler(func(string) error { return nil })
 			start := time.Now()
 			go func() {
@@ -1876,11 +1890,11 @@ func TestPeerTimesOutPongWaitAfterItsLastMessageOrControlFrame(t *testing.T) {
 }
 
 func TestClientDelayedByTheHubDoesNotTimeOut(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		front := *r.hub // It receives messages, and broadcasts none.
+	withServer(t, func(t *testing.T, s *server) {
+		front := *s.hub // It receives messages, and broadcasts none.
 		front.broadcast = make(chan []byte)
-		r.serveFor(&front)
-		p := r.join(t)
+		s.serveFor(&front)
+		p := s.join(t)
 		go io.Copy(io.Discard, p.NetConn())
 		for range 3 {
 			p.send("hello")
@@ -1889,173 +1903,10 @@ func TestClientDelayedByTheHubDoesNotTimeOut(t *testing.T) {
 			time.Sleep(pongWait / 2)
 			p.write(encode(0x8a, ""))
 		}
-		r.wantLogged(t)
-		if len(r.clients()) != 1 {
+		s.wantLogged(t)
+		if len(s.clients()) != 1 {
 			t.Error("the client was dropped")
 		}
-	})
-}
-
-// Promise 6. Graceful shutdown: no new connections, and every client gets what is queued and
-// 1001. The process is in hub_test.go.
-
-func TestShutdownIsReadByAClientThatSendsBeforeItReads(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		p := r.join(t)
-		r.hub.stop()
-		synctest.Wait()
-		start := time.Now()
-		for range 10 * rateBurst {
-			p.write(encode(0x81, "sent after the reason, and ignored"))
-			p.write(encode(0x89, ""))
-			p.write(encode(0x8a, ""))
-		}
-		if got := time.Since(start); got != 0 {
-			t.Errorf("the client is delayed by %v, want no rate limit", got)
-		}
-		p.wantClose(errShuttingDown)
-	})
-}
-
-func TestRejectedPeerThatDoesNotReadIsClosedAfterWriteWait(t *testing.T) {
-	for takes, want := range map[bool]time.Duration{true: 0, false: writeWait} {
-		runInRoom(t, fmt.Sprintf("takes=%v", takes), func(t *testing.T, r *room) {
-			last := join(r.hub, 0) // so that the hub goes on
-			r.hub.stop()
-			synctest.Wait()
-			conn := r.connect(t).(*pipe)
-			defer conn.Close()
-			if !takes {
-				conn.unbuffer()
-			}
-			start := time.Now()
-			fmt.Fprintf(conn, "%s\r\n", handshake)
-			synctest.Wait()
-			for !conn.far.isClosed() && time.Since(start) < 2*writeWait {
-				time.Sleep(time.Second)
-				synctest.Wait()
-			}
-			if got := time.Since(start); got != want {
-				t.Errorf("TCP was closed after %v, want %v", got, want)
-			}
-			r.hub.done <- last
-		})
-	}
-}
-
-func TestHandshakeDuringShutdownIsRejected(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		last := join(r.hub, 0)
-		r.hub.stop()
-		synctest.Wait()
-		for range 20 {
-			_, response, err := r.dialer(t).Dial(roomURL, nil)
-			if err == nil || response == nil || response.StatusCode != 503 {
-				t.Fatalf("dial returned %v, %v; want status 503", response, err)
-			}
-			if body, _ := io.ReadAll(response.Body); string(body) != "server shutting down\n" {
-				t.Errorf("the response is %q, want the reason in it", body)
-			}
-		}
-		r.hub.done <- last
-	})
-}
-
-// Promise 7. No goroutine outlives its client, and none the hub: run returns, and the
-// pumps end, after shutdown. At the end of each bubble, synctest checks that all other
-// goroutines have ended.
-
-func TestHubEndsSoonHoweverItsClientEnds(t *testing.T) {
-	for _, test := range []struct {
-		name string
-		deaf bool // The peer does not even read.
-		end  func(*room, *peer)
-	}{
-		{
-			name: "the peer sends a close frame",
-			end:  func(_ *room, p *peer) { p.write(encodeClose(1000, "")) },
-		},
-		{
-			name: "the peer vanishes",
-			end:  func(_ *room, p *peer) { p.Close() },
-		},
-		{
-			name: "the peer answers no ping",
-			end:  func(_ *room, p *peer) { time.Sleep(pongWait) },
-		},
-		{
-			name: "the peer sends binary",
-			end:  func(_ *room, p *peer) { p.write(encode(0x82, "")) },
-		},
-		{
-			name: "the peer sends binary, and many messages",
-			end: func(_ *room, p *peer) {
-				p.write(encode(0x82, ""))
-				p.write(manyMessages)
-			},
-		},
-		{
-			name: "the peer violates the protocol",
-			end:  func(_ *room, p *peer) { p.write(encode(0x8f, "")) },
-		},
-		{
-			name: "the peer does nothing",
-			end:  func(*room, *peer) {},
-		},
-		{
-			name: "the peer does not read",
-			deaf: true,
-			end: func(r *room, p *peer) {
-				p.unbuffered()
-				r.broadcast("this")
-				time.Sleep(writeWait)
-			},
-		},
-		{
-			name: "the application unregisters it",
-			end:  func(r *room, _ *peer) { r.hub.unregister <- r.clients()[0] },
-		},
-		{
-			name: "the application unregistered it a minute ago",
-			end: func(r *room, _ *peer) {
-				r.hub.unregister <- r.clients()[0]
-				time.Sleep(pongWait)
-			},
-		},
-	} {
-		runInRoom(t, test.name, func(t *testing.T, r *room) {
-			p := r.join(t)
-			p.pipe().far.onClose = func() {
-				synctest.Wait()
-				select {
-				case <-r.ended:
-					t.Error("the hub has ended before its client's connection has")
-				default:
-				}
-			}
-			if !test.deaf {
-				go io.Copy(io.Discard, p.NetConn()) // It reads, but answers nothing.
-			}
-			test.end(r, p)
-			start := time.Now()
-			r.hub.stop()
-			r.wantEnd(t)
-			if got := time.Since(start); got > closeWait {
-				t.Errorf("the hub ended %v after it was stopped, want at most %v", got, closeWait)
-			}
-		})
-	}
-}
-
-func TestServeWsReturnsAfterTheHandshake(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		returned := make(chan bool)
-		r.serve = func(w http.ResponseWriter, req *http.Request) {
-			serveWs(r.hub, w, req)
-			close(returned)
-		}
-		r.join(t)
-		wait(t, returned, "serveWs")
 	})
 }
 
@@ -2100,18 +1951,18 @@ func inBubble(t *testing.T, test func(*testing.T)) {
 	})
 }
 
-// inRoom runs test in a bubble with a room.
-func inRoom(t *testing.T, test func(*testing.T, *room)) {
-	inBubble(t, func(t *testing.T) { test(t, pipeRoom(t)) })
+// withServer runs test in a bubble with a server.
+func withServer(t *testing.T, test func(*testing.T, *server)) {
+	inBubble(t, func(t *testing.T) { test(t, pipeServer(t)) })
 }
 
-// runInRoom runs test in a room as a subtest.
-func runInRoom(t *testing.T, name string, test func(*testing.T, *room)) {
-	t.Run(name, func(t *testing.T) { inRoom(t, test) })
+// runWithServer runs test as a subtest, in a bubble with a server.
+func runWithServer(t *testing.T, name string, test func(*testing.T, *server)) {
+	t.Run(name, func(t *testing.T) { withServer(t, test) })
 }
 
-// A room is a running server and the way to connect to it.
-type room struct {
+// A server is a running hub, its HTTP server, and the way to connect to it.
+type server struct {
 	hub     *Hub
 	ended   chan struct{}    // closed when hub.run has returned
 	serve   http.HandlerFunc // for /ws
@@ -2119,16 +1970,16 @@ type room struct {
 	log     *logBook
 }
 
-// roomURL is where a room's WebSocket endpoint is, for its clients.
-const roomURL = "ws://pipe/ws"
+// serverURL is the URL of a server's WebSocket endpoint, over pipes or TCP.
+const serverURL = "ws://pipe/ws"
 
 // handshake is the header of a handshake request, without the final empty line.
 const handshake = "GET /ws HTTP/1.1\r\nHost: pipe\r\n" +
 	"Connection: Upgrade\r\nUpgrade: websocket\r\n" +
 	"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
 
-// tcpRoom starts a server on a loopback port.
-func tcpRoom(t testing.TB) *room {
+// tcpServer starts a server on a loopback port.
+func tcpServer(t testing.TB) *server {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -2141,8 +1992,8 @@ func tcpRoom(t testing.TB) *room {
 			runtime.Gosched()
 		}
 	})
-	r := newRoom(t, listener)
-	r.connect = func(t testing.TB) net.Conn {
+	s := newServer(t, listener)
+	s.connect = func(t testing.TB) net.Conn {
 		t.Helper()
 		conn, err := net.Dial("tcp", listener.Addr().String())
 		if err != nil {
@@ -2150,45 +2001,45 @@ func tcpRoom(t testing.TB) *room {
 		}
 		return conn
 	}
-	return r
+	return s
 }
 
-// pipeRoom starts a server whose connections are pipes.
-func pipeRoom(t testing.TB) *room {
+// pipeServer starts a server whose connections are pipes.
+func pipeServer(t testing.TB) *server {
 	t.Helper()
 	listener := newPipeListener()
-	r := newRoom(t, listener)
-	r.connect = listener.connect
-	return r
+	s := newServer(t, listener)
+	s.connect = listener.connect
+	return s
 }
 
-// newRoom starts a hub and, on listener, its server. The test's end stops both, and fails
-// if run does not return.
-func newRoom(t testing.TB, listener net.Listener) *room {
+// newServer starts a hub and, on listener, its HTTP server. The test's end stops both,
+// and fails if run does not return.
+func newServer(t testing.TB, listener net.Listener) *server {
 	t.Helper()
-	r := &room{hub: newHub(), ended: make(chan struct{}), log: captureLog(t)}
-	r.serveFor(r.hub)
+	s := &server{hub: newHub(), ended: make(chan struct{}), log: captureLog(t)}
+	s.serveFor(s.hub)
 	mux := http.NewServeMux()
 	mux.HandleFunc("/", serveHome)
-	mux.HandleFunc("/ws", func(w http.ResponseWriter, req *http.Request) { r.serve(w, req) })
-	server := &httptest.Server{Listener: listener, Config: &http.Server{Handler: mux}}
-	server.Start()
+	mux.HandleFunc("/ws", func(w http.ResponseWriter, req *http.Request) { s.serve(w, req) })
+	httpServer := &httptest.Server{Listener: listener, Config: &http.Server{Handler: mux}}
+	httpServer.Start()
 	go func() {
-		r.hub.run()
+		s.hub.run()
 		select {
-		case <-r.hub.stopped:
+		case <-s.hub.stopped:
 		default:
 			t.Error("hub.run has returned, although the hub has not been stopped")
-			r.hub.stop() // or every client would wait for it
+			s.hub.stop() // or every client would wait for it
 		}
-		close(r.ended)
+		close(s.ended)
 	}()
 	t.Cleanup(func() {
-		r.hub.stop()
-		r.wantEnd(t)
-		server.Close()
+		s.hub.stop()
+		s.wantEnd(t)
+		httpServer.Close()
 	})
-	return r
+	return s
 }
 
 // wait receives from c, which signals that what has ended.
@@ -2203,60 +2054,60 @@ func wait[T any](t testing.TB, c chan T, what string) (result T) {
 }
 
 // serveFor has peers served as clients of hub.
-func (r *room) serveFor(hub *Hub) {
-	r.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
+func (s *server) serveFor(hub *Hub) {
+	s.serve = func(w http.ResponseWriter, req *http.Request) { serveWs(hub, w, req) }
 }
 
 // wantEnd waits until the hub, which has been stopped, has ended. Then the pumps
 // of all clients have ended, too: the hub waits until each readPump is done, and
 // readPump waits for writePump.
-func (r *room) wantEnd(t testing.TB) {
+func (s *server) wantEnd(t testing.TB) {
 	t.Helper()
-	wait(t, r.ended, "hub.run")
+	wait(t, s.ended, "hub.run")
 }
 
 // wantLogged waits until the bubble is idle, and checks that the log is want.
-func (r *room) wantLogged(t testing.TB, want ...string) {
+func (s *server) wantLogged(t testing.TB, want ...string) {
 	t.Helper()
 	synctest.Wait()
-	if got := r.log.lines(); !slices.Equal(got, want) {
+	if got := s.log.lines(); !slices.Equal(got, want) {
 		t.Errorf("the log is %s, want %s", brief(got), brief(want))
 	}
 }
 
 // broadcast broadcasts lines, one after the other, and waits until the bubble is idle.
-func (r *room) broadcast(lines ...string) {
+func (s *server) broadcast(lines ...string) {
 	for _, line := range lines {
-		r.hub.broadcast <- []byte(line)
+		s.hub.broadcast <- []byte(line)
 		synctest.Wait()
 	}
 }
 
 // clients waits until the bubble is idle, and returns the hub's clients.
-func (r *room) clients() (clients []*Client) {
+func (s *server) clients() (clients []*Client) {
 	synctest.Wait()
-	r.hub.do(func() { clients = slices.Collect(maps.Keys(r.hub.clients)) })
+	s.hub.do(func() { clients = slices.Collect(maps.Keys(s.hub.clients)) })
 	return clients
 }
 
-// dialer returns a dialer that connects to the room. It offers compression, which the
+// dialer returns a dialer that connects to the server. It offers compression, which the
 // server must not accept: each connection would keep a window for it.
-func (r *room) dialer(t testing.TB) *websocket.Dialer {
+func (s *server) dialer(t testing.TB) *websocket.Dialer {
 	return &websocket.Dialer{
 		EnableCompression: true,
 		HandshakeTimeout:  patience,
 		NetDialContext: func(context.Context, string, string) (net.Conn, error) {
-			return r.connect(t), nil
+			return s.connect(t), nil
 		},
 	}
 }
 
 // join connects a client, until the test ends.
-func (r *room) join(t testing.TB, subprotocols ...string) *peer {
+func (s *server) join(t testing.TB, subprotocols ...string) *peer {
 	t.Helper()
-	dialer := r.dialer(t)
+	dialer := s.dialer(t)
 	dialer.Subprotocols = subprotocols
-	conn, _, err := dialer.Dial(roomURL, nil)
+	conn, _, err := dialer.Dial(serverURL, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -2271,7 +2122,7 @@ type peer struct {
 	t testing.TB
 }
 
-// pipe returns the connection that it has in a room of pipes.
+// pipe returns its connection, if the server is a pipeServer.
 func (p *peer) pipe() *pipe { return p.NetConn().(*pipe) }
 
 // unbuffered has its pipe hold nothing from now on, so that a peer that does not read
@@ -2286,7 +2137,7 @@ func (p *peer) send(text string) {
 	p.t.Helper()
 	p.SetWriteDeadline(time.Now().Add(patience))
 	if err := p.WriteMessage(websocket.TextMessage, []byte(text)); err != nil {
-		p.t.Errorf("saying %s failed with %v", brief(text), err)
+		p.t.Errorf("sending %s failed with %v", brief(text), err)
 	}
 }
 
@@ -2331,7 +2182,7 @@ func (p *peer) wantLines(want ...string) {
 }
 
 // wantClose reads until the connection ends, which must be with want. It
-// returns the lines that came before.
+// returns the lines before that.
 func (p *peer) wantClose(want *websocket.CloseError) (lines []string) {
 	p.t.Helper()
 	return p.wantCloseWithin(patience, want)
@@ -2347,7 +2198,7 @@ func (p *peer) wantCloseWithin(within time.Duration, want *websocket.CloseError)
 		}
 		var got *websocket.CloseError
 		if !errors.As(err, &got) || *got != *want {
-			p.t.Errorf("after %d lines came %v, want the end with %v", len(lines), err, want)
+			p.t.Errorf("after %d lines got %v, want %v", len(lines), err, want)
 		}
 		return lines
 	}
@@ -2364,7 +2215,7 @@ func (p *peer) wantEndOf(both bool) {
 	p.NetConn().SetReadDeadline(time.Now().Add(patience))
 	n, err := p.NetConn().Read(make([]byte, 1))
 	if n != 0 || err != io.EOF {
-		p.t.Errorf("after the close frame came %d bytes and %v, want the end of TCP", n, err)
+		p.t.Errorf("after the close frame got %d bytes and %v, want the end of TCP", n, err)
 	}
 	if got := p.pipe().far.isClosed(); got != both {
 		p.t.Errorf("the server has closed both directions of TCP: %v, want %v", got, both)
@@ -2454,9 +2305,9 @@ type pipe struct {
 	far             *pipe        // the other end
 	onWrite         func() error // called before each write, which fails if this does
 	onClose         func()       // called before it is closed
-	unread          []byte       // what has come from far
+	unread          []byte       // received from far
 	window          int          // with more than this unread, far waits when it writes
-	ended           bool         // nothing comes from far any more
+	ended           bool         // far has closed its direction
 	closed          bool
 	readBy, writeBy time.Time
 }
@@ -2587,11 +2438,11 @@ func newPipeListener() *pipeListener {
 
 func (l *pipeListener) connect(t testing.TB) net.Conn {
 	t.Helper()
-	client, server := newPipes()
+	client, far := newPipes()
 	select {
-	case l.conns <- server:
+	case l.conns <- far:
 	case <-l.closed:
-		t.Error("the server does not listen")
+		t.Error("the server is not listening")
 	}
 	return client
 }
@@ -2613,21 +2464,21 @@ type pipeAddr string
 func (pipeAddr) Network() string  { return "pipe" }
 func (a pipeAddr) String() string { return string(a) }
 
-// Fuzzing: whatever a client sends, the others see clean lines alone.
+// Fuzzing: whatever a client sends, the others receive only clean lines.
 
 func FuzzMessage(f *testing.F) {
 	f.Add(true, []byte("hello"))
 	f.Add(false, []byte("hello"))
 	f.Add(true, []byte(" \x00\u0085\u00a0\n\xff"))
 	f.Add(true, bytes.Repeat([]byte("x"), maxMessageSize+1))
-	r := tcpRoom(f)
-	other := r.join(f)
+	s := tcpServer(f)
+	other := s.join(f)
 	f.Fuzz(func(t *testing.T, text bool, message []byte) {
 		first := byte(0x82)
 		if text {
 			first = 0x81
 		}
-		r.fuzz(t, other, append(encode(first, string(message)), encode(0x88, "")...))
+		s.fuzz(t, other, append(encode(first, string(message)), encode(0x88, "")...))
 	})
 }
 
@@ -2636,16 +2487,16 @@ func FuzzBytes(f *testing.F) {
 	f.Add(append(encode(0x01, "hel"), encode(0x80, "lo")...))
 	f.Add(append(encode(0x89, "ping"), encode(0x88, "\x03\xe8bye")...))
 	f.Add([]byte{0x81, 0xff, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0})
-	r := tcpRoom(f)
-	other := r.join(f)
-	f.Fuzz(func(t *testing.T, sent []byte) { r.fuzz(t, other, sent) })
+	s := tcpServer(f)
+	other := s.join(f)
+	f.Fuzz(func(t *testing.T, sent []byte) { s.fuzz(t, other, sent) })
 }
 
-// fuzz has a client send bytes, and checks what other sees of it.
-func (r *room) fuzz(t *testing.T, other *peer, sent []byte) {
+// fuzz has a client send bytes, and checks what other receives.
+func (s *server) fuzz(t *testing.T, other *peer, sent []byte) {
 	t.Helper()
 	watch(t, patience)
-	p := r.join(t)
+	p := s.join(t)
 	p.write(sent)
 	p.NetConn().(*net.TCPConn).CloseWrite()
 	for err := error(nil); err == nil; {
@@ -2653,12 +2504,12 @@ func (r *room) fuzz(t *testing.T, other *peer, sent []byte) {
 	}
 	// The end is longer than any client's message.
 	end := strings.Repeat("end", maxMessageSize)
-	r.hub.broadcast <- []byte(end)
+	s.hub.broadcast <- []byte(end)
 	for {
 		lines, err := other.read(patience)
 		if err != nil {
 			other.Close() // so that what follows fails at once
-			t.Fatalf("the other one's connection ended with %v", err)
+			t.Fatalf("the other client's connection ended with %v", err)
 		}
 		for _, line := range lines {
 			if line == end {
@@ -2666,7 +2517,7 @@ func (r *room) fuzz(t *testing.T, other *peer, sent []byte) {
 			}
 			if !utf8.ValidString(line) || line == "" || line != strings.TrimSpace(line) ||
 				len(line) > maxMessageSize || strings.ContainsFunc(line, unicode.IsControl) {
-				t.Errorf("the other one sees %q", line)
+				t.Errorf("the other client receives %q", line)
 			}
 		}
 	}

@@ -66,7 +66,7 @@ type blockedPool struct{}
 func (blockedPool) Get() any { select {} }
 func (blockedPool) Put(any)  {}
 
-// A logBook is what the program has logged.
+// A logBook collects what is logged.
 type logBook struct {
 	mu   sync.Mutex
 	text strings.Builder
@@ -289,8 +289,8 @@ func TestHubAppliesBackpressureOnlyWhenAQueueIsPastHalf(t *testing.T) {
 	})
 }
 
-// Promise 4. A slow client costs the others only that bounded wait until its queue is full,
-// and nothing after.
+// Promise 4. A slow client costs the others only that bounded wait until its queue is
+// full, and nothing after.
 
 func TestSlowClientCostsTheOthersNothingOnceItIsDropped(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
@@ -332,7 +332,8 @@ func TestFullQueueOfAClientThatIsNotDroppedCostsNoWait(t *testing.T) {
 	})
 }
 
-// Promises 6 and 7. Every client gets what is queued and 1001, and run returns.
+// Promise 6. Graceful shutdown: no new connections, and every client gets what is queued
+// and 1001. The process is further down.
 
 func TestStoppedHubDropsAllClientsAndWaitsForThem(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
@@ -363,6 +364,154 @@ func TestStoppedHubDropsAllClientsAndWaitsForThem(t *testing.T) {
 	})
 }
 
+func TestShutdownIsReadByAClientThatSendsBeforeItReads(t *testing.T) {
+	withServer(t, func(t *testing.T, s *server) {
+		p := s.join(t)
+		s.hub.stop()
+		synctest.Wait()
+		start := time.Now()
+		for range 10 * rateBurst {
+			p.write(encode(0x81, "sent after the reason, and ignored"))
+			p.write(encode(0x89, ""))
+			p.write(encode(0x8a, ""))
+		}
+		if got := time.Since(start); got != 0 {
+			t.Errorf("the client is delayed by %v, want no rate limit", got)
+		}
+		p.wantClose(errShuttingDown)
+	})
+}
+
+func TestRejectedPeerThatDoesNotReadIsClosedAfterWriteWait(t *testing.T) {
+	for takes, want := range map[bool]time.Duration{true: 0, false: writeWait} {
+		runWithServer(t, fmt.Sprintf("takes=%v", takes), func(t *testing.T, s *server) {
+			last := join(s.hub, 0) // keeps run from returning
+			s.hub.stop()
+			synctest.Wait()
+			conn := s.connect(t).(*pipe)
+			defer conn.Close()
+			if !takes {
+				conn.unbuffer()
+			}
+			start := time.Now()
+			fmt.Fprintf(conn, "%s\r\n", handshake)
+			synctest.Wait()
+			for !conn.far.isClosed() && time.Since(start) < 2*writeWait {
+				time.Sleep(time.Second)
+				synctest.Wait()
+			}
+			if got := time.Since(start); got != want {
+				t.Errorf("TCP was closed after %v, want %v", got, want)
+			}
+			s.hub.done <- last
+		})
+	}
+}
+
+func TestHandshakeDuringShutdownIsRejected(t *testing.T) {
+	withServer(t, func(t *testing.T, s *server) {
+		last := join(s.hub, 0)
+		s.hub.stop()
+		synctest.Wait()
+		for range 20 {
+			_, response, err := s.dialer(t).Dial(serverURL, nil)
+			if err == nil || response == nil || response.StatusCode != 503 {
+				t.Fatalf("dial returned %v, %v; want status 503", response, err)
+			}
+			if body, _ := io.ReadAll(response.Body); string(body) != "server shutting down\n" {
+				t.Errorf("the response is %q, want the reason in it", body)
+			}
+		}
+		s.hub.done <- last
+	})
+}
+
+// Promise 7. No goroutine outlives its client, and none the hub: run returns, and the
+// pumps end, after shutdown. At the end of each bubble, synctest checks that all other
+// goroutines have ended.
+
+func TestHubEndsSoonHoweverItsClientEnds(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		deaf bool // The peer does not even read.
+		end  func(*server, *peer)
+	}{
+		{
+			name: "the peer sends a close frame",
+			end:  func(_ *server, p *peer) { p.write(encodeClose(1000, "")) },
+		},
+		{
+			name: "the peer vanishes",
+			end:  func(_ *server, p *peer) { p.Close() },
+		},
+		{
+			name: "the peer answers no ping",
+			end:  func(_ *server, p *peer) { time.Sleep(pongWait) },
+		},
+		{
+			name: "the peer sends binary",
+			end:  func(_ *server, p *peer) { p.write(encode(0x82, "")) },
+		},
+		{
+			name: "the peer sends binary, and many messages",
+			end: func(_ *server, p *peer) {
+				p.write(encode(0x82, ""))
+				p.write(manyMessages)
+			},
+		},
+		{
+			name: "the peer violates the protocol",
+			end:  func(_ *server, p *peer) { p.write(encode(0x8f, "")) },
+		},
+		{
+			name: "the peer does nothing",
+			end:  func(*server, *peer) {},
+		},
+		{
+			name: "the peer does not read",
+			deaf: true,
+			end: func(s *server, p *peer) {
+				p.unbuffered()
+				s.broadcast("this")
+				time.Sleep(writeWait)
+			},
+		},
+		{
+			name: "the application unregisters it",
+			end:  func(s *server, _ *peer) { s.hub.unregister <- s.clients()[0] },
+		},
+		{
+			name: "the application unregistered it a minute ago",
+			end: func(s *server, _ *peer) {
+				s.hub.unregister <- s.clients()[0]
+				time.Sleep(pongWait)
+			},
+		},
+	} {
+		runWithServer(t, test.name, func(t *testing.T, s *server) {
+			p := s.join(t)
+			p.pipe().far.onClose = func() {
+				synctest.Wait()
+				select {
+				case <-s.ended:
+					t.Error("the hub has ended before its client's connection has")
+				default:
+				}
+			}
+			if !test.deaf {
+				go io.Copy(io.Discard, p.NetConn()) // It reads, but answers nothing.
+			}
+			test.end(s, p)
+			start := time.Now()
+			s.hub.stop()
+			s.wantEnd(t)
+			if got := time.Since(start); got > closeWait {
+				t.Errorf("the hub ended %v after it was stopped, want at most %v", got, closeWait)
+			}
+		})
+	}
+}
+
 func TestDoneTwiceDoesNotEndTheHubEarly(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, clients := startHub(t, 2, 2)
@@ -370,8 +519,8 @@ func TestDoneTwiceDoesNotEndTheHubEarly(t *testing.T) {
 		hub.done <- clients[0]
 		hub.done <- &Client{hub: hub}
 		hub.stop()
-		synctest.Wait()                           // run would choose between the two.
-		hub.broadcast <- []byte("one is present") // or this would wait for ever
+		synctest.Wait()                               // so that run has seen stop
+		hub.broadcast <- []byte("one client is open") // deadlocks if run has returned
 		synctest.Wait()
 		wantQueue(t, clients[0], true)
 		wantQueue(t, clients[1], true)
@@ -467,7 +616,7 @@ func TestClientThatEndsBeforeItIsRegisteredIsDropped(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		hub, _ := startHub(t)
 		client := &Client{hub: hub, send: make(chan []byte, 1)}
-		client.reason.Store(errBinary) // readPump may be that quick.
+		client.reason.Store(errBinary) // as readPump does first
 		hub.register <- client
 		hub.unregister <- client
 		synctest.Wait()
@@ -485,9 +634,9 @@ func TestDropOfAnotherHubsClientIsHarmless(t *testing.T) {
 	})
 }
 
-// copied returns a hub whose run is like the one in copies of upstream's example: it closes
+// copied returns a hub whose run is like upstream's, as applications keep it: it closes
 // queues itself, without a reason. It calls joined for each client that registers and
-// received for each message, to do what the application does.
+// received for each message.
 func copied(t *testing.T, joined func(*Client), received func(*Hub, []byte)) *Hub {
 	h := newHub()
 	t.Cleanup(h.stop)
@@ -518,7 +667,7 @@ func copied(t *testing.T, joined func(*Client), received func(*Hub, []byte)) *Hu
 }
 
 func TestQueueClosedByTheApplicationIsANormalClosure(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
+	withServer(t, func(t *testing.T, s *server) {
 		var first *Client
 		joined := func(client *Client) {
 			if first == nil {
@@ -535,8 +684,8 @@ func TestQueueClosedByTheApplicationIsANormalClosure(t *testing.T) {
 				client.send <- message
 			}
 		}
-		r.serveFor(copied(t, joined, received))
-		kicked, other := r.join(t), r.join(t)
+		s.serveFor(copied(t, joined, received))
+		kicked, other := s.join(t), s.join(t)
 		other.send("hello")
 		kicked.wantLines("hello")
 		other.wantLines("hello")
@@ -548,12 +697,12 @@ func TestQueueClosedByTheApplicationIsANormalClosure(t *testing.T) {
 }
 
 func TestClientDroppedByTheApplicationItselfCostsItAlone(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		kicked := r.join(t)
-		client := r.clients()[0]
-		other := r.join(t)
-		r.hub.do(func() {
-			delete(r.hub.clients, client)
+	withServer(t, func(t *testing.T, s *server) {
+		kicked := s.join(t)
+		client := s.clients()[0]
+		other := s.join(t)
+		s.hub.do(func() {
+			delete(s.hub.clients, client)
 			close(client.send)
 		})
 		kicked.wantClose(errUnregistered)
@@ -565,15 +714,15 @@ func TestClientDroppedByTheApplicationItselfCostsItAlone(t *testing.T) {
 }
 
 func TestBlockingSendInRunEndsWithTheSlowClientsConnection(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
+	withServer(t, func(t *testing.T, s *server) {
 		hub := copied(t, func(*Client) {}, func(h *Hub, message []byte) {
 			for client := range h.clients {
 				client.send <- message // blocks while the queue is full
 			}
 		})
-		r.serveFor(hub)
-		r.join(t).unbuffered() // It reads nothing.
-		other := r.join(t)
+		s.serveFor(hub)
+		s.join(t).unbuffered() // It reads nothing.
+		other := s.join(t)
 		start := time.Now()
 		var want []string
 		for n := range 2 * sendQueueSize {
@@ -593,27 +742,27 @@ func TestBlockingSendInRunEndsWithTheSlowClientsConnection(t *testing.T) {
 }
 
 func TestRepliesToASlowClientCostItAlone(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		front := *r.hub // Its client's messages come here, and go back to that client.
+	withServer(t, func(t *testing.T, s *server) {
+		front := *s.hub // It receives its client's messages, and sends them back.
 		front.register, front.broadcast = make(chan *Client), make(chan []byte)
-		r.serveFor(&front)
+		s.serveFor(&front)
 		over := make(chan struct{})
 		defer close(over)
 		go func() {
 			client := <-front.register
-			r.hub.register <- client
+			s.hub.register <- client
 			for {
 				select {
 				case message := <-front.broadcast:
-					r.hub.do(func() { r.hub.queue(client, message) })
+					s.hub.do(func() { s.hub.queue(client, message) })
 				case <-over:
 					return
 				}
 			}
 		}()
-		p := r.join(t).unbuffered()
-		r.serveFor(r.hub)
-		other := r.join(t)
+		p := s.join(t).unbuffered()
+		s.serveFor(s.hub)
+		other := s.join(t)
 		start := time.Now()
 		var err error
 		for err == nil && time.Since(start) < pongWait { // It reads nothing.
@@ -623,50 +772,48 @@ func TestRepliesToASlowClientCostItAlone(t *testing.T) {
 		if got, most := time.Since(start), writeWait+closeWait+time.Second; got > most {
 			t.Errorf("its connection ended after %v, want at most %v", got, most)
 		}
-		r.broadcast("still here")
+		s.broadcast("still here")
 		other.wantLines("still here")
 	})
 }
 
 func TestHistoryMayExceedTheQueue(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
+	withServer(t, func(t *testing.T, s *server) {
 		history := make([]string, sendQueueSize+44)
-		r.serveFor(copied(t, func(client *Client) {
+		s.serveFor(copied(t, func(client *Client) {
 			for n := range history {
 				history[n] = fmt.Sprint("line ", n)
 				client.send <- []byte(history[n])
 			}
 		}, nil))
-		r.join(t).wantLines(history...)
+		s.join(t).wantLines(history...)
 	})
 }
 
 func TestRunMayWriteToConnWhenItRegistersAClient(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		front := *r.hub
-		front.register = make(chan *Client) // serve waits to register the client.
+	withServer(t, func(t *testing.T, s *server) {
+		front := *s.hub
+		front.register = make(chan *Client)
 		client := &Client{hub: &front}
-		r.serve = client.serve
-		joined := make(chan *peer)
-		go func() { joined <- r.join(t) }()
-		synctest.Wait()
-		if client.conn == nil { // Later, serve may or may not have set it.
-			t.Fatal("conn is not set when the client is registered")
-		}
+		s.serve = client.serve
 		go func() {
-			client := <-front.register
-			welcome := "welcome, " + client.conn.RemoteAddr().String()
-			client.conn.WriteMessage(websocket.TextMessage, []byte(welcome))
-			r.hub.register <- client
+			synctest.Wait() // until serve waits to register the client
+			if client.conn == nil {
+				t.Error("conn is not set when the client is registered")
+			} else {
+				welcome := "welcome, " + client.conn.RemoteAddr().String()
+				client.conn.WriteMessage(websocket.TextMessage, []byte(welcome))
+			}
+			s.hub.register <- <-front.register
 		}()
-		p := <-joined
-		p.wantLines("welcome, pipe")
+		s.join(t).wantLines("welcome, pipe")
+		synctest.Wait() // until it is registered with the hub that the test's end stops
 	})
 }
 
 func TestPeerMayBeAskedForAPasswordBeforeItRegisters(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		r.serve = func(w http.ResponseWriter, req *http.Request) {
+	withServer(t, func(t *testing.T, s *server) {
+		s.serve = func(w http.ResponseWriter, req *http.Request) {
 			conn, err := upgrader.Upgrade(&delayedHandshake{ResponseWriter: w}, req, nil)
 			if err != nil {
 				t.Error(err)
@@ -676,12 +823,12 @@ func TestPeerMayBeAskedForAPasswordBeforeItRegisters(t *testing.T) {
 			if err != nil || string(password) != "sesame" {
 				t.Errorf("the password is %q, %v", password, err)
 			}
-			client := newClient(r.hub, conn)
-			r.hub.register <- client
+			client := newClient(s.hub, conn)
+			s.hub.register <- client
 			go client.writePump()
 			go client.readPump()
 		}
-		p := r.join(t)
+		p := s.join(t)
 		p.send("sesame")
 		p.send("hello")
 		p.wantLines("hello")
@@ -689,18 +836,18 @@ func TestPeerMayBeAskedForAPasswordBeforeItRegisters(t *testing.T) {
 }
 
 func TestAnsweredHandshakeIsNotRejected(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		front := *r.hub
-		front.register = make(chan *Client) // serve waits to register the client.
+	withServer(t, func(t *testing.T, s *server) {
+		front := *s.hub
+		front.register = make(chan *Client)
 		client := &Client{hub: &front}
-		r.serve = client.serve
-		joined := make(chan *peer)
-		go func() { joined <- r.join(t) }()
-		synctest.Wait()
-		client.conn.WriteMessage(websocket.TextMessage, []byte("password?"))
-		p := <-joined
+		s.serve = client.serve
+		go func() {
+			synctest.Wait() // until serve waits to register the client
+			client.conn.WriteMessage(websocket.TextMessage, []byte("password?"))
+			s.hub.stop()
+		}()
+		p := s.join(t)
 		p.wantLines("password?")
-		r.hub.stop()
 		p.wantClose(errShuttingDown)
 		synctest.Wait()
 		p.wantEnd()
@@ -708,19 +855,19 @@ func TestAnsweredHandshakeIsNotRejected(t *testing.T) {
 }
 
 func TestUpstreamsServeWsWorksWithThesePumps(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
-		r.serve = func(w http.ResponseWriter, req *http.Request) {
+	withServer(t, func(t *testing.T, s *server) {
+		s.serve = func(w http.ResponseWriter, req *http.Request) {
 			conn, err := upgrader.Upgrade(w, req, nil)
 			if err != nil {
 				t.Error(err)
 				return
 			}
-			client := &Client{hub: r.hub, conn: conn, send: make(chan []byte, 256)}
+			client := &Client{hub: s.hub, conn: conn, send: make(chan []byte, 256)}
 			client.hub.register <- client
 			go client.writePump()
 			go client.readPump()
 		}
-		violator, other := r.join(t), r.join(t)
+		violator, other := s.join(t), s.join(t)
 		violator.write(encode(0x8f, "")) // finish has to half-close conn.
 		violator.wantClose(&websocket.CloseError{Code: 1002, Text: "bad opcode 15"})
 		violator.Close()
@@ -800,16 +947,16 @@ var shapes = []shape{
 	}},
 }
 
-// serveShape has the room serve peers in that shape. The channel receives the clients.
-func (r *room) serveShape(t *testing.T, serve func(*Hub, *websocket.Conn) *Client) chan *Client {
+// serveShape has the server serve peers in that shape. The channel receives the clients.
+func (s *server) serveShape(t *testing.T, serve func(*Hub, *websocket.Conn) *Client) chan *Client {
 	clients := make(chan *Client, 1000)
-	r.serve = func(w http.ResponseWriter, req *http.Request) {
+	s.serve = func(w http.ResponseWriter, req *http.Request) {
 		conn, err := upgrader.Upgrade(w, req, nil)
 		if err != nil {
 			t.Error(err)
 			return
 		}
-		clients <- serve(r.hub, conn)
+		clients <- serve(s.hub, conn)
 	}
 	return clients
 }
@@ -856,9 +1003,9 @@ var endings = []ending{
 func TestPumpsEndInEveryShapeHoweverThePeerEnds(t *testing.T) {
 	for _, shape := range shapes {
 		for _, ending := range endings {
-			runInRoom(t, shape.name+","+ending.name, func(t *testing.T, r *room) {
-				clients := r.serveShape(t, shape.serve)
-				p := r.join(t)
+			runWithServer(t, shape.name+","+ending.name, func(t *testing.T, s *server) {
+				clients := s.serveShape(t, shape.serve)
+				p := s.join(t)
 				ending.end(p)
 				if ending.want != nil {
 					p.wantCloseWithin(2*pongWait, ending.want)
@@ -869,7 +1016,7 @@ func TestPumpsEndInEveryShapeHoweverThePeerEnds(t *testing.T) {
 				if !p.pipe().far.isClosed() {
 					t.Error("TCP is still open")
 				}
-				if got := len(r.clients()); got != 0 || client.tell([]byte("anyone?")) {
+				if got := len(s.clients()); got != 0 || client.tell([]byte("anyone?")) {
 					t.Errorf("the hub has %d clients, want none", got)
 				}
 			})
@@ -879,27 +1026,27 @@ func TestPumpsEndInEveryShapeHoweverThePeerEnds(t *testing.T) {
 
 func TestStoppedHubEndsThePumpsOfEveryShape(t *testing.T) {
 	for _, shape := range shapes {
-		runInRoom(t, shape.name, func(t *testing.T, r *room) {
-			r.serveShape(t, shape.serve)
-			p := r.join(t)
+		runWithServer(t, shape.name, func(t *testing.T, s *server) {
+			s.serveShape(t, shape.serve)
+			p := s.join(t)
 			p.send("a line")
 			synctest.Wait()
-			r.hub.stop()
-			for err := error(nil); err == nil; { // The line may come first.
+			s.hub.stop()
+			for err := error(nil); err == nil; { // The line may precede it.
 				_, err = p.read(patience)
 				if err != nil && !websocket.IsCloseError(err, websocket.CloseGoingAway) {
 					t.Errorf("the connection ended with %v, want 1001", err)
 				}
 			}
-			r.wantEnd(t)
+			s.wantEnd(t)
 		})
 	}
 }
 
 func TestPumpsThatStartAfterTheHubHasEndedCloseTheConnection(t *testing.T) {
 	for _, ending := range endings {
-		runInRoom(t, ending.name, func(t *testing.T, r *room) {
-			r.serveShape(t, func(hub *Hub, conn *websocket.Conn) *Client {
+		runWithServer(t, ending.name, func(t *testing.T, s *server) {
+			s.serveShape(t, func(hub *Hub, conn *websocket.Conn) *Client {
 				hub.stop()
 				<-hub.ended
 				client := newClient(hub, conn)
@@ -907,7 +1054,7 @@ func TestPumpsThatStartAfterTheHubHasEndedCloseTheConnection(t *testing.T) {
 				go client.readPump()
 				return client
 			})
-			p := r.join(t)
+			p := s.join(t)
 			p.wantClose(errShuttingDown)
 			ending.end(p)
 			p.Close()
@@ -923,27 +1070,27 @@ func TestManyClientsLeaveNothingBehindInAnyShape(t *testing.T) {
 	const n = 200
 	all := append(shapes, shape{"served", nil})
 	for _, shape := range all {
-		runInRoom(t, shape.name, func(t *testing.T, r *room) {
+		runWithServer(t, shape.name, func(t *testing.T, s *server) {
 			if shape.serve != nil {
-				r.serveShape(t, shape.serve)
+				s.serveShape(t, shape.serve)
 			}
 			var pipes []*pipe
 			for i := range n {
-				p := r.join(t)
+				p := s.join(t)
 				pipes = append(pipes, p.pipe().far)
 				if i%2 == 0 {
 					endings[i/2%len(endings)].end(p)
 				}
 			}
-			r.hub.stop()
+			s.hub.stop()
 			time.Sleep(writeWait + closeWait)
-			r.wantEnd(t) // synctest fails if a goroutine is left.
+			s.wantEnd(t) // synctest fails if a goroutine is left.
 			for _, pipe := range pipes {
 				if !pipe.isClosed() {
 					t.Fatal("a connection is still open")
 				}
 			}
-			if got := len(r.hub.clients) + len(r.hub.open) + len(r.hub.dropped); got != 0 {
+			if got := len(s.hub.clients) + len(s.hub.open) + len(s.hub.dropped); got != 0 {
 				t.Errorf("the hub still has %d clients", got)
 			}
 		})
@@ -952,11 +1099,11 @@ func TestManyClientsLeaveNothingBehindInAnyShape(t *testing.T) {
 
 func TestNoTimerKeepsEndedClientsInMemory(t *testing.T) {
 	for _, ending := range endings {
-		runInRoom(t, ending.name, func(t *testing.T, r *room) {
+		runWithServer(t, ending.name, func(t *testing.T, s *server) {
 			var clients []weak.Pointer[Client]
 			for range 40 {
-				p := r.join(t)
-				clients = append(clients, weak.Make(r.clients()[0]))
+				p := s.join(t)
+				clients = append(clients, weak.Make(s.clients()[0]))
 				ending.end(p)
 				p.wantEndSoon()
 				p.Close()
@@ -1190,9 +1337,9 @@ func TestGoroutineThatOutlivesTheHubEnds(t *testing.T) {
 }
 
 func TestNewConnectionOfAUserReplacesTheOldOnlyAfterAValidHandshake(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
+	withServer(t, func(t *testing.T, s *server) {
 		elsewhere := &websocket.CloseError{Code: 4000, Text: "connected elsewhere"}
-		front := *r.hub // It keeps one connection of a user, the newest.
+		front := *s.hub // It keeps one connection of a user, the newest.
 		front.register = make(chan *Client)
 		over := make(chan struct{})
 		defer close(over)
@@ -1201,28 +1348,28 @@ func TestNewConnectionOfAUserReplacesTheOldOnlyAfterAValidHandshake(t *testing.T
 			for {
 				select {
 				case client := <-front.register:
-					r.hub.register <- client
-					r.hub.do(func() { r.hub.drop(newest, elsewhere) })
+					s.hub.register <- client
+					s.hub.do(func() { s.hub.drop(newest, elsewhere) })
 					newest = client
 				case <-over:
 					return
 				}
 			}
 		}()
-		r.serveFor(&front)
-		first := r.join(t)
+		s.serveFor(&front)
+		first := s.join(t)
 		for _, request := range list(
 			"GET /ws HTTP/1.1\r\nHost: pipe\r\n",
 			handshake+"Origin: http://example.com\r\n",
 		) {
-			conn := r.connect(t)
+			conn := s.connect(t)
 			fmt.Fprintf(conn, "%s\r\n", request)
 			synctest.Wait()
 			conn.Close()
 		}
 		first.send("still here")
 		first.wantLines("still here")
-		second := r.join(t)
+		second := s.join(t)
 		first.wantClose(elsewhere)
 		second.send("here, too")
 		second.wantLines("here, too")
@@ -1231,18 +1378,18 @@ func TestNewConnectionOfAUserReplacesTheOldOnlyAfterAValidHandshake(t *testing.T
 
 // The server: run and serve.
 
-// startServe calls serve, until the test ends. It returns a room without a hub, its
-// listener, a function that ends serve, and serve's result.
-func startServe(t *testing.T) (r *room, listener net.Listener, cancel func(), result chan error) {
+// startServe calls serve, until the test ends. It returns a server without a hub, its
+// listener, a function that stops it, and serve's result.
+func startServe(t *testing.T) (s *server, listener net.Listener, cancel func(), result chan error) {
 	t.Helper()
 	pipes := newPipeListener()
 	ctx, cancel := context.WithCancel(t.Context())
 	result = make(chan error, 1)
 	ended := make(chan struct{})
-	r = &room{connect: pipes.connect, log: captureLog(t)}
+	s = &server{connect: pipes.connect, log: captureLog(t)}
 	go func() { result <- serve(ctx, pipes); close(ended) }()
 	t.Cleanup(func() { cancel(); wait(t, ended, "serve") })
-	return r, pipes, cancel, result
+	return s, pipes, cancel, result
 }
 
 func TestServerLogsAURLThatCanBeOpened(t *testing.T) {
@@ -1270,8 +1417,8 @@ func TestServerLogsAURLThatCanBeOpened(t *testing.T) {
 
 func TestServeReturnsTheListenersError(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		r, listener, _, result := startServe(t)
-		p := r.join(t)
+		s, listener, _, result := startServe(t)
+		p := s.join(t)
 		listener.Close()
 		p.wantClose(errShuttingDown)
 		if err := wait(t, result, "serve"); !errors.Is(err, net.ErrClosed) {
@@ -1282,12 +1429,12 @@ func TestServeReturnsTheListenersError(t *testing.T) {
 
 func TestServeReturnsAtOnceIfAllClientsDisconnect(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		r, _, cancel, result := startServe(t)
+		s, _, cancel, result := startServe(t)
 		for range 10 {
-			p := r.join(t)
+			p := s.join(t)
 			go p.wantClose(errShuttingDown)
 		}
-		idle := r.connect(t) // as browsers keep one ready
+		idle := s.connect(t) // as browsers keep one ready
 		defer idle.Close()
 		synctest.Wait()
 		start := time.Now()
@@ -1301,14 +1448,14 @@ func TestServeReturnsAtOnceIfAllClientsDisconnect(t *testing.T) {
 		if got := time.Since(start); got != 0 {
 			t.Errorf("serve returned after %v, want at once", got)
 		}
-		r.wantLogged(t, "shutting down")
+		s.wantLogged(t, "shutting down")
 	})
 }
 
 func TestServeReturnsAfterShutdownWaitDespiteASlowClient(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		r, _, cancel, result := startServe(t)
-		slow, p := r.join(t).unbuffered(), r.join(t)
+		s, _, cancel, result := startServe(t)
+		slow, p := s.join(t).unbuffered(), s.join(t)
 		p.send("the slow client does not read this")
 		synctest.Wait()
 		start := time.Now()
@@ -1320,7 +1467,7 @@ func TestServeReturnsAfterShutdownWaitDespiteASlowClient(t *testing.T) {
 		if got := time.Since(start); got != shutdownWait {
 			t.Errorf("serve returned after %v, want %v", got, shutdownWait)
 		}
-		r.wantLogged(t, "shutting down", "exiting: some clients are still connected after 8s")
+		s.wantLogged(t, "shutting down", "exiting: some clients are still connected after 8s")
 		slow.Close()
 	})
 }
@@ -1364,8 +1511,8 @@ func TestServeClosesASlowHTTPConnection(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			inBubble(t, func(t *testing.T) {
-				r, _, _, _ := startServe(t)
-				conn := r.connect(t).(*pipe)
+				s, _, _, _ := startServe(t)
+				conn := s.connect(t).(*pipe)
 				var dripping sync.WaitGroup
 				defer dripping.Wait()
 				defer conn.Close()
@@ -1399,22 +1546,22 @@ func TestServeLimitsTheRequestHeader(t *testing.T) {
 		"GET / HTTP/1.1\r\nHost: pipe\r\nCookie: " + strings.Repeat("x", 900_000) + "\r\n\r\n",
 	} {
 		inBubble(t, func(t *testing.T) {
-			r, _, _, _ := startServe(t)
-			conn := r.connect(t)
+			s, _, _, _ := startServe(t)
+			conn := s.connect(t)
 			defer conn.Close()
 			go io.WriteString(conn, header)
 			response, err := http.ReadResponse(bufio.NewReader(conn), nil)
 			if err != nil || response.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
 				t.Errorf("got %v, %v, want status 431", response, err)
 			}
-			r.wantLogged(t)
-			time.Sleep(time.Second) // net/http takes half of it to close a connection like this.
+			s.wantLogged(t)
+			time.Sleep(time.Second) // net/http closes the connection meanwhile.
 		})
 	}
 }
 
 func TestLogHasAtMost200BytesOfWhatAPeerSends(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
+	withServer(t, func(t *testing.T, s *server) {
 		long := strings.Repeat("x", 15_000)
 		origin, path := "http://y"+long, "/"+long
 		for _, request := range list(
@@ -1422,12 +1569,12 @@ func TestLogHasAtMost200BytesOfWhatAPeerSends(t *testing.T) {
 			"GET "+path+" HTTP/1.1\r\nHost: pipe\r\n",
 			long+" / HTTP/1.1\r\nHost: pipe\r\n",
 		) {
-			conn := r.connect(t)
+			conn := s.connect(t)
 			fmt.Fprintf(conn, "%s\r\n", request)
 			synctest.Wait()
 			conn.Close()
 		}
-		r.wantLogged(t,
+		s.wantLogged(t,
 			fmt.Sprintf(`pipe: handshake refused: "websocket: request origin not allowed by `+
 				`Upgrader.CheckOrigin" (Origin %q, Host %q)`, origin[:200], long[:200]),
 			fmt.Sprintf("pipe: GET %q", path[:200]),
@@ -1443,17 +1590,17 @@ type blockedLog chan struct{}
 func (l blockedLog) Write(p []byte) (int, error) { <-l; return len(p), nil }
 
 func TestHubEndsAlthoughTheLogBlocks(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
+	withServer(t, func(t *testing.T, s *server) {
 		blocked := make(blockedLog)
 		defer close(blocked)
 		log.SetOutput(blocked)
-		p, other := r.join(t), r.join(t)
+		p, other := s.join(t), s.join(t)
 		p.Close() // which is logged
 		synctest.Wait()
-		r.hub.stop()
+		s.hub.stop()
 		other.wantClose(errShuttingDown)
 		start := time.Now()
-		r.wantEnd(t)
+		s.wantEnd(t)
 		if got := time.Since(start); got != 0 {
 			t.Errorf("the hub waits %v for the log", got)
 		}
@@ -1461,11 +1608,11 @@ func TestHubEndsAlthoughTheLogBlocks(t *testing.T) {
 }
 
 func TestRateLimitedClientDoesNotWaitForTheLog(t *testing.T) {
-	inRoom(t, func(t *testing.T, r *room) {
+	withServer(t, func(t *testing.T, s *server) {
 		blocked := make(blockedLog)
 		defer close(blocked)
 		log.SetOutput(blocked)
-		p := r.join(t)
+		p := s.join(t)
 		for n := range 2 * rateBurst {
 			p.send(fmt.Sprint("line ", n))
 		}
@@ -1475,11 +1622,11 @@ func TestRateLimitedClientDoesNotWaitForTheLog(t *testing.T) {
 
 func TestServeReturnsAlthoughTheLogBlocks(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
-		r, _, cancel, result := startServe(t)
+		s, _, cancel, result := startServe(t)
 		blocked := make(blockedLog)
 		defer close(blocked)
 		log.SetOutput(blocked)
-		p := r.join(t)
+		p := s.join(t)
 		start := time.Now()
 		cancel()
 		p.wantClose(errShuttingDown)
@@ -1913,15 +2060,15 @@ func BenchmarkHubBroadcast(b *testing.B) {
 	}
 }
 
-// BenchmarkBroadcast measures the way of one message from the hub to n clients.
+// BenchmarkBroadcast measures the delivery of one message from the hub to n peers.
 func BenchmarkBroadcast(b *testing.B) {
 	for _, n := range []int{1, 100, 1000} {
 		b.Run(fmt.Sprintf("clients=%d", n), func(b *testing.B) {
-			r := tcpRoom(b)
+			s := tcpServer(b)
 			message := []byte("a line of chat, about as long as people write them")
 			var received sync.WaitGroup
 			for range n {
-				conn := r.join(b).NetConn() // read as bytes, so as to cost little itself
+				conn := s.join(b).NetConn() // read as bytes, so as to cost little itself
 				go func() {
 					frame := make([]byte, 2+len(message))
 					for {
@@ -1935,7 +2082,7 @@ func BenchmarkBroadcast(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				received.Add(n)
-				r.hub.broadcast <- message
+				s.hub.broadcast <- message
 				received.Wait()
 			}
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*n), "ns/delivery")
