@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"sync/atomic"
 	"time"
 
 	"github.com/gofrs/flock"
@@ -28,6 +29,30 @@ var migrations = regexp.MustCompile(`(?m)^-- From version .*`).Split(schema, -1)
 
 // Time between two checks that the file is still the one at its path.
 const watchInterval = 500 * time.Millisecond
+
+// A Record is what the store keeps of a room. The store gets copies that share the slices,
+// so their elements must not change: append, or replace the slice.
+type Record struct {
+	id, name, owner string        // the owner is the ID of the user that opened the room
+	present         []Identity    // the users in the room, in the order in which they joined
+	kicks           []Kick        // oldest first
+	used            time.Time     // when there was last a user: updated by each line, and once a day
+	last            int64         // the number of the last line
+	history         []Line        // for all users, oldest first
+	private         []Line        // separate, so that they do not displace the history
+	forgotten       int64         // the highest number of a line that was trimmed or lost
+	lost            int64         // a crash may have lost lines up to this number
+	open            bool          // a hub has the room: a crash may lose lines
+	committed       *atomic.Int64 // set by the store: the number of the last line that a crash cannot lose
+}
+
+// A Kick is a user that cannot join the room again.
+type Kick struct {
+	Identity
+	StandIn bool // The owner was absent: the kick ends when the owner joins.
+}
+
+func isByStandIn(k Kick) bool { return k.StandIn }
 
 // A Database is a SQLite database in a file that no other server uses: each keeps the lock
 // beside the file. Other programs may read it, and copy it with SQLite's backup.

@@ -12,8 +12,9 @@ import (
 // An Identity is the content of a user's cookie.
 type Identity struct{ ID, Name string }
 
-// What the form says if nothing is wrong.
+// What the form says if nothing is wrong, and if the login would not last.
 const chooseRoom = "Choose a name and a room."
+const noCookie = "Your browser did not return the cookie of this form: allow cookies for this site. (With -secure, it needs HTTPS.)"
 
 // cookieName returns the name of the cookie. Browsers send a cookie to all ports of a host,
 // so the name contains the port: two servers on one host do not log each other out. They
@@ -26,10 +27,9 @@ func cookieName(r *http.Request) string {
 	return name
 }
 
-// setCookie sets the cookie for as long as the browser runs, or deletes it if maxAge is -1.
-func setCookie(w http.ResponseWriter, r *http.Request, value string, maxAge int) {
-	http.SetCookie(w, &http.Cookie{Name: cookieName(r), Value: value, MaxAge: maxAge, Path: "/",
-		HttpOnly: true, Secure: *secure, SameSite: http.SameSiteLaxMode})
+// setCookie sets the cookie for as long as the browser runs.
+func setCookie(w http.ResponseWriter, r *http.Request, value string) {
+	http.SetCookie(w, &http.Cookie{Name: cookieName(r), Value: value, Path: "/", HttpOnly: true, Secure: *secure, SameSite: http.SameSiteLaxMode})
 }
 
 // identify returns the user that the request's cookie names, or none. It tries each cookie
@@ -50,6 +50,9 @@ func (rs *Rooms) logIn(w http.ResponseWriter, r *http.Request) {
 	// Phone keyboards add a space after a word.
 	name, room := strings.TrimSpace(r.PostFormValue("name")), strings.ToLower(strings.TrimSpace(r.PostFormValue("room")))
 	switch {
+	case len(r.CookiesNamed(cookieName(r))) == 0: // servePage has set one.
+		servePage(w, r, http.StatusUnauthorized, noCookie, name, room)
+		return
 	case parseName(name) == "":
 		servePage(w, r, http.StatusBadRequest, "A user cannot have that name.", name, room)
 		return
@@ -63,14 +66,14 @@ func (rs *Rooms) logIn(w http.ResponseWriter, r *http.Request) {
 		user = Identity{ID: rand.Text(), Name: parseName(name)}
 	}
 	value, _ := rs.cookies.Encode("chat", user) // No name is too long for a cookie.
-	setCookie(w, r, value, 0)
-	http.Redirect(w, r, "/room/"+parseName(room)+"/?login", http.StatusSeeOther)
+	setCookie(w, r, value)
+	http.Redirect(w, r, "/room/"+parseName(room)+"/", http.StatusSeeOther)
 }
 
-// logOut deletes the cookie, and redirects to the form.
+// logOut empties the cookie, and redirects to the form.
 func (rs *Rooms) logOut(w http.ResponseWriter, r *http.Request) {
 	rs.remove(rs.identify(r))
-	setCookie(w, r, "", -1)
+	setCookie(w, r, "")
 	http.Redirect(w, r, "/", http.StatusSeeOther)
 }
 
@@ -83,7 +86,7 @@ func (rs *Rooms) remove(user Identity) {
 	hubs := slices.Collect(maps.Values(rs.hubs))
 	rs.mu.Unlock()
 	for _, hub := range hubs {
-		hub.do(func() { hub.expel(hub.users[user.ID], "", errLoggedOut) })
+		hub.do(func() { hub.remove(hub.users[user.ID], "", errLoggedOut) })
 	}
 }
 

@@ -89,30 +89,6 @@ type User struct {
 	away    time.Time // when the last of them was dropped
 }
 
-// A Record is what the store keeps of a room. The store gets copies that share the slices,
-// so their elements must not change: append, or replace the slice.
-type Record struct {
-	id, name, owner string        // the owner is the ID of the user that opened the room
-	present         []Identity    // the users in the room, in the order in which they joined
-	kicks           []Kick        // oldest first
-	used            time.Time     // when there was last a user: updated by each line, and once a day
-	last            int64         // the number of the last line
-	history         []Line        // for all users, oldest first
-	private         []Line        // separate, so that they do not displace the history
-	forgotten       int64         // the highest number of a line that was trimmed or lost
-	lost            int64         // a crash may have lost lines up to this number
-	open            bool          // a hub has the room: a crash may lose lines
-	committed       *atomic.Int64 // set by the store: the number of the last line that a crash cannot lose
-}
-
-// A Kick is a user that cannot join the room again.
-type Kick struct {
-	Identity
-	StandIn bool // The owner was absent: the kick ends when the owner joins.
-}
-
-func (k Kick) isByStandIn() bool { return k.StandIn }
-
 // A Room is what this program adds to a Hub. The methods of Hub in this file are for run's
 // goroutine only: run calls them when a client is registered or dropped or sends a line,
 // and every second.
@@ -152,8 +128,7 @@ func (h *Hub) join(client *Client) {
 		h.drop(client, reason)
 		return
 	}
-	user := h.users[identity.ID]
-	if user != nil {
+	if user := h.users[identity.ID]; user != nil {
 		if len(user.clients) >= maxTabs {
 			h.drop(user.clients[0], errTooManyTabs)
 		}
@@ -163,16 +138,16 @@ func (h *Hub) join(client *Client) {
 	h.owner = cmp.Or(h.owner, identity.ID)
 	if identity.ID == h.owner { // Nobody keeps the owner out by taking its name.
 		for other := h.names.find(identity.Name); other != nil; other = h.names.find(identity.Name) {
-			h.expel(other, "", errNameTaken)
+			h.remove(other, "", errNameTaken)
 		}
-		h.kicks = slices.DeleteFunc(slices.Clone(h.kicks), Kick.isByStandIn)
+		h.kicks = slices.DeleteFunc(slices.Clone(h.kicks), isByStandIn)
 	}
 	h.present = append(h.present, identity)
 	h.welcome(client, h.add(identity))
 	h.publish(Line{Kind: "join", User: identity.Name})
 }
 
-// add adds a user.
+// add makes identity a user of the room. The caller adds it to present, and announces it.
 func (h *Hub) add(identity Identity) *User {
 	user := &User{Identity: identity}
 	h.users[user.ID] = user
@@ -210,41 +185,30 @@ func (h *Hub) leave(client *Client) {
 	}
 }
 
-// remove removes user from the room and announces it, with text if it was kicked.
-func (h *Hub) remove(user *User, text string) {
+// remove removes user from the room, unless it is nil, and announces it, with text if it was
+// kicked. It drops the user's clients.
+func (h *Hub) remove(user *User, text string, reason *websocket.CloseError) {
+	if user == nil {
+		return
+	}
 	h.present = slices.DeleteFunc(slices.Clone(h.present), func(other Identity) bool { return other == user.Identity })
 	h.publish(Line{Kind: "leave", User: user.Name, Text: text})
 	delete(h.users, user.ID)
 	h.names.remove(user.Name)
-}
-
-// expel removes user, if it is not nil, and drops all its clients.
-func (h *Hub) expel(user *User, text string, reason *websocket.CloseError) {
-	if user == nil {
-		return
-	}
-	h.remove(user, text)
-	for _, client := range slices.Clone(user.clients) { // leave removes each from the list
+	for _, client := range user.clients {
 		h.drop(client, reason)
 	}
-}
-
-// expireEverySecond calls expire, until the hub has been stopped.
-func (h *Hub) expireEverySecond() {
-	time.AfterFunc(time.Second, func() {
-		if h.do(h.expire) {
-			h.expireEverySecond()
-		}
-	})
 }
 
 // expire removes users that have been away for awayTime. It closes the room when no user
 // has been in it for roomLife, but not while a client is joining, which would meet a
 // stopped hub. Once a day it saves that there are users, so that the store keeps the room.
+// It calls itself every second, until the hub has been stopped.
 func (h *Hub) expire() {
+	time.AfterFunc(time.Second, func() { h.do(h.expire) })
 	for _, user := range h.users {
 		if len(user.clients) == 0 && time.Since(user.away) >= awayTime {
-			h.remove(user, "")
+			h.remove(user, "", nil) // It has no clients.
 		}
 	}
 	if len(h.users) > 0 && time.Since(h.used) >= 24*time.Hour {
@@ -286,7 +250,7 @@ func (h *Hub) receive(client *Client, line string) {
 	case verb != "to" && sender != h.host():
 		h.notify(client, line, "Only the host, "+h.host().Name+", can remove and allow users.")
 	case verb == "allow":
-		h.allow(client, line, name)
+		h.notify(client, line, h.allow(sender, name))
 	case user == nil || !strings.EqualFold(user.Name, name): // else "/to Paul" would go to Pau1
 		h.notify(client, line, "There is no user with that name in this room.")
 	case verb == "to":
@@ -296,26 +260,26 @@ func (h *Hub) receive(client *Client, line string) {
 	default:
 		h.kicks = append(h.kicks, Kick{user.Identity, sender.ID != h.owner})
 		if len(h.kicks) > maxKicked { // A stand-in must not push out the owner's kicks.
-			oldest := max(0, slices.IndexFunc(h.kicks, Kick.isByStandIn))
+			oldest := max(0, slices.IndexFunc(h.kicks, isByStandIn))
 			h.kicks = slices.Delete(slices.Clone(h.kicks), oldest, oldest+1)
 		}
 		h.notify(client, line, "Done.")
-		h.expel(user, "kicked by "+sender.Name, errKicked)
+		h.remove(user, "kicked by "+sender.Name, errKicked)
 	}
 }
 
-// allow takes back the kicks of users of that name, but the owner's for the owner only.
-func (h *Hub) allow(client *Client, line, name string) {
+// allow takes back the kicks of users of that name, but the owner's for the owner only. It
+// returns the answer to the host.
+func (h *Hub) allow(host *User, name string) string {
 	kicks := slices.DeleteFunc(slices.Clone(h.kicks), func(k Kick) bool {
-		return k.Name != "" && strings.EqualFold(k.Name, name) && (k.StandIn || client.user.ID == h.owner)
+		return k.Name != "" && strings.EqualFold(k.Name, name) && (k.StandIn || host.ID == h.owner)
 	})
 	if len(kicks) == len(h.kicks) {
-		h.notify(client, line, "There is no removed user with that name whom you can allow.")
-		return
+		return "There is no removed user with that name whom you can allow."
 	}
 	h.kicks = kicks
 	h.rooms.store.save(h.Record)
-	h.notify(client, line, "Done.")
+	return "Done."
 }
 
 // host returns the user that may kick others: the owner, or, while the owner is absent,
@@ -333,16 +297,17 @@ func (h *Hub) publish(line Line) {
 	if len(h.users) > 0 {
 		h.used = time.Now()
 	}
-	if line.Kind == "message" || line.Kind == "private" {
-		for h.last-h.committed.Load() >= maxUncommitted {
-			time.Sleep(commitDelay) // Commits fail: backpressure.
-		}
+	isKept := line.Kind == "message" || line.Kind == "private"
+	for isKept && h.last-h.committed.Load() >= maxUncommitted {
+		time.Sleep(commitDelay) // Commits fail: backpressure.
+	}
+	if isKept {
 		h.last++
 		line.N = h.last
-		line.message = line.encode()
+	}
+	line.message = line.encode()
+	if isKept {
 		h.keep(line)
-	} else {
-		line.message = line.encode()
 	}
 	h.rooms.store.save(h.Record)
 	h.deliverTo(line.message, line.isFor)
@@ -368,17 +333,13 @@ func (h *Hub) keep(line Line) {
 
 // oldestOfMost returns the index of the oldest line of the sender that has the most, so that
 // no user can push out the private messages of the others.
-func oldestOfMost(lines []Line) (oldest int) {
-	counts := make(map[string]int)
+func oldestOfMost(lines []Line) int {
+	counts, most := make(map[string]int), 0
 	for _, line := range lines {
 		counts[line.only[0]]++
+		most = max(most, counts[line.only[0]])
 	}
-	for i := range lines {
-		if counts[lines[i].only[0]] > counts[lines[oldest].only[0]] {
-			oldest = i
-		}
-	}
-	return oldest
+	return slices.IndexFunc(lines, func(l Line) bool { return counts[l.only[0]] == most })
 }
 
 // notify sends client a notice about a line that it has sent.

@@ -49,6 +49,8 @@ type Rooms struct {
 // that had users when the server last ran.
 func newRooms(key string, store *Store) *Rooms {
 	rs := &Rooms{store: store, cookies: securecookie.New([]byte(key), nil), hubs: make(map[string]*Hub)}
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
 	for _, name := range store.occupied {
 		rs.open(name)
 	}
@@ -65,7 +67,7 @@ func (rs *Rooms) open(name string) *Hub {
 		for _, identity := range hub.present { // as of when the server last ran
 			hub.add(identity).away = time.Now().Add(restartTime - awayTime)
 		}
-		hub.expireEverySecond()
+		hub.expire()
 		hub.run()
 	})
 	return hub
@@ -134,17 +136,7 @@ func (rs *Rooms) serveHome(w http.ResponseWriter, r *http.Request) {
 	status, reason := rs.refuse(room, user)
 	hub := rs.hubs[fold(room)]
 	rs.mu.Unlock()
-	hasLoggedIn := r.URL.RawQuery == "login" // logIn has redirected it to here
-	switch {
-	case hasLoggedIn && status == http.StatusUnauthorized:
-		reason = "Your browser did not return this server's cookie. Allow cookies for this site."
-		if *secure {
-			reason += " The server runs with -secure: the address has to start with https."
-		}
-	case hasLoggedIn: // Without the query, a reload or a shared link is no login.
-		http.Redirect(w, r, r.URL.EscapedPath(), http.StatusSeeOther)
-		return
-	case reason == "" && hub != nil:
+	if reason == "" && hub != nil {
 		hub.do(func() {
 			if refusal := hub.refuse(user); refusal != nil && refusal.Code >= 4400 {
 				status, reason = refusal.Code-4000, "You cannot join: "+refusal.Text+"."
@@ -179,6 +171,9 @@ func servePage(w http.ResponseWriter, r *http.Request, status int, reason, name,
 	page, nonce := home, rand.Text()
 	if reason != "" {
 		page = loginForm(status, reason)
+		if len(r.CookiesNamed(cookieName(r))) == 0 {
+			setCookie(w, r, "") // logIn checks that the browser returns it.
+		}
 	}
 	w.Header().Set("Cache-Control", "no-store") // as it depends on the cookie
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
