@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"net"
 	"net/http"
 	"net/url"
 	"os/exec"
@@ -58,22 +59,25 @@ func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 	grete.until(`batch.childElementCount == 0 && $("log").textContent.includes("dinner")`)
 	grete.send("/to hans bring wine")
 	grete.send("/tp Hans hush")
-	grete.wantLog("notice: In this room: \u2068Grete\u2069.", "notice: \u2068Grete\u2069 joined", "notice: \u2068Hans\u2069 joined",
-		"message: Hans: <b>dinner</b>: in the kitchen", "message mine: \u2068Grete\u2069 to \u2068Hans\u2069: bring wine",
-		"notice: \u2068/tp Hans hush\u2069: Unknown command. There are /to NAME text and /kick NAME.")
+	grete.wantLog("presence: \u2068Grete\u2069 joined", "presence: In this room: \u2068Grete\u2069.", "presence: \u2068Hans\u2069 joined",
+		"message: Hans: <b>dinner</b>: in the kitchen", "message mine: \u2068Grete\u2069 to \u2068Hans\u2069 (private): bring wine",
+		"notice: \u2068/tp Hans hush\u2069: Unknown command. There are /to NAME text, /kick NAME and /allow NAME.")
 	hans.until(`$("log").textContent.includes("wine")`)
-	if got := eval[string](hans, `[...document.querySelectorAll("#log b")].map((b) => b.textContent).join()`); got != "Hans,\u2068Grete\u2069 to \u2068Hans\u2069" {
+	if got := eval[string](hans, `[...document.querySelectorAll("#log b")].map((b) => b.textContent).join()`); got != "Hans,\u2068Grete\u2069 to \u2068Hans\u2069 (private)" {
 		t.Errorf("the names %q are bold, want Hans, and Grete to Hans", got)
 	}
 	// The direction of a name does not affect the text around it.
-	if got := eval[string](hans, `[...document.querySelectorAll("#log .notice, #log b")].map((e) => e.dir).join()`); got != "ltr,ltr,ltr,auto,ltr" {
-		t.Errorf("notices and names have the directions %q, want %q", got, "ltr,ltr,ltr,auto,ltr")
+	if got := eval[string](hans, `[...document.querySelectorAll("#log .presence, #log b")].map((e) => e.dir).join()`); got != "ltr,ltr,auto,ltr" {
+		t.Errorf("notices and names have the directions %q, want %q", got, "ltr,ltr,auto,ltr")
 	}
-	uwe.wantLog("notice: In this room: \u2068Uwe\u2069.", "notice: \u2068Uwe\u2069 joined")
+	uwe.wantLog("presence: \u2068Uwe\u2069 joined", "presence: In this room: \u2068Uwe\u2069.")
+	if got := eval[string](uwe, `document.title + ", " + $("log").ariaLive`); got != "garden, off" && got != "garden, polite" {
+		t.Errorf("the page has the title and the live region %q, want the room's name", got)
+	}
 
 	// After each reconnect, the log has each line once, and only messages count as unread.
-	lines := []string{"notice: In this room: \u2068Grete\u2069, \u2068Hans\u2069.", "notice: \u2068Grete\u2069 joined", "notice: \u2068Hans\u2069 joined",
-		"message mine: Hans: <b>dinner</b>: in the kitchen", "message: \u2068Grete\u2069 to \u2068Hans\u2069: bring wine"}
+	lines := []string{"presence: \u2068Hans\u2069 joined", "presence: In this room: \u2068Grete\u2069, \u2068Hans\u2069.",
+		"message mine: Hans: <b>dinner</b>: in the kitchen", "message: \u2068Grete\u2069 to \u2068Hans\u2069 (private): bring wine"}
 	hans.wantLog(lines...)
 	eval[bool](hans, `Object.defineProperty(document, "hidden", {get: () => true, configurable: true}); marker = document.createElement("div"); true`)
 	for n := range 3 {
@@ -89,7 +93,7 @@ func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 	ursel.enterRoom("Ursel", "kitchen")
 	grete.until(`$("log").textContent.includes("Ursel\u2069 joined")`)
 	hans.until(`$("log").textContent.includes("Ursel\u2069 joined") || batch.textContent.includes("Ursel\u2069 joined")`)
-	if got := eval[string](hans, `document.title`); got != "(3) Chat" {
+	if got := eval[string](hans, `document.title`); got != "(3) kitchen" {
 		t.Errorf("title %q, want 3 unread messages", got)
 	}
 	for _, text := range []string{"dinner", "wine", "missed 0", "missed 1", "missed 2", "Hans\u2069 joined"} {
@@ -130,14 +134,19 @@ func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 		t.Errorf("back in the kitchen, draft and log are %q, want the draft and the undelivered message", got)
 	}
 
-	// The page of a kicked user shows the reason, and does not reconnect.
-	const kicked = `$("status").textContent == "Disconnected: you were removed from this room." && state == "ended"`
+	// The page of a kicked user shows the reason, takes no input, and does not reconnect. A
+	// reload leads to the form. When the host has allowed the user, the form leads back.
+	const kicked = `$("status").textContent == "Disconnected: you were removed from this room. Reload to try again." && state == "ended" && $("msg").disabled`
 	grete.send("/kick Hans")
 	hans.until(kicked)
 	eval[bool](hans, `connectNow(); document.dispatchEvent(new Event("visibilitychange")); dispatchEvent(new Event("online")); true`)
 	hans.until(kicked + ` && !$("log").textContent.includes("Reconnected")`)
 	do(hans, chromedp.Reload())
-	hans.until(`$("status")?.textContent.startsWith("Disconnected: you were removed from this room.")`)
+	hans.until(`$("reason")?.textContent == "You cannot join: you were removed from this room." && document.querySelector("[name=room]").value == "kitchen"`)
+	grete.send("/allow Hans")
+	grete.until(`$("log").textContent.includes("/allow Hans\u2069: Done.")`)
+	eval[bool](hans, `setTimeout(() => document.querySelector("form button").click()); true`)
+	hans.until(`$("status")?.textContent == "Connected"`)
 
 	// After a restart, the page reconnects, and the log has each line once, the undelivered
 	// message included.
@@ -169,6 +178,9 @@ func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 	if got := eval[string](grete, `document.querySelector("[role=status]").textContent + getComputedStyle(document.querySelector("[role=status]")).borderLeftWidth + document.querySelector("button").textContent`); got != "Choose a name and a room.0pxJoin" {
 		t.Errorf("the form has the status, border and button %q, want no error", got)
 	}
+	if got := eval[string](grete, `getComputedStyle(document.querySelector("button")).backgroundColor + $("rules").textContent`); !strings.HasPrefix(got, "rgb(11, 92, 173)Each is one word") {
+		t.Errorf("the form's button and rules are %q, want the chat's accent", got)
+	}
 	grete.enterRoom("Grete ", "Kitchen ")
 	if got := eval[string](grete, `$("name").textContent + " in " + document.querySelector("h1").textContent`); got != "Grete in kitchen" {
 		t.Errorf("name and room are %q, want Grete in kitchen", got)
@@ -179,13 +191,78 @@ func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 	}
 }
 
+// A browser is one user at a time. Who logs out leaves nothing in it, and no tab as that user.
+func TestLoggingOutLeavesNothingInTheBrowser(t *testing.T) {
+	t.Parallel()
+	s := startCommand(t, exec.Command(buildRooms(t), "-addr", "127.0.0.1:0", "-db", filepath.Join(t.TempDir(), "rooms.db")))
+	login := func(name string) *tab {
+		p := newTab(t)
+		do(p, chromedp.Navigate("http://"+s.addr+"/"))
+		p.enterRoom(name, "kitchen")
+		return p
+	}
+	hans, grete := login("Hans"), login("Grete")
+	hans.send("/to Grete for you alone")
+	grete.until(`$("log").textContent.includes("for you alone")`)
+	draft := func() { eval[bool](grete, `msg.value = "a draft"; changed(msg); showPending("/to Hans me too"); true`) }
+	isForm := `location.pathname == "/" && document.querySelector("[name=room]")`
+
+	// In this tab.
+	draft()
+	eval[bool](grete, `setTimeout(() => document.querySelector("header button").click()); true`)
+	grete.until(isForm + ` && sessionStorage.length == 0`)
+	hans.until(`$("log").textContent.includes("Grete\u2069 left")`) // at once
+
+	// In another tab, in which another user logs in.
+	eval[bool](grete, `document.querySelector("[name=name]").value = ""; document.querySelector("[name=name]").focus(); true`)
+	grete.enterRoom("Grete", "kitchen")
+	draft()
+	eval[bool](grete, `fetch("/", { method: "POST", body: new URLSearchParams({ name: "Ursel", room: "garden" }) }); true`)
+	grete.until(isForm)
+	do(grete, chromedp.Navigate("http://"+s.addr+"/room/kitchen/"))
+	grete.until(`$("status")?.textContent == "Connected" && $("log").textContent.includes("Ursel\u2069 joined")`)
+	if got := eval[string](grete, `$("name").textContent + ", " + msg.value + ", " + $("log").textContent`); !strings.HasPrefix(got, "Ursel, , ") || strings.Contains(got, "for you alone") || strings.Contains(got, "me too") {
+		t.Errorf("the next user's page shows %q, want nothing of the user before", got)
+	}
+}
+
+// The history is not read aloud at each load, but what comes then is.
+func TestScreenReadersDoNotReadTheHistoryOfARoom(t *testing.T) {
+	t.Parallel()
+	s := startCommand(t, exec.Command(buildRooms(t), "-addr", "127.0.0.1:0", "-db", filepath.Join(t.TempDir(), "rooms.db")))
+	p := newTab(t)
+	do(p, chromedp.Navigate("http://"+s.addr+"/"))
+	p.enterRoom("Grete", "kitchen")
+	for n := range 40 {
+		p.send(fmt.Sprint("message ", n, strings.Repeat(" x", 200)))
+	}
+	p.until(`$("log").textContent.includes("message 39") && !document.querySelector(".pending")`)
+	p.beforePage(`addEventListener("DOMContentLoaded", () => {
+		window.heard = [];
+		new MutationObserver((changes) => {
+			if (log.getAttribute("aria-live") === "polite") heard.push(...changes.flatMap((change) => [...change.addedNodes]));
+		}).observe(log, { childList: true });
+	})`)
+	do(p, chromedp.Reload())
+	p.until(`$("log")?.getAttribute("aria-live") == "polite"`)
+	if got := eval[string](p, `[$("log").textContent.includes("message 39"), $("log").lastChild.textContent, heard.length].join()`); got != "true,In this room: \u2068Grete\u2069.,0" {
+		t.Errorf("after a reload: %q, want the history, the users below it, and nothing read aloud", got)
+	}
+	p.send("hello")
+	p.until(`heard.some((line) => line.textContent.includes("hello") && !line.matches(".pending"))`)
+}
+
 func TestRoomsPageDistinguishesAMissingLoginAFullRoomAndTooManyRooms(t *testing.T) {
 	t.Parallel()
 	s := startCommand(t, exec.Command(buildRooms(t), "-addr", "127.0.0.1:0", "-db", filepath.Join(t.TempDir(), "rooms.db")))
 	join := func(name, room string) {
 		t.Helper()
 		client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-		response, err := client.PostForm("http://"+s.addr+"/", url.Values{"name": {name}, "room": {room}})
+		request, _ := http.NewRequest("POST", "http://"+s.addr+"/", strings.NewReader(url.Values{"name": {name}, "room": {room}}.Encode()))
+		request.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+		_, port, _ := net.SplitHostPort(s.addr)
+		request.Header.Set("Cookie", "chat"+port+"=") // which the form has set
+		response, err := client.Do(request)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -220,7 +297,10 @@ func TestRoomsPageDistinguishesAMissingLoginAFullRoomAndTooManyRooms(t *testing.
 	}
 	p.insert("Grete")
 	p.press(kb.Enter)
-	p.until(`$("status")?.textContent == "Disconnected: this room is full." && state == "ended"`)
+	p.until(`$("reason")?.textContent == "You cannot join: this room is full."`)
+	if got := form(p); got != "You cannot join: this room is full., 4px, crowd" {
+		t.Errorf("for a full room, the form has %q, want the error and the room", got)
+	}
 	do(p, chromedp.Navigate("http://"+s.addr+"/room/onemore/"))
 	if got := form(p); got != "The server has too many open rooms., 4px, onemore" {
 		t.Errorf("for one room too many, the form has %q, want the error", got)
