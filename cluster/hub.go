@@ -3,7 +3,6 @@
 package main
 
 import (
-	"slices"
 	"sync"
 	"time"
 
@@ -12,17 +11,17 @@ import (
 
 // A Hub broadcasts each message to all of its clients. One goroutine, run, owns the set of
 // clients, so there is no mutex. Other goroutines reach it through do, tell and the channels
-// below. (hub.go and client.go are meant to be copied: the application, in these comments, is
-// the program that you build from them. Its code goes to the places marked APPLICATION.)
+// below. (The application, in these comments, is the program that you build from copies of
+// hub.go and client.go. Its code goes where it says APPLICATION.)
 type Hub struct {
 	// Owned by run, as the application's state is: add its fields here.
 	clients map[*Client]bool // registered, and not dropped
-	open    map[*Client]bool // registered, or readPump has started; and not done
-	dropped []*Client        // were registered, and are not cleaned up after yet
+	open    map[*Client]bool // run waits for these: registered or readPump started, not done
+	dropped []*Client        // these were registered; to be cleaned up after
 
-	// From other goroutines to run. After stop, run returns and nothing receives: a sender
-	// that may outlive it, such as an HTTP handler, must also select on stopped, or use do.
-	// A send from run's own goroutine deadlocks: call deliver, queue or drop there.
+	// From other goroutines to run. After stop, nothing receives from register, and once run
+	// has returned, from any of these: also select on stopped, or use do. (handle need not,
+	// for broadcast.) A send from run's own goroutine deadlocks: call deliver, queue or drop.
 	broadcast  chan []byte  // a message for every client, already cleaned; do not change it later
 	register   chan *Client // a client to add
 	unregister chan *Client // a client to drop
@@ -70,8 +69,8 @@ func (h *Hub) run() {
 			client.registered = true
 			h.clients[client] = true
 			h.open[client] = true
-			// APPLICATION: client has been registered. Welcome it, send it a history, or announce
-			// it: with queue, deliver and deliverTo.
+			// APPLICATION: client has been registered. Welcome it, send it a history (of less than
+			// sendQueueSize messages), or announce it: with queue, deliver and deliverTo.
 		case client := <-h.unregister:
 			h.drop(client, errUnregistered)
 		case message := <-h.broadcast:
@@ -94,7 +93,7 @@ func (h *Hub) run() {
 				h.drop(client, errShuttingDown)
 			}
 		}
-		for ; len(h.dropped) > 0; h.dropped = slices.Delete(h.dropped, 0, 1) {
+		for ; len(h.dropped) > 0; h.dropped[0], h.dropped = nil, h.dropped[1:] {
 			// APPLICATION: h.dropped[0], which was registered, has been dropped for its reason.
 			// Clean up after it, and announce it. Clients that this drops come next.
 		}
@@ -143,9 +142,8 @@ func (h *Hub) deliver(message []byte) {
 	h.deliverTo(message, func(*Client) bool { return true })
 }
 
-// deliverTo queues message for each client of which to returns true, then waits for
-// backpressureDelay if that has left a queue crowded. (A queue that takes nothing more is no
-// reason to wait: the application may keep its client.)
+// deliverTo queues message for each client that to accepts, then waits for backpressureDelay
+// if a queue is crowded now. (A queue that has taken nothing is no reason to wait.)
 func (h *Hub) deliverTo(message []byte, to func(*Client) bool) {
 	crowded := false
 	for client := range h.clients {

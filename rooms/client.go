@@ -42,8 +42,8 @@ const (
 	maxMessageSize = 512
 
 	// Maximum size in bytes of a batch of messages to the peer: below 32 KiB, the default
-	// read limit of common client libraries. A larger message is a frame of its own. With
-	// 0, each message is.
+	// read limit of common client libraries. A larger message is a frame of its own. 0 turns
+	// batching off.
 	maxBatchSize = 32<<10 - 1
 
 	// Number of messages that may be queued for a peer. One more, and the hub drops it as
@@ -111,15 +111,14 @@ type Client struct {
 	hub  *Hub
 	conn *websocket.Conn
 
-	// From run to writePump. To send to this client, call tell, or queue on run's goroutine:
-	// sending on the channel directly panics, and ends the process, if the hub has closed
-	// it. Only run may close it, and must delete the client from hub.clients as well.
+	// From run to writePump. Only drop closes it. To send to this client, call tell, or queue
+	// on run's goroutine: a direct send panics, and ends the process, once it is closed.
 	send chan []byte
 
 	heartbeat bool // the URL asks for it; set by serve
 
-	// Owned by run: the client has been registered, or has ended before. It must not be
-	// registered now, as send may be closed. (reason does not tell: readPump sets it first.)
+	// Owned by run: the client has been registered, or has ended before it was. It must not be
+	// registered again, as send may be closed. (reason does not tell: readPump sets it first.)
 	registered bool
 
 	// The reason for closing the connection. The first one set wins.
@@ -130,7 +129,7 @@ type Client struct {
 	limited      bool      // the log already says that the rate limit delays this client
 	receiving    bool      // a message has begun and is not complete
 
-	// Owned by writePump: the client had a reason to end after the last write.
+	// Owned by writePump: reason was set when the last write returned.
 	ending bool
 
 	// For readEnd:
@@ -143,9 +142,9 @@ func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
 	(&Client{hub: hub}).serve(w, r)
 }
 
-// serve upgrades the request to a WebSocket connection and registers the client, of which
-// hub is set, and any of the application's fields. It starts the pumps and returns, so that
-// the request's memory can be freed. It has answered and logged an error.
+// serve upgrades the request to a WebSocket connection, registers the client, and starts the
+// pumps. Set hub, and the application's fields, before. serve returns then, so that the
+// request's memory can be freed. If the handshake fails, it has answered and logged that.
 //
 // The handshake response is delayed until the client is registered: a peer that knows it is
 // connected misses no message.
@@ -181,19 +180,18 @@ func (c *Client) handle(line []byte) {
 	c.do(func() { c.hub.receive(c, string(line)) })
 }
 
-// receive reads the message in r, and handles it as one clean line. It ignores blank
-// messages, and all messages once the client has a reason to end; an invalid message is
-// one. It returns read errors only. (SetReadLimit would close the connection without a
-// text.)
+// receive reads the message in r, and handles it as one clean line. It ignores blank messages,
+// and all messages once the client has a reason to end, such as an invalid one. It returns
+// read errors only. (SetReadLimit would close the connection without a text.)
 func (c *Client) receive(messageType int, r io.Reader) error {
 	c.alive()
 	c.limitRate()
 	c.receiving = true
 	message, err := io.ReadAll(io.LimitReader(r, maxMessageSize+1))
-	c.receiving = false
 	if err != nil {
 		return err
 	}
+	c.receiving = false
 	line := clean(message)
 	switch {
 	case c.reason.Load() != nil:
@@ -234,7 +232,6 @@ func (c *Client) writeBatch(message []byte, next chan []byte) error {
 			batch = append(append(batch, newline...), message...)
 		}
 	}
-	c.setWriteDeadline()
 	return c.conn.WriteMessage(websocket.TextMessage, batch)
 }
 
@@ -258,15 +255,15 @@ func (c *Client) do(f func()) (ran bool) {
 	return ran
 }
 
-// end asks run to drop the client. Only readPump's goroutine may call it, as run receives
-// until readPump has ended: others call drop through do.
+// end asks run to drop the client. Any goroutine may call it once the pumps have started,
+// except run's, which calls drop.
 func (c *Client) end(reason *websocket.CloseError) {
 	c.reason.CompareAndSwap(nil, sendable(reason))
 	c.hub.passToRun(c.hub.unregister, c)
 }
 
-// sendable returns reason, but not with a close code that must not be sent (RFC 6455 section
-// 7.4), such as the 0 of an application that has set none.
+// sendable replaces a reason whose close code must not be sent (RFC 6455 section 7.4), such as
+// the 0 of an application that has set none.
 func sendable(reason *websocket.CloseError) *websocket.CloseError {
 	if reason == nil || reason.Code < 1000 || reason.Code > 4999 ||
 		1004 <= reason.Code && reason.Code <= 1006 || 1015 <= reason.Code && reason.Code < 3000 {
@@ -286,8 +283,10 @@ func (c *Client) readPump() {
 	c.conn.SetPingHandler(func(data string) error {
 		c.alive()
 		c.limitRate()
-		// Ignore the error: after a failed write, writePump fails too.
-		c.conn.WriteControl(websocket.PongMessage, []byte(data), time.Now().Add(writeWait))
+		if c.reason.Load() == nil { // Later, it would take more than the end's writeWait.
+			// Ignore the error: after a failed write, writePump fails too.
+			c.conn.WriteControl(websocket.PongMessage, []byte(data), time.Now().Add(writeWait))
+		}
 		return nil
 	})
 	c.conn.SetPongHandler(func(string) error { c.alive(); c.limitRate(); return nil })
@@ -320,11 +319,10 @@ func (c *Client) limitRate() {
 	if c.reason.Load() != nil {
 		return // No delay: the peer's close frame may follow what it has already sent.
 	}
-	if now := time.Now(); c.bucketFullAt.Before(now) {
-		c.bucketFullAt = now
-	}
-	c.bucketFullAt = c.bucketFullAt.Add(rateInterval)
-	wait := time.Until(c.bucketFullAt) - rateBurst*rateInterval
+	now := time.Now()
+	missing := max(0, c.bucketFullAt.Sub(now)) + rateInterval
+	c.bucketFullAt = now.Add(missing)
+	wait := missing - rateBurst*rateInterval
 	if wait > 0 && !c.limited {
 		c.limited = true
 		// In a goroutine, as writes to a log can block.
@@ -356,14 +354,14 @@ func (c *Client) stopReading(err error) {
 			reason = closed
 		}
 	}
-	c.reason.CompareAndSwap(nil, reason) // end would change a code such as 1006.
-	c.end(reason)
+	c.reason.CompareAndSwap(nil, reason) // whose code may be one that must not be sent, as 1006
+	c.hub.passToRun(c.hub.unregister, c)
 	c.readEnd() <- closed
 }
 
-// readEnd returns the channel on which readPump, when it ends, sends how the connection has
-// been closed, or nil. The first call makes it: a Client needs only hub, conn and send,
-// and either pump may start first.
+// readEnd returns the channel on which readPump, when it ends, sends the peer's close frame,
+// 1006 if the network closed the connection, or nil. The first call makes it: a Client needs
+// only hub, conn and send, and either pump may start first.
 func (c *Client) readEnd() chan *websocket.CloseError {
 	c.readEndOnce.Do(func() { c.readEndChan = make(chan *websocket.CloseError, 1) })
 	return c.readEndChan
@@ -383,12 +381,14 @@ func (c *Client) writePump() {
 		}
 		select {
 		case message, ok := <-send:
+			c.setWriteDeadline()
 			if ok {
 				err = c.writeBatch(message, next)
 			} else {
 				err = c.writeClose()
 			}
 		case <-ticker.C:
+			c.setWriteDeadline()
 			err = c.ping()
 		}
 		c.ending = c.reason.Load() != nil
@@ -407,7 +407,6 @@ func (c *Client) setWriteDeadline() {
 
 // ping writes a ping, and a heartbeat if the peer has asked for it.
 func (c *Client) ping() error {
-	c.setWriteDeadline()
 	err := c.conn.WriteMessage(websocket.PingMessage, nil)
 	if err == nil && (c.heartbeat || c.conn.Subprotocol() == heartbeat) {
 		err = c.conn.WriteMessage(websocket.TextMessage, nil)
@@ -422,7 +421,6 @@ func (c *Client) writeClose() error {
 	if reason.Code != 1006 { // which is never sent: RFC 6455 section 7.4.1
 		// The text has at most 123 bytes: RFC 6455 section 5.5.
 		text := strings.ToValidUTF8(reason.Text[:min(len(reason.Text), 123)], "")
-		c.setWriteDeadline()
 		c.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(reason.Code, text))
 	}
 	return websocket.ErrCloseSent
