@@ -114,7 +114,8 @@ func serve(ctx context.Context, listener net.Listener) error {
 		IdleTimeout:    idleTimeout,
 		MaxHeaderBytes: maxHeaderSize,
 	}
-	context.AfterFunc(ctx, func() { server.Close() }) // This does not close WebSockets: the hub does.
+	// This does not close WebSockets: the hub does.
+	context.AfterFunc(ctx, func() { server.Close() })
 	err := server.Serve(listener)
 	if err == http.ErrServerClosed {
 		err = nil

@@ -118,7 +118,8 @@ func serve(ctx context.Context, listener net.Listener, rooms *Rooms) error {
 		IdleTimeout:    idleTimeout,
 		MaxHeaderBytes: maxHeaderSize,
 	}
-	context.AfterFunc(ctx, func() { server.Close() }) // This does not close WebSockets: the hubs do.
+	// This does not close WebSockets: the hubs do.
+	context.AfterFunc(ctx, func() { server.Close() })
 	err := server.Serve(listener)
 	if err == http.ErrServerClosed {
 		err = nil
