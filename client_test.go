@@ -31,9 +31,9 @@ import (
 )
 
 // The tests are in two files, in this order. Here: the index of the promises, the wire,
-// how a client ends, the promises about clients, the helpers, fuzzing. In hub_test.go: the
-// hub, its shutdown, what applications do, do and tell, serving, the log, the page, the
-// process, the benchmarks.
+// how a client ends, the promises about clients, the helpers, fuzzing. In hub_test.go:
+// the hub, its shutdown, what applications do, do and tell, serving, the log, the page,
+// the process, the benchmarks.
 
 // index lists the promises and the tests of each, in both files. It is code so that the
 // compiler knows its names.

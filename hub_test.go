@@ -93,8 +93,8 @@ func captureLog(t testing.TB) *logBook {
 	return book
 }
 
-// startHub runs a hub until the test ends, and joins bare clients with queues
-// of the given sizes to it. Call it in a synctest bubble.
+// startHub runs a hub until the test ends, and registers bare clients with queues of the
+// given sizes. Call it in a synctest bubble.
 func startHub(t *testing.T, sizes ...int) (*Hub, []*Client) {
 	t.Helper()
 	hub := newHub()
@@ -108,7 +108,7 @@ func startHub(t *testing.T, sizes ...int) (*Hub, []*Client) {
 		for _, client := range clients {
 			hub.done <- client
 		}
-		synctest.Wait() // a hub that does not end here is a deadlock to synctest
+		synctest.Wait() // If run does not return, synctest reports a deadlock.
 	})
 	return hub, clients
 }
@@ -512,32 +512,6 @@ func TestHubEndsSoonHoweverItsClientEnds(t *testing.T) {
 	}
 }
 
-func TestDoneTwiceDoesNotEndTheHubEarly(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		hub, clients := startHub(t, 2, 2)
-		hub.done <- clients[0]
-		hub.done <- clients[0]
-		hub.done <- &Client{hub: hub}
-		hub.stop()
-		synctest.Wait()                               // so that run has seen stop
-		hub.broadcast <- []byte("one client is open") // deadlocks if run has returned
-		synctest.Wait()
-		wantQueue(t, clients[0], true)
-		wantQueue(t, clients[1], true)
-	})
-}
-
-func TestAnyGoroutineMayStopTheHubAnyNumberOfTimes(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		hub, _ := startHub(t, 1)
-		for range 3 {
-			go hub.stop()
-		}
-		<-hub.stopped
-		hub.stop()
-	})
-}
-
 // Promise 8. A naive move of an application costs at most its own client.
 
 func TestNaiveMoveCostsAtMostItsOwnClient(t *testing.T) {
@@ -610,6 +584,32 @@ func TestNaiveMoveCostsAtMostItsOwnClient(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestDoneTwiceDoesNotEndTheHubEarly(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, clients := startHub(t, 2, 2)
+		hub.done <- clients[0]
+		hub.done <- clients[0]
+		hub.done <- &Client{hub: hub}
+		hub.stop()
+		synctest.Wait()                               // so that run has seen stop
+		hub.broadcast <- []byte("one client is open") // deadlocks if run has returned
+		synctest.Wait()
+		wantQueue(t, clients[0], true)
+		wantQueue(t, clients[1], true)
+	})
+}
+
+func TestAnyGoroutineMayStopTheHubAnyNumberOfTimes(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, _ := startHub(t, 1)
+		for range 3 {
+			go hub.stop()
+		}
+		<-hub.stopped
+		hub.stop()
+	})
 }
 
 func TestClientThatEndsBeforeItIsRegisteredIsDropped(t *testing.T) {
@@ -903,48 +903,66 @@ func registerLater(client *Client, wait time.Duration) {
 }
 
 var shapes = []shape{
-	{"register, then the pumps, as in upstream", func(hub *Hub, conn *websocket.Conn) *Client {
-		client := newClient(hub, conn)
-		registerLater(client, 0)
-		go client.writePump()
-		go client.readPump()
-		return client
-	}},
-	{"readPump first", func(hub *Hub, conn *websocket.Conn) *Client {
-		client := newClient(hub, conn)
-		registerLater(client, 0)
-		go client.readPump()
-		time.Sleep(time.Nanosecond)
-		go client.writePump()
-		return client
-	}},
-	{"registered right after the pumps start", func(hub *Hub, conn *websocket.Conn) *Client {
-		client := newClient(hub, conn)
-		go client.readPump()
-		go client.writePump()
-		registerLater(client, 0)
-		return client
-	}},
-	{"registered a second later", func(hub *Hub, conn *websocket.Conn) *Client {
-		client := newClient(hub, conn)
-		go client.writePump()
-		go client.readPump()
-		registerLater(client, time.Second)
-		return client
-	}},
-	{"registered after it has timed out", func(hub *Hub, conn *websocket.Conn) *Client {
-		client := newClient(hub, conn)
-		go client.writePump()
-		go client.readPump()
-		registerLater(client, 2*pongWait)
-		return client
-	}},
-	{"never registered", func(hub *Hub, conn *websocket.Conn) *Client {
-		client := newClient(hub, conn)
-		go client.writePump()
-		go client.readPump()
-		return client
-	}},
+	{
+		name: "register, then the pumps, as in upstream",
+		serve: func(hub *Hub, conn *websocket.Conn) *Client {
+			client := newClient(hub, conn)
+			registerLater(client, 0)
+			go client.writePump()
+			go client.readPump()
+			return client
+		},
+	},
+	{
+		name: "readPump first",
+		serve: func(hub *Hub, conn *websocket.Conn) *Client {
+			client := newClient(hub, conn)
+			registerLater(client, 0)
+			go client.readPump()
+			time.Sleep(time.Nanosecond)
+			go client.writePump()
+			return client
+		},
+	},
+	{
+		name: "registered right after the pumps start",
+		serve: func(hub *Hub, conn *websocket.Conn) *Client {
+			client := newClient(hub, conn)
+			go client.readPump()
+			go client.writePump()
+			registerLater(client, 0)
+			return client
+		},
+	},
+	{
+		name: "registered a second later",
+		serve: func(hub *Hub, conn *websocket.Conn) *Client {
+			client := newClient(hub, conn)
+			go client.writePump()
+			go client.readPump()
+			registerLater(client, time.Second)
+			return client
+		},
+	},
+	{
+		name: "registered after it has timed out",
+		serve: func(hub *Hub, conn *websocket.Conn) *Client {
+			client := newClient(hub, conn)
+			go client.writePump()
+			go client.readPump()
+			registerLater(client, 2*pongWait)
+			return client
+		},
+	},
+	{
+		name: "never registered",
+		serve: func(hub *Hub, conn *websocket.Conn) *Client {
+			client := newClient(hub, conn)
+			go client.writePump()
+			go client.readPump()
+			return client
+		},
+	},
 }
 
 // serveShape has the server serve peers in that shape. The channel receives the clients.
@@ -1068,8 +1086,8 @@ func TestPumpsThatStartAfterTheHubHasEndedCloseTheConnection(t *testing.T) {
 
 func TestManyClientsLeaveNothingBehindInAnyShape(t *testing.T) {
 	const n = 200
-	all := append(shapes, shape{"served", nil})
-	for _, shape := range all {
+	served := shape{name: "served"} // as serveWs does
+	for _, shape := range append(shapes, served) {
 		runWithServer(t, shape.name, func(t *testing.T, s *server) {
 			if shape.serve != nil {
 				s.serveShape(t, shape.serve)
