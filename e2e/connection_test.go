@@ -627,7 +627,7 @@ func TestLostConnectionIsAnnouncedOnce(t *testing.T) {
 		get[[]string](w, announced)
 		get[bool](w, `(window.bubbles = 0, HTMLInputElement.prototype.reportValidity = () => bubbles++, true)`)
 		s.stop(t)
-		w.until(lastLine + ` == "The server is shutting down or restarting."`)
+		w.until(lastLine + ` == "The server is stopping or restarting."`)
 		w.send("a draft")
 		w.until(`$("counter").textContent == "Not sent: not connected" && $("msg").getAttribute("aria-invalid") == "true" && $("msg").value == "a draft"`)
 		startServer(t, s.addr)
@@ -635,7 +635,7 @@ func TestLostConnectionIsAnnouncedOnce(t *testing.T) {
 		w.until(`$("counter").textContent == "" && $("msg").getAttribute("aria-invalid") == "false"`)
 		w.until(lastLine + `.startsWith("Reconnected")`)
 		spoken := get[[]string](w, `announcements.map((text) => text.replace(/^\d+:\d\d [AP]M /, ""))`)
-		if want := []string{"Notice, The server is shutting down or restarting.", "Not sent: not connected", "Notice, Reconnected. You may have missed messages."}; !slices.Equal(spoken, want) {
+		if want := []string{"Notice, The server is stopping or restarting.", "Not sent: not connected", "Notice, Reconnected. You may have missed messages."}; !slices.Equal(spoken, want) {
 			t.Errorf("a screen reader announces %q, want %q", spoken, want)
 		}
 		if got := get[int](w, "bubbles"); got != 0 {

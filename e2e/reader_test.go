@@ -107,10 +107,10 @@ func TestOwnMessagesAndNoticesDifferWithoutColors(t *testing.T) {
 	p := openTab(t, s)
 	conn := s.dial(t)
 	send(t, conn, "Ilse: hello")
-	send(t, conn, "Notice, The server is shutting down or restarting.")
+	send(t, conn, "Notice, The server is stopping or restarting.")
 	p.untilShown(2)
 	p.send("mine")
-	p.wantLog("message: Ilse: hello", "message: Notice, The server is shutting down or restarting.", "message mine: mine")
+	p.wantLog("message: Ilse: hello", "message: Notice, The server is stopping or restarting.", "message mine: mine")
 	s.stop(t)
 	p.until(`$("log").querySelector(".notice")`)
 	p.media("forced-colors", "active")
@@ -158,7 +158,7 @@ func TestOwnMessagesAndNoticesDifferWithoutColors(t *testing.T) {
 	// Each line is one node, which contains the time if the line shows one. The page adds the
 	// prefix, so no message can pass for a notice.
 	time := regexp.MustCompile(`^\d+:\d\d [AP]M ?\|`)
-	want := []string{"By |Ilse|: hello", "Anonymous: |Notice, The server is shutting down or restarting.", "You, |mine", "Notice, |The server is shutting down or restarting."}
+	want := []string{"By |Ilse|: hello", "Anonymous: |Notice, The server is stopping or restarting.", "You, |mine", "Notice, |The server is stopping or restarting."}
 	timed := 0
 	for i := range spoken {
 		if time.MatchString(spoken[i]) {
@@ -173,6 +173,34 @@ func TestOwnMessagesAndNoticesDifferWithoutColors(t *testing.T) {
 		.filter((content) => !["none", "normal", '""'].includes(content)).join()`); got != "" {
 		t.Errorf("the style adds the text %s, which some screen readers do not announce", got)
 	}
+}
+
+// Otherwise a line without a name would look like the next paragraph of the user before.
+func TestUnnamedUsersPendingMessagesAndButtonsAreLabeled(t *testing.T) {
+	t.Parallel()
+	inAllEngines(t, func(t *testing.T, w *window) {
+		url, conns := silentServer(t)
+		w.open(strings.TrimPrefix(url, "http://"))
+		conn := <-conns
+		send(t, conn, "Hans: hello\none\ntwo")
+		w.until(lastLine + ` == "two"`)
+		w.send("mine")
+		w.until(`document.querySelector(".pending")`)
+		get[bool](w, `(["lost", "lost, too"].forEach(showUndelivered), true)`)
+		w.until(`document.querySelectorAll(".notice").length == 2`)
+		// What each line shows besides its words.
+		if got, want := get[[]string](w, `[...$("log").children].map((line) => [...line.children].map((e) =>
+			e.matches(".words, .visually-hidden, time") || e.offsetWidth < 20 ? "" : e.textContent.trim()).join(""))`),
+			[]string{"", "Anonymous:", "Anonymous:", "Send againDiscard", "Send againDiscard", "Sending…"}; !slices.Equal(got, want) {
+			t.Errorf("beside their words, the lines show %q, want %q", got, want)
+		}
+		if got, want := get[[]string](w, `[...document.querySelectorAll("#log button")].map((e) => e.getAttribute("aria-label"))`),
+			[]string{"Send again: lost", "Discard: lost", "Send again: lost, too", "Discard: lost, too"}; !slices.Equal(got, want) {
+			t.Errorf("the accessible names of the buttons are %q, want %q", got, want)
+		}
+		send(t, conn, "mine")
+		w.until(`$("log").lastChild.className == "message mine" && !document.querySelector(".sending")`)
+	})
 }
 
 func TestTimeIsShownWhenTheMinuteChanges(t *testing.T) {
@@ -645,8 +673,9 @@ func TestDirectionFollowsTheText(t *testing.T) {
 			w.until(fmt.Sprintf(lastLine+" == %q", line))
 			got := get[string](w, `(() => {
 				const line = $("log").lastChild, box = line.getBoundingClientRect(), time = line.querySelector("time");
+				const words = line.querySelector(".anonymous, b").getBoundingClientRect();
 				const { left, right } = line.querySelector(".words").getBoundingClientRect();
-				return [left - box.left < 14 && "left", (time?.getBoundingClientRect().left ?? box.right) - right < 14 && "right"].filter(Boolean).join();
+				return [Math.min(left, words.left) - box.left < 14 && "left", (time?.getBoundingClientRect().left ?? box.right) - Math.max(right, words.right) < 14 && "right"].filter(Boolean).join();
 			})()`)
 			if got != want {
 				t.Errorf("%q is aligned to the %s, want %s", line, got, want)
@@ -774,12 +803,12 @@ func TestNoticesAreMarkedButNotCountedAsUnread(t *testing.T) {
 		w.open(s.addr)
 		w.pretendHidden(true)
 		s.stop(t)
-		w.until(lastLine + ` == "The server is shutting down or restarting."`)
+		w.until(lastLine + ` == "The server is stopping or restarting."`)
 		s = startServer(t, s.addr)
 		w.until(connected)
 		send(t, s.dial(t), "hello")
 		w.until(lastLine + ` == "hello"`)
-		if got := get[string](w, "document.title + ': ' + "+lineBelowMarker); got != "(1) Chat: The server is shutting down or restarting." {
+		if got := get[string](w, "document.title + ': ' + "+lineBelowMarker); got != "(1) Chat: The server is stopping or restarting." {
 			t.Errorf("title and line below the marker are %q, want 1 unread message and the first notice", got)
 		}
 	})
@@ -820,12 +849,12 @@ func TestCopyingPicksUpOnlyTheText(t *testing.T) {
 		w.send("mine")
 		w.until(lastLine + ` == "mine"`)
 		s.stop(t)
-		w.until(lastLine + ` == "The server is shutting down or restarting."`)
+		w.until(lastLine + ` == "The server is stopping or restarting."`)
 		get[bool](w, `showUndelivered("lost") ?? true`)
 		w.until(lastLine + `.includes("lost")`)
 		get[bool](w, `(document.body.append(window.paper = document.createElement("textarea")), true)`)
 		textOf := func(n int) string { return fmt.Sprintf(`$("log").children[%d].querySelector(".words")`, n) }
-		const all = "Grete: hello\nIlse: see https://example.org/.\nno name\nmine\nThe server is shutting down or restarting.\nThis may not have been delivered: lost"
+		const all = "Grete: hello\nIlse: see https://example.org/.\nno name\nmine\nThe server is stopping or restarting.\nThis may not have been delivered: lost"
 		for _, tt := range []struct{ name, from, to, want string }{
 			{"all", `[$("log"), 0]`, `[$("log"), 6]`, all},
 			{"parts of two", `[` + textOf(0) + `.lastChild, 2]`, `[` + textOf(1) + `.firstChild.firstChild, 2]`, "hello\nIl"},

@@ -291,7 +291,7 @@ func launch(pattern string, env []string, name string, args ...string) (match st
 	ends = append(ends, end)
 	endsMu.Unlock()
 	re := regexp.MustCompile(pattern)
-	timeout := time.After(patience)
+	timeout := time.After(commandPatience)
 	for {
 		if match := re.FindStringSubmatch(out.String()); match != nil {
 			return match[1], end, nil
@@ -299,7 +299,7 @@ func launch(pattern string, env []string, name string, args ...string) (match st
 		select {
 		case <-out.grown:
 		case <-timeout:
-			return "", end, fmt.Errorf("%s printed no %q within %v, but:\n%s", name, pattern, patience, out)
+			return "", end, fmt.Errorf("%s printed no %q within %v, but:\n%s", name, pattern, commandPatience, out)
 		}
 	}
 }
