@@ -2,12 +2,19 @@ package main
 
 import (
 	"bufio"
+	"bytes"
+	"database/sql"
+	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net/http"
+	"os"
 	"os/exec"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -299,5 +306,416 @@ func TestAtMostOneServerUsesADatabase(t *testing.T) {
 		running.Process.Signal([]syscall.Signal{syscall.SIGTERM, syscall.SIGKILL}[rand.N(2)])
 		io.Copy(io.Discard, running.log)
 		running.Wait()
+	})
+}
+
+// talk has count users of a room send numbered messages until the connection ends or over is
+// closed. Each checks that its messages come back in their order. wait returns then.
+func (w *world) talk(room string, count int, over <-chan struct{}) (wait func()) {
+	var talkers sync.WaitGroup
+	for user := range count {
+		p := w.join(fmt.Sprint("User-", user), room)
+		if p == nil {
+			break
+		}
+		talkers.Go(func() {
+			for n := 0; ; n++ {
+				select {
+				case <-over:
+					return
+				case <-p.ended:
+					return
+				default:
+					if p.WriteMessage(websocket.TextMessage, fmt.Append(nil, n)) != nil {
+						return
+					}
+				}
+			}
+		})
+	}
+	return talkers.Wait
+}
+
+// A process that is killed in the middle of a migration leaves a database that the next one
+// brings up to date.
+func TestKillDuringAMigration(t *testing.T) {
+	t.Parallel()
+	repeat(t, func(t *testing.T) {
+		file := version0(t)
+		for range 10 {
+			cmd := program(t, "CHAT_KEY="+testKey, file)
+			log := startLogged(t, cmd)
+			timer := time.AfterFunc(rand.N(60*time.Millisecond), func() { cmd.Process.Kill() })
+			out, _ := io.ReadAll(log)
+			timer.Stop()
+			cmd.Wait()
+			if bytes.Contains(out, []byte("rooms.db")) {
+				t.Fatalf("a start fails: %s", out)
+			}
+		}
+		w, _, _ := startProgram(t, "CHAT_KEY="+testKey, file)
+		got := w.join("Hans", "kitchen").until("join Hans")
+		if len(got) != 4 || got[3] != "join Hans" {
+			t.Errorf("then a user receives %q", got)
+		}
+		wantIntact(t, file)
+	})
+}
+
+// A program that locks the database for a while delays commits, and nothing else.
+func TestOtherProgramLocksTheDatabase(t *testing.T) {
+	t.Parallel()
+	repeat(t, func(t *testing.T) {
+		w := startTCP(t)
+		over := make(chan struct{})
+		wait := w.talk("kitchen", 4, over)
+		watcher := w.join("Watcher", "kitchen")
+		for range 5 {
+			db, err := sql.Open("sqlite", w.store.db.file+"?_txlock=immediate&_pragma=busy_timeout(5000)")
+			if err != nil {
+				t.Fatal(err)
+			}
+			tx, err := db.Begin()
+			if err != nil {
+				t.Fatal(err)
+			}
+			text := fmt.Sprint("while it is locked ", rand.N(1<<30))
+			watcher.send(text)
+			watcher.until("message Watcher: " + text)
+			timer := time.NewTimer(rand.N(300 * time.Millisecond))
+			<-timer.C
+			tx.Rollback()
+			db.Close()
+			watcher.send(text + " no longer")
+			watcher.until("message Watcher: " + text + " no longer")
+		}
+		close(over)
+		wait()
+		w.wantSaved("kitchen")
+	})
+}
+
+// wantSaved checks that the database has what a room keeps.
+func (w *world) wantSaved(room string) {
+	w.t.Helper()
+	var record Record
+	w.room(room).do(func() { record = w.room(room).Record })
+	saved := make(chan Record)
+	w.store.operations <- func() {
+		w.store.commit()
+		got, _ := w.store.read(record.name)
+		saved <- got
+	}
+	got := <-saved
+	same := func(a, b Line) bool { return a.N == b.N && string(a.message) == string(b.message) }
+	if got.last != record.last || !slices.EqualFunc(got.history, record.history, same) || !slices.EqualFunc(got.private, record.private, same) ||
+		!slices.Equal(got.present, record.present) || !slices.Equal(got.kicks, record.kicks) {
+		w.t.Errorf("%s: saved up to %d are %d and %d lines, %d users, %d kicks; want %d, %d and %d, %d, %d", room,
+			got.last, len(got.history), len(got.private), len(got.present), len(got.kicks),
+			record.last, len(record.history), len(record.private), len(record.present), len(record.kicks))
+	}
+}
+
+// An operator's commands on the running database harm nothing.
+func TestOperatorsCommandsOnARunningDatabase(t *testing.T) {
+	t.Parallel()
+	repeat(t, func(t *testing.T) {
+		w := startTCP(t)
+		over := make(chan struct{})
+		wait := w.talk("kitchen", 4, over)
+		watcher := w.join("Watcher", "kitchen")
+		watcher.until("join Watcher")
+		for _, command := range []string{"PRAGMA wal_checkpoint(TRUNCATE)", "VACUUM", "REINDEX", "ANALYZE", "PRAGMA journal_mode = DELETE",
+			"PRAGMA locking_mode = EXCLUSIVE; SELECT count(*) FROM lines", "DELETE FROM lines", "PRAGMA optimize", "SELECT * FROM rooms, lines, users",
+			"PRAGMA integrity_check", ".dump", ".schema", "INSERT INTO users (room, id, name, kicked) SELECT id, 'x', 'x', 1 FROM rooms"} {
+			cmd := exec.Command("sqlite3", "-cmd", ".timeout 2000", w.store.db.file, command)
+			out, err := cmd.CombinedOutput()
+			if err != nil && !bytes.Contains(out, []byte("locked")) {
+				t.Errorf("%s: %v: %.99s", command, err, out)
+			}
+			watcher.send(command)
+			watcher.until("message Watcher: " + command)
+		}
+		close(over)
+		wait()
+		// After DELETE FROM lines, only later lines are saved; after hundred more, all are.
+		for n := range historySize {
+			watcher.send(fmt.Sprint("again ", n))
+			watcher.until(fmt.Sprint("message Watcher: again ", n))
+		}
+		w.wantSaved("kitchen")
+		wantIntact(t, w.store.db.file)
+	})
+}
+
+// Bytes that change in the file, on a bad disk, cost at most what is in their place: the server
+// starts or says why not, and each client receives valid lines or a close code.
+func TestDamagedFile(t *testing.T) {
+	t.Parallel()
+	repeat(t, func(t *testing.T) {
+		file := newFile(t)
+		synctest.Test(t, func(t *testing.T) {
+			w := startPipedOn(t, file)
+			for room := range 4 {
+				grete := w.join("Grete", fmt.Sprint("room", room))
+				for n := range 100 {
+					grete.send(fmt.Sprint(n, hostileText(20)))
+				}
+				grete.received()
+			}
+			w.exit()
+		})
+		content, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 5 {
+			damaged := bytes.Clone(content)
+			for range 1 + rand.N(20) {
+				damaged[rand.N(len(damaged))] = byte(rand.N(256))
+			}
+			if rand.N(4) == 0 {
+				damaged = damaged[:rand.N(len(damaged))]
+			}
+			if err := os.WriteFile(file, damaged, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			os.Remove(file + "-wal")
+			cmd := program(t, "CHAT_KEY="+testKey, file)
+			log := startLogged(t, cmd)
+			line, _ := log.ReadString('\n')
+			if !strings.Contains(line, "listening") {
+				if rest, _ := io.ReadAll(log); bytes.Contains(rest, []byte("goroutine")) {
+					t.Errorf("it ends with %s%s", line, rest)
+				}
+				cmd.Wait()
+				continue
+			}
+			w := startedProgram(t, line)
+			rest := make(chan []byte)
+			go func() { text, _ := io.ReadAll(log); rest <- text }()
+			for room := range 4 {
+				header := http.Header{"Cookie": {w.logIn("Hans")}}
+				conn, _, err := w.dialer().Dial(fmt.Sprint("ws://pipe/room/room", room, "/ws"), header)
+				if err != nil {
+					t.Error(err)
+					continue
+				}
+				conn.WriteMessage(websocket.TextMessage, []byte("hello"))
+				for isOver := false; !isOver; {
+					_, message, err := conn.ReadMessage()
+					isOver = err != nil || bytes.Contains(message, []byte(`"text":"hello"`))
+					for line := range bytes.SplitSeq(message, newline) {
+						if err == nil && !json.Valid(line) {
+							t.Errorf("a client receives %q", line)
+						}
+					}
+				}
+				conn.Close()
+			}
+			cmd.Process.Signal(syscall.SIGTERM)
+			if text := <-rest; bytes.Contains(text, []byte("goroutine")) {
+				t.Errorf("it logs %s", text)
+			}
+			cmd.Wait()
+		}
+	})
+}
+
+// Whoever sends private messages to whom, no user loses one while another has more kept.
+func TestPrivateMessagesAreKeptFairly(t *testing.T) {
+	repeat(t, func(t *testing.T) {
+		hub := &Hub{Room: Room{Record: Record{name: "kitchen"}}}
+		sent := make(map[string][]int64)
+		users := 1 + rand.N(30)
+		for n := range int64(1000) {
+			sender := fmt.Sprint(min(rand.N(users), rand.N(users), rand.N(users))) // some send more
+			before := make(map[string]int)
+			for _, line := range hub.private {
+				before[line.only[0]]++
+			}
+			before[sender]++
+			sent[sender] = append(sent[sender], n)
+			hub.keep(Line{N: n, only: []string{sender, "x"}})
+			after := make(map[string]int)
+			for i, line := range hub.private {
+				after[line.only[0]]++
+				if i > 0 && line.N <= hub.private[i-1].N {
+					t.Fatalf("line %d follows %d", line.N, hub.private[i-1].N)
+				}
+			}
+			for user, count := range before {
+				if after[user] < count && count < slices.Max(slices.Collect(maps.Values(before))) {
+					t.Fatalf("a user with %d lines loses one, and another has more: %v", count, before)
+				}
+			}
+			if len(hub.private) != min(int(n)+1, historySize) {
+				t.Fatalf("%d lines are kept", len(hub.private))
+			}
+		}
+		for user, lines := range sent { // Of each, the latest are kept.
+			var kept []int64
+			for _, line := range hub.private {
+				if line.only[0] == user {
+					kept = append(kept, line.N)
+				}
+			}
+			if !slices.Equal(kept, lines[len(lines)-len(kept):]) {
+				t.Errorf("of %v are kept %v", lines, kept)
+			}
+		}
+	})
+}
+
+// Rooms open and close while the server is killed again and again: no number is used twice.
+func TestKillWhileRoomsOpenAndCloseUsesNoNumberTwice(t *testing.T) {
+	repeat(t, func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			file := newFile(t)
+			texts := make(map[string]string) // by the room's ID and the number
+			for round := range 20 {
+				w := startPipedOn(t, file)
+				for range 1 + rand.N(20) {
+					room := fmt.Sprint("room", rand.N(3))
+					p := w.join(fmt.Sprint("User-", round, "-", rand.N(1<<30)), room)
+					for n := range rand.N(5) {
+						p.send(fmt.Sprint(round, n, rand.N(1<<30)))
+					}
+					lines := p.receivedLines()
+					for _, line := range lines {
+						key := fmt.Sprint(p.welcome.RoomID, line.N)
+						if line.N > 0 && texts[key] != "" && texts[key] != line.Text {
+							t.Errorf("%s is %q and %q", key, texts[key], line.Text)
+						}
+						texts[key] = line.Text
+					}
+					p.leave()
+					time.Sleep([]time.Duration{0, time.Millisecond, commitDelay, awayTime, awayTime + 2*roomLife}[rand.N(5)])
+				}
+				if rand.N(4) == 0 {
+					w.exit()
+				} else {
+					w.crash()
+				}
+			}
+		})
+	})
+}
+
+// A server that is started after the lock was deleted, beside the one that runs, harms nothing:
+// the first one stops within a second.
+func TestDeletedLockAndASecondServer(t *testing.T) {
+	t.Parallel()
+	repeat(t, func(t *testing.T) {
+		file := newFile(t)
+		first, cmd, log := startProgram(t, "CHAT_KEY="+testKey, file)
+		over := make(chan struct{})
+		wait := first.talk("kitchen", 3, over)
+		timer := time.NewTimer(rand.N(300 * time.Millisecond))
+		<-timer.C
+		os.Remove(file + ".lock")
+		second, _, _ := startProgram(t, "CHAT_KEY="+testKey, file)
+		io.Copy(io.Discard, log)
+		if cmd.Wait(); cmd.ProcessState.ExitCode() != 1 {
+			t.Errorf("the first server ends with %v", cmd.ProcessState)
+		}
+		close(over)
+		wait()
+		p := second.join("Hans", "garden")
+		p.send("hello")
+		p.until("message Hans: hello")
+		if q := second.join("Hans", "kitchen"); q != nil {
+			q.until("join Hans")
+		}
+		wantIntact(t, file)
+	})
+}
+
+// Backups are renamed over the file of a server under load, again and again: each is intact, and
+// is what the next server has.
+func TestReplacedUnderLoad(t *testing.T) {
+	t.Parallel()
+	repeat(t, func(t *testing.T) {
+		file := newFile(t)
+		for n := range 3 { // The users that were there before a restart keep their names.
+			w, cmd, log := startProgram(t, "CHAT_KEY="+testKey, file)
+			over := make(chan struct{})
+			wait := w.talk(fmt.Sprint("room", n), 3, over)
+			watcher := w.join("Watcher", fmt.Sprint("room", n))
+			watcher.until("join Watcher")
+			backUp(t, file, file+".backup")
+			timer := time.NewTimer(rand.N(200 * time.Millisecond))
+			<-timer.C
+			before := dump(t, file+".backup")
+			if err := os.Rename(file+".backup", file); err != nil {
+				t.Fatal(err)
+			}
+			io.Copy(io.Discard, log)
+			if cmd.Wait(); cmd.ProcessState.ExitCode() != 1 {
+				t.Errorf("it ends with %v", cmd.ProcessState)
+			}
+			close(over)
+			wait()
+			if after := dump(t, file); after != before {
+				t.Errorf("the backup has changed from %d bytes to %d", len(before), len(after))
+			}
+			wantIntact(t, file)
+		}
+	})
+}
+
+// Whatever changes in the chat server's files, go generate applies the diffs or changes nothing.
+func TestAnyChangeOfTheChatServersFiles(t *testing.T) {
+	t.Parallel()
+	repeat(t, func(t *testing.T) {
+		root, here := copies(t)
+		generate(t, here, "")
+		for range 5 {
+			for _, name := range []string{"hub.go", "client.go", "main.go"} {
+				lines := strings.SplitAfter(read(t, root, name), "\n")
+				for range rand.N(4) {
+					i := rand.N(len(lines))
+					switch rand.N(3) {
+					case 0:
+						lines = slices.Delete(lines, i, i+1)
+					case 1:
+						lines = slices.Insert(lines, i, "// "+hostileText(3)+"\n")
+					case 2:
+						lines[i] = "// " + lines[i]
+					}
+				}
+				os.WriteFile(filepath.Join(root, name), []byte(strings.Join(lines, "")), 0o644)
+			}
+			var before []string
+			for _, name := range []string{"main.go", "hub.go", "client.go", "home.html"} {
+				before = append(before, read(t, here, name))
+			}
+			cmd := exec.Command("sh", "copy.sh")
+			cmd.Dir = here
+			out, err := cmd.CombinedOutput()
+			for i, name := range []string{"main.go", "hub.go", "client.go", "home.html"} {
+				if err != nil && read(t, here, name) != before[i] {
+					t.Errorf("go generate fails with %s, and has changed %s", out, name)
+				}
+			}
+			if err == nil { // Then the diffs are the same, but for the numbers of lines.
+				diffs := func() (text string) {
+					for _, name := range []string{"README.md", "main.diff", "home.diff"} {
+						text += regexp.MustCompile(`(?m)^@@.*@@`).ReplaceAllString(read(t, here, name), "")
+					}
+					return text
+				}
+				want := diffs()
+				generate(t, here, "diffs")
+				if len(diffs()) < len(want)*9/10 {
+					t.Errorf("make diffs has lost %d of %d bytes", len(want)-len(diffs()), len(want))
+				}
+			}
+			if entries, _ := os.ReadDir(here); len(entries) != 8 {
+				t.Fatalf("there are %d files, want 8", len(entries))
+			}
+			root, here = copies(t)
+			generate(t, here, "")
+		}
 	})
 }

@@ -29,6 +29,7 @@ func version0(t *testing.T) string {
 	}
 	file := newFile(t)
 	edit(t, file, string(dump))
+	os.Chmod(file, 0o600)
 	return file
 }
 

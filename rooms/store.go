@@ -78,8 +78,7 @@ func openStore(file string) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{db: db, operations: make(chan func(), storeQueueSize)}
-	s.unsaved = make(map[string]Record)
+	s := &Store{db: db, operations: make(chan func(), storeQueueSize), unsaved: map[string]Record{}}
 	if err := db.transaction(s.setUp); err != nil {
 		db.close()
 		return nil, fmt.Errorf("%s: %w", db.file, err)
@@ -300,9 +299,12 @@ func (s *Store) read(name string) (Record, *websocket.CloseError) {
 // readLine adds a line to record. It skips and logs one that is damaged, which a page could
 // not show, or which would show a private message to all.
 func (s *Store) readLine(record *Record, n int64, recipients string, message []byte) {
-	var line Line
-	if err := json.Unmarshal(message, &line); err != nil || !utf8.Valid(message) ||
-		line.N != n || (line.Kind == "private") != (recipients != "") {
+	line, kind := Line{}, "message"
+	if recipients != "" {
+		kind = "private"
+	}
+	err := json.Unmarshal(message, &line)
+	if err != nil || !utf8.Valid(message) || line.N != n || line.Kind != kind {
 		logSoon("%s: line %d of the room %q is damaged", s.db.file, n, record.name)
 		record.forgotten = max(record.forgotten, n)
 	} else if recipients == "" {
