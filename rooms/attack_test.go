@@ -14,7 +14,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -701,7 +700,7 @@ func TestAnyChangeOfTheChatServersFiles(t *testing.T) {
 			if err == nil { // Then the diffs are the same, but for the numbers of lines.
 				diffs := func() (text string) {
 					for _, name := range []string{"README.md", "main.diff", "home.diff"} {
-						text += regexp.MustCompile(`(?m)^@@.*@@`).ReplaceAllString(read(t, here, name), "")
+						text += withoutNumbers(read(t, here, name))
 					}
 					return text
 				}
