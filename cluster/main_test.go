@@ -113,16 +113,25 @@ func TestNodesJoinOverTLS(t *testing.T) {
 	c.want(t, "hello")
 }
 
-func TestSIGTERMClosesConnectionsAndExitsWithStatus0(t *testing.T) {
+func TestSignalsCloseConnectionsAndEndWithStatus0(t *testing.T) {
 	t.Parallel()
 	nats := natsServer(t)
-	for name, url := range map[string]string{"joined": nats.ClientURL(), "embedded": embedded} {
-		t.Run(name, func(t *testing.T) {
-			p := start(t, "-addr", "127.0.0.1:0", "-nats", url)
+	for _, test := range []struct {
+		name, url string
+		signal    os.Signal
+	}{
+		{"SIGTERM", nats.ClientURL(), syscall.SIGTERM},
+		{"SIGTERM, with the embedded server", embedded, syscall.SIGTERM},
+		{"SIGINT", nats.ClientURL(), syscall.SIGINT},
+		{"SIGHUP", nats.ClientURL(), syscall.SIGHUP},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			p := start(t, "-addr", "127.0.0.1:0", "-nats", test.url)
 			c := dial(t, "ws"+p.logged(t, `http(://.*/)`)+"ws")
 			c.send(t, "hello")
 			c.want(t, "hello")
-			p.Process.Signal(syscall.SIGTERM)
+			p.Process.Signal(test.signal)
+			p.Process.Signal(test.signal) // as coreutils' timeout does
 			c.wantClose(t, websocket.CloseGoingAway)
 			c.Close()
 			if status, log := p.wait(); status != 0 {

@@ -23,6 +23,15 @@ const (
 	cleaned     = "cleaned a message from NATS: it was not one line of text"
 )
 
+const (
+	// Time since the last message or probe of a node for which it counts as being in the
+	// room: three probes.
+	nodeWait = 3 * probePeriod
+
+	// Time since then after which a node is forgotten, as a restarted node is a new one.
+	forgetWait = 24 * time.Hour
+)
+
 // metrics are a node's metrics for Prometheus. Any goroutine may use them.
 type metrics struct {
 	// Serves them at /metrics.
@@ -100,6 +109,23 @@ func (m *metrics) watch(hub *Hub) {
 		}
 	}
 	m.clients.Store(0)
+}
+
+// countNodes counts the nodes in the room, and logs when their number changes: the room may
+// be split. run calls it every reportPeriod.
+func (r *Relay) countNodes() {
+	heard := int64(0)
+	for id, node := range r.nodes {
+		switch silence := time.Duration(r.ticks-node.heard) * reportPeriod; {
+		case silence <= nodeWait:
+			heard++
+		case silence > forgetWait:
+			delete(r.nodes, id)
+		}
+	}
+	if before := r.heard.Swap(heard); before != heard {
+		r.log.Printf("NATS: messages of %d nodes arrive, this one included; before: %d", heard, before)
+	}
 }
 
 // count adds n to the counter what, for the next report. Any goroutine may call it.

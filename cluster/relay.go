@@ -4,7 +4,6 @@ import (
 	"crypto/rand"
 	"fmt"
 	"log"
-	"maps"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -44,13 +43,6 @@ const (
 
 	// Time allowed for an echo. Without one, the node reconnects to NATS.
 	answerWait = 10 * time.Second
-
-	// Time since the last message or probe of a node for which it counts as being in the
-	// room: three probes.
-	nodeWait = 3 * probePeriod
-
-	// Time since then after which a node is forgotten, as a restarted node is a new one.
-	forgetWait = 24 * time.Hour
 
 	// Time allowed for NATS to accept what is queued when the node stops.
 	drainWait = 5 * time.Second
@@ -213,6 +205,7 @@ loop:
 			}
 		case <-ticks:
 			r.check()
+			r.countNodes()
 			r.report()
 		case <-stopped:
 			stopped = nil // Each client may broadcast one more message before it is done.
@@ -286,25 +279,13 @@ func (r *Relay) isLate() bool {
 }
 
 // check reconnects if no echo arrives: the connection may be half-open, or permissions
-// withdrawn. It also counts the nodes in the room. run calls it every reportPeriod.
+// withdrawn. run calls it every reportPeriod.
 func (r *Relay) check() {
 	r.ticks++
 	r.idleTicks++
 	if r.isLate() && r.state >= mayProbe && len(r.incoming) == 0 { // The echo may be in incoming.
 		r.nc.ForceReconnect()
 	}
-	heard := int64(0)
-	for _, node := range r.nodes {
-		if node.heard >= r.ticks-int(nodeWait/reportPeriod) {
-			heard++
-		}
-	}
-	if before := r.heard.Swap(heard); before != heard {
-		r.log.Printf("NATS: messages of %d nodes arrive, this one included; before: %d", heard, before)
-	}
-	maps.DeleteFunc(r.nodes, func(_ string, node *sender) bool {
-		return node.heard < r.ticks-int(forgetWait/reportPeriod)
-	})
 }
 
 // receive passes a message from NATS to run. nats.go calls it, in a goroutine of its own. It

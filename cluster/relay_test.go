@@ -1126,7 +1126,7 @@ func TestShutdownDuringAnOutageDisconnectsSendersAndLogsTheLoss(t *testing.T) {
 	}
 }
 
-// waitUntilDelayed waits until the front receives no more messages, as outgoing is full.
+// waitUntilDelayed waits until the proxy hub receives no more messages, as outgoing is full.
 func waitUntilDelayed(t testing.TB, taken *atomic.Int64) {
 	t.Helper()
 	before := int64(-1)
@@ -1673,6 +1673,29 @@ func TestNodeReceivesAgainAfterItsPermissionReturns(t *testing.T) {
 	eventually(t, "the node is ready", node.ready.Load)
 	c.send(t, "hello")
 	c.want(t, "hello")
+}
+
+func TestNodeIsNotReadyAsSoonAsNATSDeniesAMessage(t *testing.T) {
+	t.Parallel()
+	for name, options := range map[string]*server.Options{
+		"publish":   allowed("nothing", "chat"),
+		"subscribe": allowed("chat", "nothing"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := natsWith(t, allowed("chat", "chat"))
+			node := startNode(t, s.ClientURL(), "chat")
+			c := node.dial(t)
+			begun := time.Now()
+			reload(t, s, options)
+			c.send(t, "hello")
+			node.log.wait(t, "permissions violation", 1)
+			eventually(t, "the node is not ready", func() bool { return !node.ready.Load() })
+			if took := time.Since(begun); took > answerWait/2 { // without an echo it would be answerWait
+				t.Errorf("not ready after %v, want at once", took)
+			}
+		})
+	}
 }
 
 func TestMessagesWithoutPermissionAreQueued(t *testing.T) {
