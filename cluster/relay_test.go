@@ -1373,6 +1373,28 @@ func TestLateMessagesAreDiscardedAndGapsCountedOnce(t *testing.T) {
 	}
 }
 
+func TestOnlyTheEchoOfAProbeLetsANodePublish(t *testing.T) {
+	relay := countingRelay()
+	relay.nc, relay.log = new(nats.Conn), log.Default()
+	relay.published = 1
+	for _, test := range []struct {
+		name         string
+		before, want state
+		node, text   string
+	}{
+		{"the echo of a message, which may be older than the disconnect", mayProbe, mayProbe, "mine", "text"},
+		{"the probe of another node", mayProbe, mayProbe, "other", ""},
+		{"a probe from before the disconnect", settling, settling, "mine", ""},
+		{"a probe", mayProbe, mayPublish, "mine", ""},
+	} {
+		relay.state = test.before
+		relay.isNew(&nats.Msg{Header: numberedBy(test.node, relay.echoed), Data: []byte(test.text)})
+		if relay.state != test.want {
+			t.Errorf("%s: got state %d, want %d", test.name, relay.state, test.want)
+		}
+	}
+}
+
 // countingRelay returns a relay that can only count messages.
 func countingRelay() *Relay {
 	r := &Relay{id: "mine", nodes: make(map[string]*sender), counters: make(map[string]uint64)}
