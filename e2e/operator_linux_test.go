@@ -52,7 +52,7 @@ func TestSystemdUnitOfTheREADME(t *testing.T) {
 			if err != nil {
 				t.Fatalf("systemd-analyze: %v\n%s\nOn Debian: apt-get install systemd", err, out)
 			}
-			exposure := regexp.MustCompile(`Overall exposure level for chat.service: (\d\.\d)`).FindSubmatch(out)
+			exposure := regexp.MustCompile(`exposure level for chat.service: (\d\.\d)`).FindSubmatch(out)
 			if exposure == nil {
 				t.Fatalf("systemd-analyze prints no rating:\n%s", out)
 			}
@@ -76,7 +76,8 @@ func TestSystemdUnitOfTheREADME(t *testing.T) {
 		if !strings.Contains(commands, "sudo "+command+"\n") {
 			t.Fatalf("README.md has no command %q in\n%s", "sudo "+command, commands)
 		}
-		command = strings.NewReplacer(" /usr/", " ."+"/usr/", " /etc/", " ./etc/", "install chat", "install "+binary,
+		command = strings.NewReplacer(" /usr/", " ./usr/", " /etc/", " ./etc/",
+			"install chat", "install "+binary,
 			"systemctl", "systemctl --root="+dir, " --now", "").Replace(command)
 		sh := exec.Command("sh", "-c", command)
 		sh.Dir = dir
@@ -87,10 +88,12 @@ func TestSystemdUnitOfTheREADME(t *testing.T) {
 	run(t, "install chat /usr/local/bin/")
 	run(t, "cp chat.service /etc/systemd/system/")
 	run(t, "systemctl enable --now chat")
-	if _, err := os.Lstat(dir + "/etc/systemd/system/multi-user.target.wants/chat.service"); err != nil {
+	enabled := dir + "/etc/systemd/system/multi-user.target.wants/chat.service"
+	if _, err := os.Lstat(enabled); err != nil {
 		t.Error(err)
 	}
-	program := regexp.MustCompile(`(?m)^ExecStart=(\S+) -addr localhost:8080$`).FindStringSubmatch(unit)
+	starts := regexp.MustCompile(`(?m)^ExecStart=(\S+) -addr localhost:8080$`)
+	program := starts.FindStringSubmatch(unit)
 	if program == nil {
 		t.Fatalf("the unit does not start the program:\n%s", unit)
 	}
@@ -153,7 +156,8 @@ func TestDockerfileOfTheREADME(t *testing.T) {
 		container.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(user), Gid: uint32(user)}
 	} else { // In a user namespace, anybody may change the root.
 		container.SysProcAttr.Cloneflags = syscall.CLONE_NEWUSER
-		container.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: int(user), HostID: os.Getuid(), Size: 1}}
+		container.SysProcAttr.UidMappings = []syscall.SysProcIDMap{
+			{ContainerID: int(user), HostID: os.Getuid(), Size: 1}}
 	}
 	s := startCommand(t, container)
 	conn := s.dial(t)
@@ -165,7 +169,8 @@ func TestDockerfileOfTheREADME(t *testing.T) {
 // As README.md says, the program raises its limit of files itself.
 func TestServerRaisesItsLimitOfFiles(t *testing.T) {
 	t.Parallel()
-	s := startCommand(t, exec.Command("sh", "-c", `ulimit -S -n 40; exec "$0" "$@"`, binary, "-addr", ownHost("localhost:0")))
+	s := startCommand(t, exec.Command("sh", "-c", `ulimit -S -n 40; exec "$0" "$@"`,
+		binary, "-addr", ownHost("localhost:0")))
 	limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", s.cmd.Process.Pid))
 	if err != nil {
 		t.Fatal(err)

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
@@ -54,12 +55,14 @@ const nginxConfig = nginxHTTP + `
 // startNginx starts nginx on addr as README.md configures it, with changes, in pairs.
 func startNginx(t *testing.T, addr, server string, changes ...string) *output {
 	t.Helper()
-	config := codeFrom(t, "../README.md", "limit_conn_zone $server_name zone=all:1m; limit_conn_zone $binary_remote_addr zone=address:10m;")
+	config := codeFrom(t, "../README.md",
+		"limit_conn_zone $server_name zone=all:1m; limit_conn_zone $binary_remote_addr zone=address:10m;")
 	wantTimeout(t, config, `proxy_read_timeout (\w+);`)
 	cert := certificate(t)
 	config = nginxHTTP + config + "}"
-	for pair := range slices.Chunk(append(changes, "listen 443", "listen "+addr, "127.0.0.1:8080", server,
-		"/etc/ssl/chat.pem", cert, "/etc/ssl/chat.key", cert), 2) {
+	changes = append(changes, "listen 443", "listen "+addr, "127.0.0.1:8080", server,
+		"/etc/ssl/chat.pem", cert, "/etc/ssl/chat.key", cert)
+	for pair := range slices.Chunk(changes, 2) {
 		config = replace(t, config, pair[0], pair[1])
 	}
 	log := startProxy(t, "nginx-light", config, "/usr/sbin/nginx", "-e", "stderr", "-p", ".", "-c")
@@ -71,9 +74,10 @@ func startNginx(t *testing.T, addr, server string, changes ...string) *output {
 // changes, in pairs.
 func startHAProxyAlone(t *testing.T, addr, server string, changes ...string) *output {
 	t.Helper()
-	limits := codeFrom(t, "../README.md", "stick-table type ipv6 size 100k expire 1m store conn_cur,http_req_rate(10s)")
-	lines := regexp.MustCompile("HAProxy needs `(timeout tunnel .*)` beside the usual timeouts, and in its frontend `(maxconn .*)` and").
-		FindStringSubmatch(readme(t))
+	limits := codeFrom(t, "../README.md",
+		"stick-table type ipv6 size 100k expire 1m store conn_cur,http_req_rate(10s)")
+	lines := regexp.MustCompile("HAProxy needs `(timeout tunnel .*)` beside the usual timeouts, " +
+		"and in its frontend `(maxconn .*)` and").FindStringSubmatch(readme(t))
 	if lines == nil {
 		t.Fatal("README.md does not say what HAProxy needs")
 	}
@@ -113,8 +117,10 @@ func certificate(t *testing.T) (path string) {
 		t.Fatal(err)
 	}
 	path = filepath.Join(t.TempDir(), "chat.pem")
-	write(t, path, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]}))+
-		string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})))
+	var content bytes.Buffer
+	pem.Encode(&content, &pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]})
+	pem.Encode(&content, &pem.Block{Type: "PRIVATE KEY", Bytes: key})
+	write(t, path, content.String())
 	return path
 }
 
@@ -197,7 +203,10 @@ func TestProxyConfigurationsOfTheREADMEsWork(t *testing.T) {
 				wantClose(t, discard(conn), violation.want)
 			}
 
-			for origin, want := range map[string]int{proxy.scheme + "://" + addr: 101, "http://example.com": 403} {
+			for origin, want := range map[string]int{
+				proxy.scheme + "://" + addr: 101,
+				"http://example.com":        403,
+			} {
 				conn, response, err := anyCertificate.Dial(url, http.Header{"Origin": {origin}})
 				if response == nil || response.StatusCode != want {
 					t.Errorf("from the origin %s the handshake gives %v and %v, want status %d", origin, response, err, want)
@@ -231,10 +240,10 @@ func TestProxiesLimitTheConnectionsOfAnAddress(t *testing.T) {
 	const limit = 50
 	for _, proxy := range []struct {
 		name, url string
-		start     func(t *testing.T, addr, server string)
+		start     func(t *testing.T, addr, server string, changes ...string) *output
 	}{
-		{"nginx", "wss://%s/chat/ws", func(t *testing.T, addr, server string) { startNginx(t, addr, server) }},
-		{"HAProxy", "ws://%s/ws", func(t *testing.T, addr, server string) { startHAProxyAlone(t, addr, server) }},
+		{"nginx", "wss://%s/chat/ws", startNginx},
+		{"HAProxy", "ws://%s/ws", startHAProxyAlone},
 	} {
 		t.Run(proxy.name, func(t *testing.T) {
 			t.Parallel()
@@ -246,12 +255,8 @@ func TestProxiesLimitTheConnectionsOfAnAddress(t *testing.T) {
 			for i := range conns {
 				conns[i] = dial(t, anyCertificate, url)
 			}
-			if _, response, err := anyCertificate.Dial(url, nil); response == nil || response.StatusCode != 503 {
-				t.Errorf("connection %d gets %v, %v, want status 503", limit+1, response, err)
-			}
-			elsewhere := *anyCertificate
-			elsewhere.NetDialContext = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}).DialContext
-			dial(t, &elsewhere, url)
+			want503(t, url)
+			dial(t, fromElsewhere(), url)
 
 			leave(t, conns[0])
 			for start := time.Now(); ; time.Sleep(100 * time.Millisecond) { // until the proxy has noticed
@@ -268,15 +273,26 @@ func TestProxiesLimitTheConnectionsOfAnAddress(t *testing.T) {
 	}
 }
 
+// want503 checks that a proxy answers a handshake with status 503.
+func want503(t *testing.T, url string) {
+	t.Helper()
+	_, response, err := anyCertificate.Dial(url, nil)
+	if response == nil || response.StatusCode != 503 {
+		t.Errorf("the handshake gets %v, %v, want status 503", response, err)
+	}
+}
+
+// fromElsewhere returns a dialer from another address than other clients have, 127.0.0.2.
+func fromElsewhere() *websocket.Dialer {
+	dialer := *anyCertificate
+	local := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}
+	dialer.NetDialContext = local.DialContext
+	return &dialer
+}
+
 // The limits of README.md, for all connections together and for requests.
 func TestProxiesLimitConnectionsInTotalAndRequests(t *testing.T) {
 	t.Parallel()
-	want503 := func(t *testing.T, url string) {
-		t.Helper()
-		if _, response, err := anyCertificate.Dial(url, nil); response == nil || response.StatusCode != 503 {
-			t.Errorf("the handshake gets %v, %v, want status 503", response, err)
-		}
-	}
 	join := func(t *testing.T, url string) { // and leave
 		t.Helper()
 		conn := dial(t, anyCertificate, url)
@@ -285,7 +301,8 @@ func TestProxiesLimitConnectionsInTotalAndRequests(t *testing.T) {
 	t.Run("nginx, in total", func(t *testing.T) {
 		t.Parallel()
 		addr := freeAddr(t)
-		startNginx(t, addr, startServer(t, "localhost:0").addr, "limit_conn all 10000", "limit_conn all 3")
+		s := startServer(t, "localhost:0")
+		startNginx(t, addr, s.addr, "limit_conn all 10000", "limit_conn all 3")
 		for range 3 {
 			dial(t, anyCertificate, "wss://"+addr+"/chat/ws")
 		}
@@ -294,7 +311,8 @@ func TestProxiesLimitConnectionsInTotalAndRequests(t *testing.T) {
 	t.Run("nginx, requests", func(t *testing.T) {
 		t.Parallel()
 		addr := freeAddr(t)
-		startNginx(t, addr, startServer(t, "localhost:0").addr, "rate=5r/s", "rate=1r/m", "burst=50", "burst=2")
+		s := startServer(t, "localhost:0")
+		startNginx(t, addr, s.addr, "rate=5r/s", "rate=1r/m", "burst=50", "burst=2")
 		for range 3 {
 			join(t, "wss://"+addr+"/chat/ws")
 		}
@@ -303,7 +321,8 @@ func TestProxiesLimitConnectionsInTotalAndRequests(t *testing.T) {
 	t.Run("HAProxy, in total", func(t *testing.T) {
 		t.Parallel()
 		addr := freeAddr(t)
-		startHAProxyAlone(t, addr, startServer(t, "localhost:0").addr, "maxconn 10000", "maxconn 3")
+		s := startServer(t, "localhost:0")
+		startHAProxyAlone(t, addr, s.addr, "maxconn 10000", "maxconn 3")
 		var first *websocket.Conn
 		for range 3 {
 			first = dial(t, anyCertificate, "ws://"+addr+"/ws")
@@ -319,7 +338,8 @@ func TestProxiesLimitConnectionsInTotalAndRequests(t *testing.T) {
 	t.Run("HAProxy, requests", func(t *testing.T) {
 		t.Parallel()
 		addr := freeAddr(t)
-		startHAProxyAlone(t, addr, startServer(t, "localhost:0").addr, "http_req_rate(0) gt 100", "http_req_rate(0) gt 3")
+		s := startServer(t, "localhost:0")
+		startHAProxyAlone(t, addr, s.addr, "http_req_rate(0) gt 100", "http_req_rate(0) gt 3")
 		for range 3 {
 			join(t, "ws://"+addr+"/ws")
 		}
@@ -367,9 +387,8 @@ func TestLogsOfProxiesTellTheClientsAddress(t *testing.T) {
 				start = startNginx
 			}
 			log := start(t, addr, s.addr)
-			dialer := *anyCertificate
-			dialer.NetDialContext = (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}).DialContext
-			conn, _, err := dialer.Dial(fmt.Sprintf(url, addr), http.Header{"X-Forwarded-For": {"192.0.2.1"}})
+			forged := http.Header{"X-Forwarded-For": {"192.0.2.1"}}
+			conn, _, err := fromElsewhere().Dial(fmt.Sprintf(url, addr), forged)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -577,7 +596,8 @@ func codeFrom(t *testing.T, file, first string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	match := regexp.MustCompile(`(?m)^(    +)` + regexp.QuoteMeta(first) + "\n").FindSubmatchIndex(text)
+	line := regexp.MustCompile(`(?m)^(    +)` + regexp.QuoteMeta(first) + "\n")
+	match := line.FindSubmatchIndex(text)
 	if match == nil {
 		t.Fatalf("%s has no code that starts with %q", file, first)
 	}
