@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/gorilla/websocket"
 )
 
 // These tests are of what README.md tells operators, apart from proxies.
@@ -197,5 +199,32 @@ func TestHealthCheckAnswers200AndIsOneLineInTheLog(t *testing.T) {
 	s.waitForLog(t, `(HEAD) "/"\n`)
 	if got := strings.Count(s.log.String(), "\n") - before; got != 1 {
 		t.Errorf("it makes %d lines in the log, want 1:\n%s", got, s.log)
+	}
+}
+
+// A page that reaches the server by DNS rebinding has its own name as Origin and as Host, and
+// connects. The list of origins to which README.md links keeps it out, and lets the
+// operator's own page in.
+func TestListOfOriginsStopsDNSRebinding(t *testing.T) {
+	t.Parallel()
+	_, list := recipe(t, "## Allowed origins")
+	for _, tt := range []struct {
+		name   string
+		s      *server
+		host   string
+		status int
+	}{
+		{"rebound, without a list", startServer(t, "localhost:0"), "evil.example:8080", 101},
+		{"rebound", startCopy(t, add(list)), "evil.example:8080", 403},
+		{"the operator's own", startCopy(t, add(list)), "localhost:8080", 101},
+	} {
+		header := http.Header{"Host": {tt.host}, "Origin": {"http://" + tt.host}}
+		conn, response, err := websocket.DefaultDialer.Dial("ws://"+tt.s.addr+"/ws", header)
+		if response == nil || response.StatusCode != tt.status {
+			t.Errorf("%s: the handshake gets %v, %v, want status %d", tt.name, response, err, tt.status)
+		}
+		if err == nil {
+			conn.Close()
+		}
 	}
 }
