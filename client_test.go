@@ -1305,40 +1305,77 @@ func TestPeerThatDoesNotTakeTheHandshakeIsDroppedAfterWriteWait(t *testing.T) {
 }
 
 func TestSlowReaderDelaysItsEndByWriteWaitAndCloseWaitAtMost(t *testing.T) {
-	for how, end := range map[string]func(*server){
-		"stop": func(s *server) { s.hub.stop() },
-		"drop": func(s *server) { s.drop(errBinary) },
+	for _, test := range []struct {
+		name  string
+		end   func(*server)
+		busy  bool // writePump is writing when the reason is set.
+		pings bool // The peer sends pings as well.
+	}{
+		{
+			name: "stop",
+			end:  func(s *server) { s.hub.stop() },
+		},
+		{
+			name: "stop while writePump is writing",
+			end:  func(s *server) { s.hub.stop() },
+			busy: true,
+		},
+		{
+			name:  "stop of a peer that sends pings",
+			end:   func(s *server) { s.hub.stop() },
+			busy:  true,
+			pings: true,
+		},
+		{
+			name: "drop",
+			end:  func(s *server) { s.drop(errBinary) },
+		},
+		{
+			name: "drop while writePump is writing",
+			end:  func(s *server) { s.drop(errBinary) },
+			busy: true,
+		},
+		{
+			name:  "drop of a peer that sends pings",
+			end:   func(s *server) { s.drop(errBinary) },
+			busy:  true,
+			pings: true,
+		},
 	} {
-		for _, busy := range list(true, false) { // Is writePump writing at the time?
-			runWithServer(t, fmt.Sprintf("%s,busy=%v", how, busy), func(t *testing.T, s *server) {
-				p := s.join(t).unbuffered()
-				client := s.clients()[0]
-				start := time.Now()
-				if busy {
-					s.broadcast("not read yet")
-				}
-				s.hub.do(func() {
-					for range sendQueueSize {
-						s.hub.queue(client, bytes.Repeat([]byte("x"), maxMessageSize))
-					}
-				})
-				end(s)
-				var reading sync.WaitGroup
-				defer reading.Wait()
-				reading.Go(func() { // It reads each frame just in time, and answers none.
-					for err := error(nil); err == nil; {
-						time.Sleep(writeWait - time.Second)
-						_, err = p.readFrame(time.Second)
-					}
-				})
-				for synctest.Wait(); !p.pipe().far.isClosed(); synctest.Wait() {
-					time.Sleep(time.Second)
-				}
-				if got, most := time.Since(start), writeWait+closeWait; got > most {
-					t.Errorf("TCP was closed after %v, want at most %v", got, most)
+		runWithServer(t, test.name, func(t *testing.T, s *server) {
+			p := s.join(t).unbuffered()
+			client := s.clients()[0]
+			start := time.Now()
+			if test.busy {
+				s.broadcast("not read yet")
+			}
+			s.hub.do(func() {
+				for range sendQueueSize {
+					s.hub.queue(client, bytes.Repeat([]byte("x"), maxMessageSize))
 				}
 			})
-		}
+			test.end(s)
+			var running sync.WaitGroup
+			defer running.Wait()
+			running.Go(func() { // It reads each frame just in time, and answers none.
+				for err := error(nil); err == nil; {
+					time.Sleep(writeWait - time.Second)
+					_, err = p.readFrame(time.Second)
+				}
+			})
+			running.Go(func() { // The pong would be written after the first frame.
+				for err := error(nil); err == nil && test.pings; {
+					time.Sleep(writeWait - 3*time.Second/2)
+					_, err = p.NetConn().Write(encode(0x89, ""))
+				}
+			})
+			for synctest.Wait(); !p.pipe().far.isClosed(); synctest.Wait() {
+				time.Sleep(time.Second)
+			}
+			if got, most := time.Since(start), writeWait+closeWait; got > most {
+				t.Errorf("TCP was closed after %v, want at most %v", got, most)
+			}
+		})
 	}
 }
 
