@@ -69,7 +69,7 @@ var (
 	addr     = flag.String("addr", ":8080", "listen on `host:port`")
 	urls     = flag.String("nats", embedded, "join the room at the NATS servers `url,...`")
 	creds    = flag.String("creds", "", "authenticate to NATS with the credentials `file`")
-	password = flag.String("password", "", "authenticate to NATS with the password in `file`, as the user in the URLs")
+	password = flag.String("password", "", "authenticate as the URLs' user, with the password `file`")
 	subject  = flag.String("subject", "chat", "the room's `name`: the NATS subject it talks on")
 )
 
@@ -127,7 +127,8 @@ func run(ctx context.Context, addr, urls, creds, password, subject string) error
 		return err
 	}
 	if isEmbedded {
-		logSoon("started a NATS server; a second node joins with: go run . -addr :%d -nats %s -subject %s",
+		logSoon("started a NATS server; a second node joins with: "+
+			"go run . -addr :%d -nats %s -subject %s",
 			listener.Addr().(*net.TCPAddr).Port+1, urls, subject)
 	}
 	return serve(ctx, listener, relay)
@@ -196,9 +197,11 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 // NATS. It logs nothing, as load balancers call it often.
 func serveReady(relay *Relay, w http.ResponseWriter) {
 	if relay.ready.Load() {
-		fmt.Fprintf(w, "ready: messages of %d nodes arrive, this one included\n", relay.heard.Load())
+		fmt.Fprintf(w, "ready: messages of %d nodes arrive, this one included\n",
+			relay.heard.Load())
 	} else {
-		http.Error(w, "this node's messages do not come back from NATS: the log has the reason", http.StatusServiceUnavailable)
+		http.Error(w, "this node's messages do not come back from NATS: the log has the reason",
+			http.StatusServiceUnavailable)
 	}
 }
 

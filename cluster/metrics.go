@@ -81,22 +81,26 @@ func newMetrics(r *Relay) *metrics {
 	}
 	lost := factory.NewCounterVec(prometheus.CounterOpts{
 		Name: "chat_lost_messages_total",
-		Help: "Messages that were lost, missed, discarded, refused or changed, by the words of the log.",
+		Help: "Messages lost, missed, discarded, refused or changed, by the words of the log.",
 	}, []string{"reason"})
-	for _, reason := range []string{missed, notEchoed, notAccepted, tooLong, slow, late, refused, cleaned} {
+	reasons := []string{missed, notEchoed, notAccepted, tooLong, slow, late, refused, cleaned}
+	for _, reason := range reasons {
 		m.lost[reason] = lost.WithLabelValues(reason)
 	}
-	gaugeFunc("chat_clients", "Connected clients.", func() float64 { return float64(m.clients.Load()) })
-	gaugeFunc("chat_nodes", "Nodes that this one has received messages or probes of in the last 15 s, itself included.",
+	gaugeFunc("chat_clients", "Connected clients.",
+		func() float64 { return float64(m.clients.Load()) })
+	gaugeFunc("chat_nodes",
+		"Nodes whose messages or probes have arrived in the last 15 s, this one included.",
 		func() float64 { return float64(r.heard.Load()) })
 	gaugeFunc("chat_incoming_messages", "Messages from NATS that wait for the hub, at most 8192.",
 		func() float64 { return float64(len(r.incoming)) })
-	gaugeFunc("chat_ready", "1 if this node receives its own messages from NATS, else 0.", func() float64 {
-		if r.ready.Load() {
-			return 1
-		}
-		return 0
-	})
+	gaugeFunc("chat_ready", "1 if this node receives its own messages from NATS, else 0.",
+		func() float64 {
+			if r.ready.Load() {
+				return 1
+			}
+			return 0
+		})
 	return m
 }
 
@@ -124,7 +128,8 @@ func (r *Relay) countNodes() {
 		}
 	}
 	if before := r.heard.Swap(heard); before != heard {
-		r.log.Printf("NATS: messages of %d nodes arrive, this one included; before: %d", heard, before)
+		const text = "NATS: messages of %d nodes arrive, this one included; before: %d"
+		r.log.Printf(text, heard, before)
 	}
 }
 

@@ -46,7 +46,8 @@ func natsOptions(urls, creds, password string) (nats.Options, error) {
 	options.IgnoreDiscoveredServers = true
 
 	if urls == "" {
-		return options, errors.New("-nats is empty: name the NATS servers, or leave the flag out for an embedded one")
+		return options, errors.New("-nats is empty: name the NATS servers, " +
+			"or leave the flag out for an embedded one")
 	}
 	user := ""
 	// Errors must not repeat the URL, which may contain a password. A part of the password
@@ -54,16 +55,16 @@ func natsOptions(urls, creds, password string) (nats.Options, error) {
 	for server := range strings.SplitSeq(urls, ",") {
 		u, err := url.Parse(strings.TrimSpace(server))
 		if err != nil || u.Host == "" || u.Path+u.RawQuery+u.Fragment != "" {
-			return options, errors.New("a URL of NATS is malformed: write nats://host:port or tls://host:port, " +
-				"and in a name or password %2F for /, %23 for #, %2C for a comma and so on")
+			return options, errors.New("a URL of NATS is malformed: write nats://host:port or " +
+				"tls://host:port, and in a name or password %2F for /, %23 for #, %2C for a comma, …")
 		}
 		if text, hasPassword := u.User.Password(); hasPassword && text == "" {
 			return options, errors.New("the password in a URL of NATS is empty")
 		} else if password != "" {
 			name := u.User.Username()
 			if hasPassword || name == "" || user != "" && name != user {
-				return options, errors.New("with -password, each URL of NATS has the same user and no password: " +
-					"nats://user@host:port")
+				return options, errors.New("with -password, each URL of NATS has the same user " +
+					"and no password: nats://user@host:port")
 			}
 			user, u.User = name, nil
 		}
@@ -150,8 +151,12 @@ func (r *Relay) handleError(_ *nats.Conn, _ *nats.Subscription, err error) {
 func (r *Relay) handleDisconnect(nc *nats.Conn, err error) {
 	if !nc.IsClosed() { // else settle logs why
 		// Without an error, check has closed the connection.
-		r.log.Printf("disconnected from NATS: %v; messages of clients are queued", cmp.Or(err, nats.ErrTimeout))
+		r.logDisconnect(cmp.Or(err, nats.ErrTimeout))
 	}
+}
+
+func (r *Relay) logDisconnect(err error) {
+	r.log.Printf("disconnected from NATS: %v; messages of clients are queued", err)
 }
 
 func (r *Relay) handleReconnect(nc *nats.Conn) {
@@ -159,7 +164,8 @@ func (r *Relay) handleReconnect(nc *nats.Conn) {
 	// Flush, so that NATS has the subscription again. If the connection has broken again,
 	// there is no address, or the flush fails.
 	if address := nc.ConnectedAddr(); address != "" && nc.FlushTimeout(answerWait) == nil {
-		r.log.Printf("reconnected to NATS: %s; messages of other nodes were missed meanwhile", address)
+		const text = "reconnected to NATS: %s; messages of other nodes were missed meanwhile"
+		r.log.Printf(text, address)
 	}
 }
 

@@ -23,7 +23,8 @@ func block(t *testing.T, text string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, block := range regexp.MustCompile(`(?m)(?:^    .*\n|^\n)+`).FindAllString(string(readme), -1) {
+	blocks := regexp.MustCompile(`(?m)(?:^    .*\n|^\n)+`)
+	for _, block := range blocks.FindAllString(string(readme), -1) {
 		if strings.Contains(block, text) {
 			return regexp.MustCompile(`(?m)^    `).ReplaceAllString(block, "")
 		}
@@ -53,7 +54,7 @@ func TestQuickStartWithThreeServersWorksAsPasted(t *testing.T) {
 	}
 	script := block(t, "go tool nats-server")
 	next := port(t) / 10
-	freePorts := func(prefix string) string { // returns for example 1234, if 12340 to 12349 are free
+	freePorts := func(prefix string) string { // for example 1234, if 12340 to 12349 are free
 		for {
 			next++
 			busy := false

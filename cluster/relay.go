@@ -178,8 +178,11 @@ loop:
 	for clientsDone != nil || len(r.outgoing)+r.inFlight() > 0 {
 		// Backpressure: clients wait while outgoing is full. While messages come back, one that
 		// waits for the window is enough.
-		in := r.proxyHub.broadcast
-		if stopped != nil && (len(r.outgoing) >= outgoingSize || len(r.outgoing) > 0 && r.state == mayPublish) {
+		in, most := r.proxyHub.broadcast, outgoingSize
+		if r.state == mayPublish {
+			most = 1
+		}
+		if stopped != nil && len(r.outgoing) >= most {
 			in = nil // a nil channel is never ready
 		}
 		select {
@@ -248,7 +251,7 @@ func (r *Relay) settle() {
 		r.probe = time.After(propagationWait)
 	}
 	if r.nc.IsClosed() { // by nats.go, after an error that it does not handle
-		r.log.Printf("disconnected from NATS: %v; messages of clients are queued", r.nc.LastError())
+		r.logDisconnect(r.nc.LastError())
 		r.statuses = nil
 		go r.connect()
 	}
@@ -358,8 +361,8 @@ func (r *Relay) isNew(message *nats.Msg) bool {
 	if isProbe := len(message.Data) == 0; isProbe && r.state == mayProbe {
 		r.state = mayPublish
 		if most := r.nc.MaxPayload(); most < payloadSize {
-			r.log.Printf("NATS accepts messages of at most %d bytes, and has to accept %d: longer ones are lost",
-				most, payloadSize)
+			r.log.Printf("NATS accepts messages of at most %d bytes, and has to accept %d: "+
+				"longer ones are lost", most, payloadSize)
 		}
 	}
 	return true
