@@ -948,17 +948,12 @@ func (s *server) drop(reasons ...*websocket.CloseError) {
 	})
 }
 
-// end calls end of the server's only client for each of the reasons, on readPump's
-// goroutine: when it reads a pong from p.
-func (s *server) end(p *peer, reasons ...*websocket.CloseError) {
+// end calls end of the server's only client for each of the reasons, in this order.
+func (s *server) end(reasons ...*websocket.CloseError) {
 	client := s.clients()[0]
-	client.conn.SetPongHandler(func(string) error {
-		for _, reason := range reasons {
-			client.end(reason)
-		}
-		return nil
-	})
-	p.write(encode(0x8a, ""))
+	for _, reason := range reasons {
+		client.end(reason)
+	}
 }
 
 func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
@@ -1083,18 +1078,18 @@ func TestEveryCloseReasonIsSentAndLogged(t *testing.T) {
 	}
 	long := &websocket.CloseError{Code: 4000, Text: "x" + strings.Repeat("é", 70)}
 	cut := &websocket.CloseError{Code: 4000, Text: "x" + strings.Repeat("é", 61)}
-	for how, ends := range map[string]func(*server, *peer, ...*websocket.CloseError){
-		"drop": func(s *server, _ *peer, reasons ...*websocket.CloseError) { s.drop(reasons...) },
+	for how, ends := range map[string]func(*server, ...*websocket.CloseError){
+		"drop": (*server).drop,
 		"end":  (*server).end,
 	} {
 		closings = append(closings, closing{
 			name: how + " with a long reason",
-			end:  func(s *server, p *peer) { ends(s, p, long) },
+			end:  func(s *server, _ *peer) { ends(s, long) },
 			want: cut,
 			log:  fmt.Sprintf("dropped: %q", long.Error()),
 		}, closing{
 			name: how + " with one reason, then another",
-			end:  func(s *server, p *peer) { ends(s, p, errBinary, errTooBig) },
+			end:  func(s *server, _ *peer) { ends(s, errBinary, errTooBig) },
 			want: errBinary,
 			log: `dropped: "websocket: close 1003 (unsupported data): ` +
 				`binary messages are not supported"`,
@@ -1143,9 +1138,9 @@ func TestCloseCodeThatMustNotBeSentIsReplaced(t *testing.T) {
 		1015: false, 2999: false,
 		3000: true, 4999: true, 5000: false, 70000: false,
 	} {
-		for how, ends := range map[string]func(*server, *peer, *websocket.CloseError){
-			"drop": func(s *server, _ *peer, reason *websocket.CloseError) { s.drop(reason) },
-			"end":  func(s *server, p *peer, reason *websocket.CloseError) { s.end(p, reason) },
+		for how, ends := range map[string]func(*server, ...*websocket.CloseError){
+			"drop": (*server).drop,
+			"end":  (*server).end,
 		} {
 			runWithServer(t, fmt.Sprint(how, code), func(t *testing.T, s *server) {
 				p := s.join(t)
@@ -1155,7 +1150,7 @@ func TestCloseCodeThatMustNotBeSentIsReplaced(t *testing.T) {
 					want = &websocket.CloseError{Code: 1011, Text: reason.Error()}
 				}
 				start := time.Now()
-				ends(s, p, reason)
+				ends(s, reason)
 				p.wantClose(want)
 				synctest.Wait()
 				p.wantEnd()

@@ -564,6 +564,19 @@ func TestNaiveMoveCostsAtMostItsOwnClient(t *testing.T) {
 			closed: true,
 		},
 		{
+			name: "end a client that is done",
+			move: func(hub *Hub, client *Client) {
+				hub.done <- client
+				client.end(errBinary)
+			},
+			closed: true,
+		},
+		{
+			name: "end a client that is not registered",
+			move: func(hub *Hub, _ *Client) { (&Client{hub: hub}).end(errBinary) },
+			want: list("still here"),
+		},
+		{
 			name: "drop no client",
 			move: func(hub *Hub, _ *Client) { hub.do(func() { hub.drop(nil, errBinary) }) },
 			want: list("still here"),
@@ -1252,6 +1265,7 @@ func TestDoAndTellReturnFalseOnceTheHubIsStopped(t *testing.T) {
 				if slow.tell([]byte("too late")) {
 					t.Error("tell returned true")
 				}
+				slow.end(errBinary) // returns, too
 			}
 		}
 
