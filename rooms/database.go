@@ -43,7 +43,7 @@ type Record struct {
 	forgotten       int64         // the highest number of a line that was trimmed or lost
 	lost            int64         // a crash may have lost lines up to this number
 	open            bool          // a hub has the room: a crash may lose lines
-	committed       *atomic.Int64 // set by the store: the number of the last line that a crash cannot lose
+	committed       *atomic.Int64 // set by the store: the last line that a crash cannot lose
 }
 
 // A Kick is a user that cannot join the room again.

@@ -168,7 +168,8 @@ func TestRoomsAreFoundWhenConfusableNamesHaveChanged(t *testing.T) {
 		if hans.received(); hans.welcome.RoomID != "UIWSGGPTHAUQ7VGQGOFG6JOUEE" {
 			t.Errorf("the welcome is %+v", hans.welcome)
 		}
-		if !strings.Contains(logged.String(), `the room "Kitchen" cannot be opened: "kitchen" looks like it`) {
+		said := `the room "Kitchen" cannot be opened: "kitchen" looks like it`
+		if !strings.Contains(logged.String(), said) {
 			t.Errorf("the log is %q", logged.String())
 		}
 	})
@@ -178,7 +179,8 @@ func TestRoomsAreFoundWhenConfusableNamesHaveChanged(t *testing.T) {
 
 func TestFileNamesAreNotURLs(t *testing.T) {
 	dir := t.TempDir()
-	for _, name := range []string{"/" + dir + "/two.db", dir + "/a?b#c%41 ö&x=y.db", dir + "/file:x.db", dir + "//x.db"} {
+	for _, name := range []string{"/two.db", "/a?b#c%41 ö&x=y.db", "/file:x.db", "//x.db"} {
+		name = "/" + dir + name
 		store, err := openStore(name)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -191,7 +193,8 @@ func TestFileNamesAreNotURLs(t *testing.T) {
 			t.Errorf("%s: %v, %v, want a database", name, info, err)
 		}
 	}
-	if _, err := openStore(":memory:"); err == nil || !strings.Contains(err.Error(), "would keep nothing") {
+	_, err := openStore(":memory:")
+	if err == nil || !strings.Contains(err.Error(), "would keep nothing") {
 		t.Errorf(":memory: returns %v", err)
 	}
 	if _, err := os.Stat(":memory:"); err == nil {
@@ -327,7 +330,8 @@ func backUp(t *testing.T, file, to string) {
 
 func wantIntact(t *testing.T, file string) {
 	t.Helper()
-	out, err := exec.Command("sqlite3", file, "PRAGMA integrity_check; PRAGMA foreign_key_check").CombinedOutput()
+	checks := "PRAGMA integrity_check; PRAGMA foreign_key_check"
+	out, err := exec.Command("sqlite3", file, checks).CombinedOutput()
 	if err != nil || string(out) != "ok\n" {
 		t.Errorf("%s: %v, %q, want ok", file, err, out)
 	}

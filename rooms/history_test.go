@@ -150,7 +150,8 @@ func TestOnlyOpenRoomsMissLinesAfterACrash(t *testing.T) {
 				before[room] = back
 				newcomer := w.join(fmt.Sprint("Newcomer-", restart), room)
 				if newcomer.received(); newcomer.welcome.Missed != (room == "open") {
-					t.Errorf("after restart %d a newcomer to the room %s gets %+v", restart, room, newcomer.welcome)
+					t.Errorf("after restart %d a newcomer to the room %s gets %+v",
+						restart, room, newcomer.welcome)
 				}
 			}
 			w.exit()
@@ -254,7 +255,8 @@ func TestWrongClockDeletesNoRoom(t *testing.T) {
 			t.Errorf("within a day the log is %q", logged.String())
 		}
 		time.Sleep(2 * time.Hour)
-		if got := logged.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "deleted 1 rooms") {
+		got := logged.String()
+		if strings.Count(got, "\n") != 1 || !strings.Contains(got, "deleted 1 rooms") {
 			t.Errorf("after a day the log is %q, want that the garden was deleted", got)
 		}
 		w.join("Ursel", "garden").want("join Ursel")
@@ -310,7 +312,8 @@ func TestDeletedTextIsOverwritten(t *testing.T) {
 	t.Run("of an earlier version", func(t *testing.T) {
 		file := version0(t)
 		edit(t, file, `PRAGMA secure_delete = 0; CREATE TABLE old (text);
-			INSERT INTO old SELECT 'secret' || hex(randomblob(1000)) FROM json_each('[1,2,3,4,5]'); DROP TABLE old`)
+			INSERT INTO old SELECT 'secret' || hex(randomblob(1000)) FROM json_each('[1,2,3,4,5]');
+			DROP TABLE old`)
 		if contains(t, file, "secret") == 0 {
 			t.Fatal("the file has none")
 		}
@@ -336,7 +339,7 @@ func TestDamagedLineIsSkippedAndLogged(t *testing.T) {
 		"another type":          `'[6]'`,
 		"empty":                 `''`,
 		"another number":        `'{"n":5,"kind":"message","text":"x"}'`,
-		"not UTF-8":             `CAST(X'7b226e223a362c226b696e64223a226d657373616765222c2274657874223a22ff227d' AS TEXT)`,
+		"not UTF-8":             `'{"n":6,"kind":"message","text":"' || CAST(X'ff' AS TEXT) || '"}'`,
 		"private without users": `'{"n":6,"kind":"private","user":"Hans","to":"Grete","text":"secret"}'`,
 		"a BLOB":                `X'00ff'`,
 	} {
@@ -366,7 +369,8 @@ func TestDamagedLineIsSkippedAndLogged(t *testing.T) {
 				if back.want(want...); !back.welcome.Missed {
 					t.Errorf("the welcome is %+v, want missed", back.welcome)
 				}
-				if got := logged.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, `line 6 of the room "kitchen" is damaged`) {
+				got, said := logged.String(), `line 6 of the room "kitchen" is damaged`
+				if strings.Count(got, "\n") != 1 || !strings.Contains(got, said) {
 					t.Errorf("the log is %q", got)
 				}
 			})
