@@ -3,17 +3,23 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/chromedp/chromedp"
 	"github.com/gorilla/websocket"
 	// These keep frameworks in go.mod, for the copies that use them.
 	_ "github.com/gin-gonic/gin"
@@ -72,6 +78,32 @@ func recipe(t *testing.T, heading string) (changes, code string) {
 // newFile returns a change that makes a file.
 func newFile(name, content string) string {
 	return "\n--- " + name + "\n+" + strings.ReplaceAll(strings.TrimSuffix(content, "\n"), "\n", "\n+") + "\n"
+}
+
+// In recipes/README.md, a test names each heading that has a block. The list of contents has
+// each recipe.
+func TestEachRecipeHasATest(t *testing.T) {
+	t.Parallel()
+	var tests []byte
+	for _, name := range []string{"recipes_test.go", "copy_test.go"} {
+		content, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tests = append(tests, content...)
+	}
+	headings := regexp.MustCompile(`(?m)^(##+) (.*)$`).FindAllStringSubmatch(recipes(t), -1)
+	for _, heading := range headings {
+		if !strings.Contains(string(tests), strconv.Quote(heading[0])) {
+			t.Errorf("no test runs the recipe %q", heading[0])
+		}
+		if heading[1] == "##" && !strings.Contains(recipes(t), "["+heading[2]+"](#") {
+			t.Errorf("the list of contents lacks %q", heading[2])
+		}
+	}
+	if len(headings) < 25 {
+		t.Errorf("recipes/README.md has %d recipes", len(headings))
+	}
 }
 
 // oneProgram are the recipes that build on each other: a chat in JSON. They change hub.go
@@ -475,7 +507,7 @@ func TestRecipesThatBuildOnEachOther(t *testing.T) {
 	grete.wantPresence(t, "grete")
 
 	wantEnd(t, late.Conn, 4401)
-	s.wantNoRace(t, 15*time.Second)
+	s.wantNoRace(t, patience)
 }
 
 // hub.go and client.go in a package of their own: only the package's name changes. One more
@@ -532,4 +564,544 @@ func TestRecipeForAPackage(t *testing.T) {
 	s.signal(t, syscall.SIGTERM)
 	wantEnd(t, conn, websocket.CloseGoingAway)
 	s.wantExit(t, time.Now(), patience)
+}
+
+// The programs of the recipes are attacked: users with forged names, requests with duplicate
+// keys, a flood, one that reconnects without end, peers that do not read, a database that
+// fails. Two users chat meanwhile, and notice nothing. The end comes in the middle of it,
+// with half a request under way and a database that hangs.
+func TestAttackOnTheRecipes(t *testing.T) {
+	t.Parallel()
+	t.Run("places of the application", func(t *testing.T) { t.Parallel(); attack(t, oneProgram...) })
+	t.Run("all", func(t *testing.T) { t.Parallel(); attack(t, allRecipes...) })
+}
+
+func attack(t *testing.T, headings ...string) {
+	s := startRecipes(t, headings...)
+	s.get(t, "/database?state=fails")
+	grete, hans := s.dialJSON(t, "/ws?user=grete"), s.dialJSON(t, "/ws?user=hans")
+
+	var attackers sync.WaitGroup
+	var ended atomic.Bool
+	repeat := func(f func()) {
+		attackers.Go(func() {
+			for !ended.Load() {
+				f()
+			}
+		})
+	}
+	slow := websocket.Dialer{NetDial: func(network, addr string) (net.Conn, error) {
+		conn, err := net.Dial(network, addr)
+		if err == nil {
+			conn.(*net.TCPConn).SetReadBuffer(4096) // so that it fills up soon
+		}
+		return conn, err
+	}}
+	stalled, _, err := slow.Dial("ws://"+s.addr+"/ws?user=stalled", nil) // It reads nothing.
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stalled.Close()
+	grete.wantPresence(t, "grete", "hans", "stalled")
+	// Some send without end.
+	long := `{"type":"chat","text":"` + strings.Repeat("x", 400) + `"}`
+	for i := range 6 {
+		repeat(func() {
+			conn, _, err := websocket.DefaultDialer.Dial(fmt.Sprintf("ws://%s/ws?user=flood%d", s.addr, i), nil)
+			if err != nil {
+				return
+			}
+			defer conn.Close()
+			go discard(conn)
+			for err == nil && !ended.Load() {
+				err = conn.WriteMessage(websocket.TextMessage, []byte(long))
+			}
+		})
+	}
+	// Names, and requests that say two things.
+	requests := []string{
+		`{"type":"private","TYPE":"chat","text":"x\u0000\n\ud800","Text":"y\u2028\u009b"}`,
+		`{"type":"join","text":"lobby\u0000"}`, `{"type":"join","text":"` + strings.Repeat("r", 100) + `"}`,
+		`{"type":"login","text":"token of \n"}`, `{"type":"chat"`, `[]`, `null`, `{"type":"join","text":"lobby"}`,
+		`{"type":"typing"}`, `{"type":"ask","text":"no answer"}`,
+	}
+	reconnects := atomic.Int32{}
+	repeat(func() {
+		n := reconnects.Add(1)
+		user := []string{"%ff%fe", "a%0Ab", fmt.Sprint("come", n), "go"}[n%4]
+		path := []string{"/ws?user=" + user, "/login/ws", "/listen/ws"}[n%3]
+		conn, _, err := websocket.DefaultDialer.Dial("ws://"+s.addr+path, nil)
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		for i := range n % 4 {
+			conn.WriteMessage(websocket.TextMessage, []byte(requests[(n+i)%int32(len(requests))]))
+		}
+		if n%5 == 0 {
+			conn.WriteMessage(websocket.TextMessage, []byte("\xff"))
+		}
+	})
+
+	// Hans sends, and Grete receives, until the stalled client has been dropped.
+	const least = 200
+	presence, sent, dropped := 0, 0, false
+	start := time.Now()
+	for received := 0; received < least || !dropped; received++ {
+		if time.Since(start) > 2*patience {
+			t.Fatalf("after %d messages the stalled client is not dropped:\n%s", received, s.lastLog())
+		}
+		send(t, hans.Conn, fmt.Sprintf(`{"type":"chat","text":"%d"}`, sent))
+		sent++
+		for _, c := range []*jsonClient{hans, grete} {
+			for {
+				got, err := c.next()
+				if err != nil || got.Type == "error" {
+					t.Fatalf("a user reads %+v, %v, in the attack:\n%s", got, err, s.lastLog())
+				}
+				if got.Type == "presence" && c == grete {
+					presence++
+					dropped = dropped || slices.Contains(got.Left, "stalled")
+				}
+				if strings.ContainsFunc(got.Text+got.User+got.Room, func(r rune) bool { return r < ' ' || r == 0x7f || r == 0x9b }) {
+					t.Errorf("a user reads %+v", got)
+				}
+				if got.User == "hans" && got.Type == "chat" {
+					if got.Text != fmt.Sprint(sent-1) {
+						t.Fatalf("got message %s of hans, want %d", got.Text, sent-1)
+					}
+					break
+				}
+			}
+		}
+	}
+	took := time.Since(start)
+	t.Logf("%d messages in %v, %d reconnects, %d presence notices", sent, took, reconnects.Load(), presence)
+	if limit := int(took/time.Second) + 2; presence > limit {
+		t.Errorf("got %d presence notices in %v, want at most %d", presence, took, limit)
+	}
+
+	// The end.
+	s.get(t, "/database?state=hangs")
+	for _, half := range []string{"GET / HTTP/1.1\r\nHost: x", "POST /database HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nstate="} {
+		conn, err := net.Dial("tcp", s.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		io.WriteString(conn, half)
+	}
+	ends := make(chan error, 2)
+	for _, c := range []*jsonClient{hans, grete} {
+		c.SetReadDeadline(time.Now().Add(patience))
+		go func() { ends <- discard(c.Conn) }()
+	}
+	s.signal(t, syscall.SIGTERM)
+	start = time.Now()
+	for range 2 {
+		wantClose(t, <-ends, websocket.CloseGoingAway)
+	}
+	s.wantExit(t, start, patience) // 8 s for clients and requests, 5 s for the database
+	ended.Store(true)
+	attackers.Wait()
+	if log := s.log.String(); strings.Contains(log, "DATA RACE") || strings.Contains(log, "panic") {
+		t.Errorf("the log has\n%s", log)
+	}
+}
+
+// lastLog returns the end of the log.
+func (s *server) lastLog() string {
+	log := s.log.String()
+	return log[max(0, len(log)-2000):]
+}
+
+// The commands and the main of the first recipe make a program, also in a module of the
+// oldest Go that the recipe names.
+func TestRecipeToCopy(t *testing.T) {
+	t.Parallel()
+	main, commands := recipe(t, "## Copy it")
+	dir := t.TempDir()
+	for _, name := range []string{"hub.go", "client.go"} {
+		content, err := os.ReadFile(filepath.Join(root, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(dir, "chat", name), string(content))
+	}
+	cache, err := exec.Command("go", "env", "GOMODCACHE").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	run := func(dir, commands string) {
+		t.Helper()
+		cmd := exec.Command("sh", "-euc", commands)
+		cmd.Dir = dir
+		// Modules come from the cache.
+		cmd.Env = append(os.Environ(), "GONOSUMDB=*", "GOFLAGS=-mod=mod", "GOPROXY=file://"+strings.TrimSpace(string(cache))+"/cache/download")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", commands, err, out)
+		}
+	}
+	run(dir, commands)
+	app := filepath.Join(dir, "app")
+	text, err := os.ReadFile(filepath.Join(copyOf(t, root, strings.Replace(main, "--- main.go", "--- own.go", 1)), "own.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := freeAddr(t)
+	write(t, filepath.Join(app, "main.go"), replace(t, string(text), "localhost:8080", addr))
+	oldest := regexp.MustCompile(`the .go. line of your .go\.mod. may say (1\.\d+)`).FindStringSubmatch(recipes(t))
+	if oldest == nil {
+		t.Fatal("recipes/README.md names no oldest Go")
+	}
+	run(app, "go mod edit -go="+oldest[1]+" && go mod tidy && go vet .")
+	s := start(t, exec.Command(buildIn(t, app)))
+	s.addr = addr
+	awaitListener(t, addr)
+	conn := s.dial(t)
+	send(t, conn, "hello")
+	wantLines(t, conn, "hello")
+}
+
+func TestRecipeForRoomsOnDemand(t *testing.T) {
+	t.Parallel()
+	rooms, open := recipe(t, "## Rooms on demand")
+	s := startCopy(t, rooms, `
+--- main.go
+ 	mux.HandleFunc("/", serveHome)
++	`+strings.ReplaceAll(strings.TrimSpace(open), "\n", "\n+")+`
+@@
+ 	hub.stop()
++	rooms.stop()
+--- rooms.go
+-const maxRooms = 100
++const maxRooms = 2
+`)
+	kitchen := s.dialTo(t, "/kitchen/ws")
+	s.get(t, "/attic/ws") // It is no handshake, and opens no room.
+	garden := s.dialTo(t, "/garden/ws")
+	send(t, kitchen, "soup")
+	wantLines(t, kitchen, "soup")
+	send(t, garden, "roses")
+	wantLines(t, garden, "roses")
+	for _, room := range []string{"attic", strings.Repeat("x", 33)} {
+		if _, response, err := websocket.DefaultDialer.Dial("ws://"+s.addr+"/"+room+"/ws", nil); err == nil || response.StatusCode != http.StatusNotFound {
+			t.Errorf("the room %s gives %v, %v, want status 404", room, response, err)
+		}
+	}
+	s.signal(t, syscall.SIGTERM)
+	wantEnd(t, kitchen, websocket.CloseGoingAway)
+	wantEnd(t, garden, websocket.CloseGoingAway)
+	s.wantExit(t, time.Now(), patience)
+}
+
+// serveAt returns a change that serves clients with a field set at another path.
+func serveAt(path, field string) string {
+	return handle(path, "(&Client{hub: hub, "+field+"}).serve(w, r)")
+}
+
+func TestRecipeToIgnoreWhatAClientSends(t *testing.T) {
+	t.Parallel()
+	changes, _ := recipe(t, "### Ignore all that a client sends")
+	s := startCopy(t, changes, serveAt("/deaf", "deaf: true"))
+	deaf, sender := s.dialTo(t, "/deaf"), s.dial(t)
+	send(t, deaf, "hello")
+	send(t, deaf, "\xff")
+	send(t, deaf, strings.Repeat("x", 1<<20))
+	sendBinary(t, deaf, []byte("binary"))
+	deaf.SetPongHandler(func(string) error { send(t, sender, "it is alive"); return nil })
+	if err := deaf.WriteMessage(websocket.PingMessage, nil); err != nil {
+		t.Fatal(err)
+	}
+	wantLines(t, deaf, "it is alive") // once all of that has been read
+	wantLines(t, sender, "it is alive")
+}
+
+// The last case is DNS rebinding: Host and Origin are both the name of the attacker's site.
+func TestRecipeForAllowedOrigins(t *testing.T) {
+	t.Parallel()
+	_, check := recipe(t, "## Allowed origins")
+	s := startCopy(t, add(check))
+	for _, tt := range []struct {
+		origin, host string
+		want         int
+	}{
+		{"", "", 101},
+		{"https://chat.example", "", 101},
+		{"http://localhost:8080", "", 101},
+		{"http://chat.example", "", 403},
+		{"https://evil.example", "", 403},
+		{"null", "", 403},
+		{"http://rebinding.example:8080", "rebinding.example:8080", 403},
+	} {
+		header := http.Header{}
+		if tt.origin != "" {
+			header.Set("Origin", tt.origin)
+		}
+		if tt.host != "" {
+			header.Set("Host", tt.host)
+		}
+		conn, response, err := websocket.DefaultDialer.Dial("ws://"+s.addr+"/ws", header)
+		if response == nil || response.StatusCode != tt.want {
+			t.Errorf("with the origin %q the handshake gives %v, %v, want status %d", tt.origin, response, err, tt.want)
+		}
+		if err == nil {
+			conn.Close()
+		}
+	}
+}
+
+func TestRecipesForSizesAndRates(t *testing.T) {
+	t.Parallel()
+	sizes, _ := recipe(t, "## Message sizes")
+	rates, _ := recipe(t, "## Rate limit")
+	s := startCopy(t, sizes, rates)
+	sender, reader := s.dial(t), s.dial(t)
+	message := strings.Repeat("x", 64<<10)
+	send(t, sender, message)
+	wantLines(t, sender, message)
+	wantLines(t, reader, message)
+	send(t, sender, message+"x")
+	wantEnd(t, sender, websocket.CloseMessageTooBig)
+
+	flood := s.dial(t)
+	go discard(flood)
+	go func() {
+		for flood.WriteMessage(websocket.PingMessage, nil) == nil { // until the test ends
+		}
+	}()
+	if got := s.waitForLog(t, `rate limited to (\d+) messages a second`); got != "1000" {
+		t.Errorf("the log says %s messages a second, want 1000", got)
+	}
+}
+
+// A client that does not read misses states, and stays connected; it receives what all do.
+func TestRecipeForSlowClientsThatMissMessages(t *testing.T) {
+	t.Parallel()
+	_, latest := recipe(t, "## Slow clients that miss messages")
+	s := startCopy(t, add(latest+inMain["## Slow clients that miss messages"]))
+	slow, reader := s.dial(t), s.dial(t)
+	const n = 400 // more than the slow client's queue and TCP take
+	for range n {
+		s.get(t, "/state")
+		wantLines(t, reader, strings.Repeat("x", 32<<10))
+	}
+	send(t, reader, "an announcement")
+	wantLines(t, reader, "an announcement")
+	for states := 0; ; states++ {
+		slow.SetReadDeadline(time.Now().Add(patience))
+		_, message, err := slow.ReadMessage()
+		if err != nil {
+			t.Fatalf("the slow client reads %v after %d states", err, states)
+		}
+		if string(message) == "an announcement" {
+			if states == n {
+				t.Error("the slow client has missed no state: the test has to send more")
+			}
+			break
+		}
+	}
+}
+
+// The shutdown waits for a request that has begun, and not for one of which half is missing.
+func TestRecipeForAGracefulShutdown(t *testing.T) {
+	t.Parallel()
+	s := startCommand(t, exec.Command(buildIn(t, copyOf(t, root, append(withRecipes(t), `
+--- own.go
+ 	hub := newHub()
++	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
+`)...)), "-addr", ownHost("localhost:0")))
+	conn := s.dial(t)
+	send(t, conn, "hello")
+	wantLines(t, conn, "hello")
+	half, err := net.Dial("tcp", s.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer half.Close()
+	io.WriteString(half, "POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n")
+	answer := make(chan string)
+	go func() { answer <- s.get(t, "/slow") }()
+	s.waitForLog(t, "a slow (request)")
+	start := time.Now()
+	s.signal(t, syscall.SIGTERM)
+	wantEnd(t, conn, websocket.CloseGoingAway)
+	if got := <-answer; got != "answered" {
+		t.Errorf("the slow request gets %q, want %q", got, "answered")
+	}
+	s.wantExit(t, start, 15*time.Second)
+}
+
+// withModules copies e2e's go.mod, which has more modules, to dir.
+func withModules(t *testing.T, dir string) string {
+	t.Helper()
+	for _, name := range []string{"go.mod", "go.sum"} {
+		content, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(dir, name), string(content))
+	}
+	return dir
+}
+
+func TestRecipesForFrameworks(t *testing.T) {
+	t.Parallel()
+	_, code := recipe(t, "## gin, echo, chi and middleware")
+	routes := strings.Split(strings.TrimSpace(code), "\n")
+	frameworks := []struct{ name, path, router string }{
+		{"gin", "github.com/gin-gonic/gin", "gin.New()"},
+		{"echo v4", "github.com/labstack/echo/v4", "echo.New()"},
+		{"echo v5", "github.com/labstack/echo/v5", "echo.New()"},
+		{"chi", "github.com/go-chi/chi/v5", "chi.NewRouter()"},
+	}
+	if len(routes) != len(frameworks) {
+		t.Fatalf("got the routes %q", routes)
+	}
+	for i, framework := range frameworks {
+		t.Run(framework.name, func(t *testing.T) {
+			t.Parallel()
+			dir := withModules(t, copyOf(t, root, `
+--- main.go
+-	mux := http.NewServeMux()
++	router := `+framework.router+`
+@@
+-	mux.HandleFunc("/", serveHome)
+-	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
++	`+routes[i]+`
+@@
+-		Handler:        mux,
++		Handler:        router,
+@@
+ 	"time"
++
++	"`+framework.path+`"
+ )
+`))
+			s := startCommand(t, exec.Command(buildIn(t, dir), "-addr", ownHost("localhost:0")))
+			conn := s.dial(t)
+			send(t, conn, "hello")
+			wantLines(t, conn, "hello")
+			if got := s.get(t, "/ws"); !strings.Contains(got, "Bad Request") {
+				t.Errorf("without an upgrade the response is %q, want Bad Request", got)
+			}
+			s.stop(t)
+		})
+	}
+}
+
+func TestRecipeForMiddleware(t *testing.T) {
+	t.Parallel()
+	middleware, _ := recipe(t, "## gin, echo, chi and middleware")
+	s := startCopy(t, middleware, `
+--- main.go
+-	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
++	ws := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
++	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { ws(&statusWriter{ResponseWriter: w}, r) })
++	mux.HandleFunc("/opaque", func(w http.ResponseWriter, r *http.Request) { ws(struct{ http.ResponseWriter }{w}, r) })
++	mux.Handle("/timeout", http.TimeoutHandler(ws, time.Minute, ""))
+`)
+	conn := s.dial(t)
+	send(t, conn, "hello")
+	wantLines(t, conn, "hello")
+	symptom := regexp.MustCompile("the handshake gets status (\\d+), and the log says `(handshake refused: [^`]*)`").FindStringSubmatch(recipes(t))
+	if symptom == nil {
+		t.Fatal("recipes/README.md does not say what middleware without Unwrap does")
+	}
+	for _, path := range []string{"/opaque", "/timeout"} {
+		_, response, err := websocket.DefaultDialer.Dial("ws://"+s.addr+path, nil)
+		if err == nil || strconv.Itoa(response.StatusCode) != symptom[1] {
+			t.Errorf("%s: the handshake gives %v, %v, want status %s", path, response, err, symptom[1])
+		}
+	}
+	s.waitForLog(t, "("+regexp.QuoteMeta(symptom[2])+")")
+}
+
+// The tests of the recipe pass in a copy, and fail in one that is broken.
+func TestRecipeToTestYourOwnCode(t *testing.T) {
+	t.Parallel()
+	tests, _ := recipe(t, "## Test your own code")
+	for name, change := range map[string]string{
+		"":                        "",
+		"TestChat":                "\n--- client.go\n-\tc.hub.broadcast <- line\n+\tc.tell([]byte(\"no\"))\n",
+		"TestSlowClientIsDropped": "\n--- hub.go\n-\t\th.drop(client, errSlowClient)\n-\t\treturn false\n+\t\treturn true\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cmd := exec.Command("go", "test", ".")
+			cmd.Dir = copyOf(t, root, tests, change)
+			out, err := cmd.CombinedOutput()
+			if name == "" && err != nil || name != "" && !strings.Contains(string(out), "--- FAIL: "+name) {
+				t.Errorf("go test ends with %v:\n%s", err, out)
+			}
+		})
+	}
+}
+
+// The page shows what arrives, sends, and reconnects when the server restarts. It has no
+// heartbeat when the connection is half-open, and connects anew.
+func TestRecipeForAPage(t *testing.T) {
+	t.Parallel()
+	_, page := recipe(t, "## A page of your own")
+	dir := copyOf(t, root)
+	write(t, filepath.Join(dir, "home.html"), page)
+	program := buildIn(t, dir)
+	s := startCommand(t, exec.Command(program, "-addr", ownHost("localhost:0")))
+	p := newTab(t)
+	p.beforePage(fast)
+	do(p, chromedp.Navigate("http://"+s.addr+"/"))
+	p.until(`sockets.length == 1 && sockets[0].readyState == WebSocket.OPEN`)
+	const sendHello = `input.value = "<b>hello</b>"; form.requestSubmit(); true`
+	eval[bool](p, sendHello)
+	p.until(`log.lastChild?.textContent == "<b>hello</b>"`)
+	other := s.dial(t)
+	send(t, other, "one")
+	send(t, other, "two")
+	p.until(`log.childElementCount == 3 && log.lastChild.textContent == "two"`)
+
+	s.stop(t)
+	p.until(`sockets.length > 2`) // It tries again.
+	eval[bool](p, `input.value = "a draft"; form.requestSubmit(); true`)
+	s = startCommand(t, exec.Command(program, "-addr", s.addr))
+	p.until(`sockets.at(-1).readyState == WebSocket.OPEN && input.value == "a draft"`)
+	n := eval[int](p, `sockets.length`)
+	eval[bool](p, `form.requestSubmit(); true`)
+	p.until(`log.lastChild.textContent == "a draft"`)
+	p.until(fmt.Sprintf(`sockets.length > %d && sockets.at(-1).readyState == WebSocket.OPEN`, n)) // No heartbeat comes in time.
+}
+
+func TestRecipesForMetrics(t *testing.T) {
+	t.Parallel()
+	change, expvar := recipe(t, "## Metrics")
+	metrics, prometheus := recipe(t, "### With Prometheus")
+	hub, _, _ := strings.Cut(change, "\n--- metrics.go")
+	for name, tt := range map[string]struct {
+		changes []string
+		path    string
+		want    []string
+	}{
+		"expvar":     {[]string{change, add(expvar)}, "/debug/vars", []string{`"clients": 1`, `"drops": {"1003": 1, "3000": 1}`}},
+		"Prometheus": {[]string{hub, metrics, add(prometheus)}, "/metrics", []string{"chat_clients 1", `chat_drops_total{code="1003"} 1`, `chat_drops_total{code="3000"} 1`}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := withModules(t, copyOf(t, root, tt.changes...))
+			s := startCommand(t, exec.Command(buildIn(t, dir), "-addr", ownHost("localhost:0")))
+			s.dial(t)
+			binary, odd := s.dial(t), s.dial(t)
+			sendBinary(t, binary, []byte("binary"))
+			wantEnd(t, binary, websocket.CloseUnsupportedData)
+			odd.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(4321, ""))
+			discard(odd)
+			got := s.get(t, tt.path)
+			for _, want := range tt.want {
+				if !strings.Contains(got, want) {
+					t.Errorf("%s lacks %q", tt.path, want)
+				}
+			}
+			if t.Failed() {
+				t.Log(got)
+			}
+		})
+	}
 }
