@@ -1318,7 +1318,7 @@ func TestScreenshots(t *testing.T) {
 			show := p.hide()
 			for _, text := range afterwards {
 				send(t, s.dial(t), text)
-				p.until(fmt.Sprintf("batch.lastChild?.lastChild?.textContent == %q", text))
+				p.until(fmt.Sprintf(lastLine+" == %q", text))
 				eval[bool](p, "later += 40_000; true")
 			}
 			show()
