@@ -396,6 +396,9 @@ func TestTellReachesAClientThroughTheFront(t *testing.T) {
 		t.Error("tell returned false for a connected client")
 	}
 	conn.want(t, "for one client")
+	if !client.do(func() {}) {
+		t.Error("do returned false for a connected client")
+	}
 }
 
 func TestSubjectsAreSeparateRooms(t *testing.T) {
