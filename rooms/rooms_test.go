@@ -32,6 +32,7 @@ import (
 
 	"github.com/gorilla/securecookie"
 	"github.com/gorilla/websocket"
+	"go.mau.fi/util/confusable"
 )
 
 // The attacks come first, then tests in the order of README.md, then the helpers.
@@ -99,6 +100,115 @@ func TestBroadcastIsTheServersOwnMessage(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Logins, logouts, kicks and returns at the same time leave no user without its name, no name
+// without its user, and no client of a user that has gone.
+func TestRoomsStayConsistentWhileUsersComeAndGo(t *testing.T) { repeat(t, testUsersComeAndGo) }
+
+func testUsersComeAndGo(t *testing.T) {
+	w := startTCP(t)
+	owner := w.logIn("Grete")
+	grete := w.dial(owner, "kitchen")
+	grete.until("join Grete")
+	names := []string{"Gretel", "GreteI", "gretel", "Hans", "HANS", "H\u0430ns", "Uwe", "Ursel"}
+	var writing sync.Mutex
+	command := func(line string) {
+		writing.Lock()
+		defer writing.Unlock()
+		grete.send(line)
+	}
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			var cookie string
+			for range 60 {
+				switch name := names[rand.N(len(names))]; rand.N(8) {
+				case 0, 1:
+					cookie = w.logInAs(t, name, cookie)
+				case 2:
+					w.logOutAs(cookie)
+				case 3:
+					w.get(cookie, "/room/kitchen/")
+				case 4:
+					command("/kick " + name)
+				case 5:
+					command("/allow " + name)
+				case 6:
+					if p, _, _ := w.try(cookie, "kitchen"); p != nil {
+						p.WriteMessage(websocket.TextMessage, []byte("/kick Hans"))
+						p.Close()
+					}
+				case 7:
+					if p, _, _ := w.try(cookie, "kitchen"); p != nil {
+						defer p.Close()
+						p.WriteMessage(websocket.TextMessage, []byte("/allow "+name))
+					}
+				}
+			}
+		})
+	}
+	all.Wait()
+	grete.send("over")
+	grete.until("message Grete: over")
+	hub := w.room("kitchen")
+	hub.do(func() {
+		if len(hub.names) != 2*len(hub.users) || len(hub.present) != len(hub.users) || hub.host().Name != "Grete" {
+			t.Errorf("the room has %d users, %d keys of names, the host %s, and %q", len(hub.users), len(hub.names), hub.host().Name, hub.present)
+		}
+		for _, identity := range hub.present {
+			user := hub.users[identity.ID]
+			if user == nil || hub.names.find(user.Name) != user || slices.ContainsFunc(hub.kicks, func(k Kick) bool { return k.ID == user.ID }) {
+				t.Errorf("%v is present, and the user is %v", identity, user)
+			}
+		}
+		for client := range hub.clients {
+			if client.user == nil || hub.users[client.user.ID] != client.user || !slices.Contains(client.user.clients, client) {
+				t.Errorf("the client of %v belongs to nobody in the room", client.request.Identity)
+			}
+		}
+	})
+}
+
+// Whatever two names consist of, they share a room only if UTS 39 tells them apart, and an
+// index of names never mixes them up.
+func TestDirectoryHoldsNoConfusableNames(t *testing.T) { repeat(t, testDirectory) }
+
+func testDirectory(t *testing.T) {
+	letters := []string{"I", "l", "1", "L", "i", "ı", "İ", "O", "0", "o", "о", "О", "m", "rn", "M", "ß", "ss", "ẞ", "é", "e\u0301", "e", "ſ", "s", "S", "K", "k", "К", "w", "vv", "ω", "σ", "ς", "-", "_"}
+	d := make(directory[User])
+	var users []*User
+	for range 3000 {
+		var text string
+		for range 1 + rand.N(4) {
+			text += letters[rand.N(len(letters))]
+		}
+		name := parseName(text)
+		switch {
+		case name == "" || d.find(name) != nil:
+		default:
+			for _, other := range users {
+				if confusable.Confusable(other.Name, name) || strings.EqualFold(other.Name, name) {
+					t.Fatalf("%q and %q are in one room", other.Name, name)
+				}
+			}
+			users = append(users, &User{Identity: Identity{Name: name}})
+			d.add(name, users[len(users)-1])
+		}
+		if len(users) > 20 {
+			i := rand.N(len(users))
+			d.remove(users[i].Name)
+			users = slices.Delete(users, i, i+1)
+		}
+		for _, user := range users {
+			if d.find(user.Name) != user {
+				t.Fatalf("%q finds %v", user.Name, d.find(user.Name))
+			}
+		}
+		if len(d) != 2*len(users) {
+			t.Fatalf("the directory has %d keys for %d names", len(d), len(users))
+		}
+	}
 }
 
 // Lines.
