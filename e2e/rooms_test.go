@@ -145,7 +145,8 @@ func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
 	hans.until(`$("reason")?.textContent == "You cannot join: you were removed from this room." && document.querySelector("[name=room]").value == "kitchen"`)
 	grete.send("/allow Hans")
 	grete.until(`$("log").textContent.includes("/allow Hans\u2069: Done.")`)
-	eval[bool](hans, `setTimeout(() => document.querySelector("form button").click()); true`)
+	eval[bool](hans, `document.querySelector("form button").focus(); true`)
+	hans.press(kb.Enter)
 	hans.until(`$("status")?.textContent == "Connected"`)
 
 	// After a restart, the page reconnects, and the log has each line once, the undelivered
@@ -209,7 +210,8 @@ func TestLoggingOutLeavesNothingInTheBrowser(t *testing.T) {
 
 	// In this tab.
 	draft()
-	eval[bool](grete, `setTimeout(() => document.querySelector("header button").click()); true`)
+	eval[bool](grete, `document.querySelector("header button").focus(); true`)
+	grete.press(kb.Enter)
 	grete.until(isForm + ` && sessionStorage.length == 0`)
 	hans.until(`$("log").textContent.includes("Grete\u2069 left")`) // at once
 
