@@ -18,6 +18,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode"
 
 	"github.com/chromedp/chromedp"
 	"github.com/gorilla/websocket"
@@ -77,7 +78,8 @@ func recipe(t *testing.T, heading string) (changes, code string) {
 
 // newFile returns a change that makes a file.
 func newFile(name, content string) string {
-	return "\n--- " + name + "\n+" + strings.ReplaceAll(strings.TrimSuffix(content, "\n"), "\n", "\n+") + "\n"
+	lines := strings.Split(strings.TrimSuffix(content, "\n"), "\n")
+	return "\n--- " + name + "\n+" + strings.Join(lines, "\n+") + "\n"
 }
 
 // In recipes/README.md, a test names each heading that has a block. The list of contents has
@@ -175,7 +177,9 @@ func save(out Out) error {
 }
 
 func handlers(mux *http.ServeMux, hub *Hub) {
-	mux.HandleFunc("/reading", func(w http.ResponseWriter, r *http.Request) { readings <- r.FormValue("text") })
+	mux.HandleFunc("/reading", func(w http.ResponseWriter, r *http.Request) {
+		readings <- r.FormValue("text")
+	})
 	mux.HandleFunc("/database", func(w http.ResponseWriter, r *http.Request) {
 		database.Lock()
 		defer database.Unlock()
@@ -192,10 +196,18 @@ func handlers(mux *http.ServeMux, hub *Hub) {
 
 // inMain is the code of a test beside that of a recipe in main.
 var inMain = map[string]string{
-	"## Change a client later":           `mux.HandleFunc("/mute", func(w http.ResponseWriter, r *http.Request) { mute(r.FormValue("user")) })`,
-	"## Close with a code of your own":   `mux.HandleFunc("/kick", func(w http.ResponseWriter, r *http.Request) { kick(r.FormValue("user")) })`,
-	"## Slow clients that miss messages": `mux.HandleFunc("/state", func(w http.ResponseWriter, r *http.Request) { send([]byte(strings.Repeat("x", 32<<10))) })`,
-	"## Allowed origins":                 "log.Print()", // It needs no more.
+	"## Change a client later": `
+	mux.HandleFunc("/mute", func(w http.ResponseWriter, r *http.Request) {
+		mute(r.FormValue("user"))
+	})`,
+	"## Close with a code of your own": `
+	mux.HandleFunc("/kick", func(w http.ResponseWriter, r *http.Request) {
+		kick(r.FormValue("user"))
+	})`,
+	"## Slow clients that miss messages": `
+	mux.HandleFunc("/state", func(w http.ResponseWriter, r *http.Request) {
+		send([]byte(strings.Repeat("x", 32<<10)))
+	})`,
 }
 
 // withRecipes returns the changes that build a program with these recipes, in this order,
@@ -257,7 +269,8 @@ func vet(t *testing.T, dir string) {
 // fields, and lines at the marked places.
 func TestRecipesChangeOnlyThePlacesOfTheApplication(t *testing.T) {
 	t.Parallel()
-	places := regexp.MustCompile(`^( type (Hub|Client) struct \{| \t\t\t// APPLICATION: .*…|@@|\+.*|-\tc\.hub\.broadcast <- line)$`)
+	places := regexp.MustCompile(`^( type (Hub|Client) struct \{| \t\t\t// APPLICATION: .*…|` +
+		`@@|\+.*|-\tc\.hub\.broadcast <- line)$`)
 	n := 0
 	for _, heading := range oneProgram {
 		changes, _ := recipe(t, heading)
@@ -383,6 +396,18 @@ func (s *server) wantNoRace(t *testing.T, limit time.Duration) {
 	}
 }
 
+// wantStatus checks the status of the response to a handshake.
+func (s *server) wantStatus(t *testing.T, path string, header http.Header, want int) {
+	t.Helper()
+	conn, response, err := websocket.DefaultDialer.Dial("ws://"+s.addr+path, header)
+	if err == nil {
+		conn.Close()
+	}
+	if response == nil || response.StatusCode != want {
+		t.Errorf("%s, %v: got %v, %v, want status %d", path, header, response, err, want)
+	}
+}
+
 func startRecipes(t *testing.T, headings ...string) *server {
 	t.Helper()
 	dir := copyOf(t, root, withRecipes(t, headings...)...)
@@ -397,9 +422,7 @@ func TestRecipesThatBuildOnEachOther(t *testing.T) {
 
 	// Without a name, or with one that forges, a handshake is refused.
 	for _, user := range []string{"", "%ff%fe", "a%0Ab", "%20a", strings.Repeat("x", 33)} {
-		if _, response, err := websocket.DefaultDialer.Dial("ws://"+s.addr+"/ws?user="+user, nil); err == nil || response.StatusCode != http.StatusUnauthorized {
-			t.Errorf("with the user %q the handshake gives %v, %v, want status 401", user, response, err)
-		}
+		s.wantStatus(t, "/ws?user="+user, nil, http.StatusUnauthorized)
 	}
 
 	grete := s.dialJSON(t, "/ws?user=grete")
@@ -532,7 +555,9 @@ func TestRecipeForAPackage(t *testing.T) {
 @@
 -	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
 +	mux.Handle("/ws", room)
-+	mux.HandleFunc("/dinner", func(w http.ResponseWriter, r *http.Request) { room.Broadcast("Dinner\nis ready.") })
++	mux.HandleFunc("/dinner", func(w http.ResponseWriter, r *http.Request) {
++		room.Broadcast("Dinner\nis ready.")
++	})
 @@
 -	hub.stop()
  	logSoon("shutting down")
@@ -607,7 +632,8 @@ func attack(t *testing.T, headings ...string) {
 	long := `{"type":"chat","text":"` + strings.Repeat("x", 400) + `"}`
 	for i := range 6 {
 		repeat(func() {
-			conn, _, err := websocket.DefaultDialer.Dial(fmt.Sprintf("ws://%s/ws?user=flood%d", s.addr, i), nil)
+			url := fmt.Sprintf("ws://%s/ws?user=flood%d", s.addr, i)
+			conn, _, err := websocket.DefaultDialer.Dial(url, nil)
 			if err != nil {
 				return
 			}
@@ -621,8 +647,9 @@ func attack(t *testing.T, headings ...string) {
 	// Names, and requests that say two things.
 	requests := []string{
 		`{"type":"private","TYPE":"chat","text":"x\u0000\n\ud800","Text":"y\u2028\u009b"}`,
-		`{"type":"join","text":"lobby\u0000"}`, `{"type":"join","text":"` + strings.Repeat("r", 100) + `"}`,
-		`{"type":"login","text":"token of \n"}`, `{"type":"chat"`, `[]`, `null`, `{"type":"join","text":"lobby"}`,
+		`{"type":"join","text":"lobby\u0000"}`, `{"type":"join","text":"lobby"}`,
+		`{"type":"join","text":"` + strings.Repeat("r", 100) + `"}`,
+		`{"type":"login","text":"token of \n"}`, `{"type":"chat"`, `[]`, `null`,
 		`{"type":"typing"}`, `{"type":"ask","text":"no answer"}`,
 	}
 	reconnects := atomic.Int32{}
@@ -663,7 +690,7 @@ func attack(t *testing.T, headings ...string) {
 					presence++
 					dropped = dropped || slices.Contains(got.Left, "stalled")
 				}
-				if strings.ContainsFunc(got.Text+got.User+got.Room, func(r rune) bool { return r < ' ' || r == 0x7f || r == 0x9b }) {
+				if strings.ContainsFunc(got.Text+got.User+got.Room, unicode.IsControl) {
 					t.Errorf("a user reads %+v", got)
 				}
 				if got.User == "hans" && got.Type == "chat" {
@@ -676,14 +703,18 @@ func attack(t *testing.T, headings ...string) {
 		}
 	}
 	took := time.Since(start)
-	t.Logf("%d messages in %v, %d reconnects, %d presence notices", sent, took, reconnects.Load(), presence)
+	t.Logf("%d messages in %v, %d reconnects, %d presence notices",
+		sent, took, reconnects.Load(), presence)
 	if limit := int(took/time.Second) + 2; presence > limit {
 		t.Errorf("got %d presence notices in %v, want at most %d", presence, took, limit)
 	}
 
 	// The end.
 	s.get(t, "/database?state=hangs")
-	for _, half := range []string{"GET / HTTP/1.1\r\nHost: x", "POST /database HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nstate="} {
+	for _, half := range []string{
+		"GET / HTTP/1.1\r\nHost: x",
+		"POST /database HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nstate=",
+	} {
 		conn, err := net.Dial("tcp", s.addr)
 		if err != nil {
 			t.Fatal(err)
@@ -737,20 +768,23 @@ func TestRecipeToCopy(t *testing.T) {
 		cmd := exec.Command("sh", "-euc", commands)
 		cmd.Dir = dir
 		// Modules come from the cache.
-		cmd.Env = append(os.Environ(), "GONOSUMDB=*", "GOFLAGS=-mod=mod", "GOPROXY=file://"+strings.TrimSpace(string(cache))+"/cache/download")
+		proxy := "GOPROXY=file://" + strings.TrimSpace(string(cache)) + "/cache/download"
+		cmd.Env = append(os.Environ(), "GONOSUMDB=*", "GOFLAGS=-mod=mod", proxy)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("%s: %v\n%s", commands, err, out)
 		}
 	}
 	run(dir, commands)
 	app := filepath.Join(dir, "app")
-	text, err := os.ReadFile(filepath.Join(copyOf(t, root, strings.Replace(main, "--- main.go", "--- own.go", 1)), "own.go"))
+	main = strings.Replace(main, "--- main.go", "--- own.go", 1)
+	text, err := os.ReadFile(filepath.Join(copyOf(t, root, main), "own.go"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	addr := freeAddr(t)
 	write(t, filepath.Join(app, "main.go"), replace(t, string(text), "localhost:8080", addr))
-	oldest := regexp.MustCompile(`the .go. line of your .go\.mod. may say (1\.\d+)`).FindStringSubmatch(recipes(t))
+	oldest := regexp.MustCompile(`line of your .go\.mod. may say (1\.\d+)`).
+		FindStringSubmatch(recipes(t))
 	if oldest == nil {
 		t.Fatal("recipes/README.md names no oldest Go")
 	}
@@ -785,9 +819,7 @@ func TestRecipeForRoomsOnDemand(t *testing.T) {
 	send(t, garden, "roses")
 	wantLines(t, garden, "roses")
 	for _, room := range []string{"attic", strings.Repeat("x", 33)} {
-		if _, response, err := websocket.DefaultDialer.Dial("ws://"+s.addr+"/"+room+"/ws", nil); err == nil || response.StatusCode != http.StatusNotFound {
-			t.Errorf("the room %s gives %v, %v, want status 404", room, response, err)
-		}
+		s.wantStatus(t, "/"+room+"/ws", nil, http.StatusNotFound)
 	}
 	s.signal(t, syscall.SIGTERM)
 	wantEnd(t, kitchen, websocket.CloseGoingAway)
@@ -803,7 +835,7 @@ func serveAt(path, field string) string {
 func TestRecipeToIgnoreWhatAClientSends(t *testing.T) {
 	t.Parallel()
 	changes, _ := recipe(t, "### Ignore all that a client sends")
-	s := startCopy(t, changes, serveAt("/deaf", "deaf: true"))
+	s := startCopy(t, changes, serveAt("/deaf", "ignoreInput: true"))
 	deaf, sender := s.dialTo(t, "/deaf"), s.dial(t)
 	send(t, deaf, "hello")
 	send(t, deaf, "\xff")
@@ -841,13 +873,7 @@ func TestRecipeForAllowedOrigins(t *testing.T) {
 		if tt.host != "" {
 			header.Set("Host", tt.host)
 		}
-		conn, response, err := websocket.DefaultDialer.Dial("ws://"+s.addr+"/ws", header)
-		if response == nil || response.StatusCode != tt.want {
-			t.Errorf("with the origin %q the handshake gives %v, %v, want status %d", tt.origin, response, err, tt.want)
-		}
-		if err == nil {
-			conn.Close()
-		}
+		s.wantStatus(t, "/ws", header, tt.want)
 	}
 }
 
@@ -997,22 +1023,25 @@ func TestRecipeForMiddleware(t *testing.T) {
 --- main.go
 -	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
 +	ws := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
-+	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { ws(&statusWriter{ResponseWriter: w}, r) })
-+	mux.HandleFunc("/opaque", func(w http.ResponseWriter, r *http.Request) { ws(struct{ http.ResponseWriter }{w}, r) })
++	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) {
++		ws(&statusWriter{ResponseWriter: w}, r)
++	})
++	mux.HandleFunc("/opaque", func(w http.ResponseWriter, r *http.Request) {
++		ws(struct{ http.ResponseWriter }{w}, r)
++	})
 +	mux.Handle("/timeout", http.TimeoutHandler(ws, time.Minute, ""))
 `)
 	conn := s.dial(t)
 	send(t, conn, "hello")
 	wantLines(t, conn, "hello")
-	symptom := regexp.MustCompile("the handshake gets status (\\d+), and the log says `(handshake refused: [^`]*)`").FindStringSubmatch(recipes(t))
+	pattern := "the handshake gets status (\\d+), and the log says `(handshake refused: [^`]*)`"
+	symptom := regexp.MustCompile(pattern).FindStringSubmatch(recipes(t))
 	if symptom == nil {
 		t.Fatal("recipes/README.md does not say what middleware without Unwrap does")
 	}
+	status, _ := strconv.Atoi(symptom[1])
 	for _, path := range []string{"/opaque", "/timeout"} {
-		_, response, err := websocket.DefaultDialer.Dial("ws://"+s.addr+path, nil)
-		if err == nil || strconv.Itoa(response.StatusCode) != symptom[1] {
-			t.Errorf("%s: the handshake gives %v, %v, want status %s", path, response, err, symptom[1])
-		}
+		s.wantStatus(t, path, nil, status)
 	}
 	s.waitForLog(t, "("+regexp.QuoteMeta(symptom[2])+")")
 }
@@ -1022,9 +1051,18 @@ func TestRecipeToTestYourOwnCode(t *testing.T) {
 	t.Parallel()
 	tests, _ := recipe(t, "## Test your own code")
 	for name, change := range map[string]string{
-		"":                        "",
-		"TestChat":                "\n--- client.go\n-\tc.hub.broadcast <- line\n+\tc.tell([]byte(\"no\"))\n",
-		"TestSlowClientIsDropped": "\n--- hub.go\n-\t\th.drop(client, errSlowClient)\n-\t\treturn false\n+\t\treturn true\n",
+		"": "",
+		"TestChat": `
+--- client.go
+-	c.hub.broadcast <- line
++	c.tell([]byte("no"))
+`,
+		"TestSlowClientIsDropped": `
+--- hub.go
+-		h.drop(client, errSlowClient)
+-		return false
++		return true
+`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -1067,7 +1105,8 @@ func TestRecipeForAPage(t *testing.T) {
 	n := eval[int](p, `sockets.length`)
 	eval[bool](p, `form.requestSubmit(); true`)
 	p.until(`log.lastChild.textContent == "a draft"`)
-	p.until(fmt.Sprintf(`sockets.length > %d && sockets.at(-1).readyState == WebSocket.OPEN`, n)) // No heartbeat comes in time.
+	// No heartbeat comes in time.
+	p.until(fmt.Sprintf(`sockets.length > %d && sockets.at(-1).readyState == WebSocket.OPEN`, n))
 }
 
 func TestRecipesForMetrics(t *testing.T) {
@@ -1080,8 +1119,17 @@ func TestRecipesForMetrics(t *testing.T) {
 		path    string
 		want    []string
 	}{
-		"expvar":     {[]string{change, add(expvar)}, "/debug/vars", []string{`"clients": 1`, `"drops": {"1003": 1, "3000": 1}`}},
-		"Prometheus": {[]string{hub, metrics, add(prometheus)}, "/metrics", []string{"chat_clients 1", `chat_drops_total{code="1003"} 1`, `chat_drops_total{code="3000"} 1`}},
+		"expvar": {
+			[]string{change, add(expvar)}, "/debug/vars",
+			[]string{`"clients": 1`, `"drops": {"1003": 1, "3000": 1}`},
+		},
+		"Prometheus": {
+			[]string{hub, metrics, add(prometheus)}, "/metrics",
+			[]string{
+				"chat_clients 1",
+				`chat_drops_total{code="1003"} 1`, `chat_drops_total{code="3000"} 1`,
+			},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
