@@ -56,8 +56,8 @@ func recipe(t *testing.T, heading string) (changes, code string) {
 	section, _, _ = strings.Cut(section, "\n### ")
 	for _, block := range fenced.FindAllStringSubmatch(section, -1) {
 		text := block[2]
-		name, file, isFile := strings.Cut(text, "\n")
-		name, isFile = strings.CutPrefix(name, "// ")
+		name, file, _ := strings.Cut(text, "\n")
+		name, isFile := strings.CutPrefix(name, "// ")
 		switch {
 		case block[1] == "diff":
 			changes += "\n" + text
@@ -1100,7 +1100,7 @@ func TestRecipeForAPage(t *testing.T) {
 	s.stop(t)
 	p.until(`sockets.length > 2`) // It tries again.
 	eval[bool](p, `input.value = "a draft"; form.requestSubmit(); true`)
-	s = startCommand(t, exec.Command(program, "-addr", s.addr))
+	startCommand(t, exec.Command(program, "-addr", s.addr))
 	p.until(`sockets.at(-1).readyState == WebSocket.OPEN && input.value == "a draft"`)
 	n := eval[int](p, `sockets.length`)
 	eval[bool](p, `form.requestSubmit(); true`)
