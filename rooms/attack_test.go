@@ -398,15 +398,17 @@ func TestOtherProgramLocksTheDatabase(t *testing.T) {
 // wantSaved checks that the database has what a room keeps.
 func (w *world) wantSaved(room string) {
 	w.t.Helper()
-	var record Record
-	w.room(room).do(func() { record = w.room(room).Record })
-	saved := make(chan Record)
-	w.store.operations <- func() {
-		w.store.commit()
-		got, _ := w.store.read(record.name)
-		saved <- got
-	}
-	got := <-saved
+	var record, got Record
+	w.room(room).do(func() { // Meanwhile the room publishes nothing.
+		record = w.room(room).Record
+		saved := make(chan Record)
+		w.store.operations <- func() {
+			w.store.commit()
+			got, _ := w.store.read(record.name)
+			saved <- got
+		}
+		got = <-saved
+	})
 	same := func(a, b Line) bool { return a.N == b.N && string(a.message) == string(b.message) }
 	if got.last != record.last || !slices.EqualFunc(got.history, record.history, same) ||
 		!slices.EqualFunc(got.private, record.private, same) ||
