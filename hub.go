@@ -9,19 +9,19 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// A Hub broadcasts each message to all of its clients. One goroutine, run, owns the set of
-// clients, so there is no mutex. Other goroutines reach it through do, tell and the channels
-// below. (The application, in these comments, is the program that you build from copies of
-// hub.go and client.go. Its code goes where it says APPLICATION.)
+// A Hub broadcasts messages to its clients. One goroutine, run, owns its state, so there is no
+// mutex: others use do, tell and the channels below. (The application, in these comments, is
+// the program that you build from copies of hub.go and client.go: its code goes where it says
+// APPLICATION.)
 type Hub struct {
 	// Owned by run, as the application's state is: add its fields here.
 	clients map[*Client]bool // registered, and not dropped
 	open    map[*Client]bool // run waits for these: registered or readPump started, not done
 	dropped []*Client        // these were registered; to be cleaned up after
 
-	// From other goroutines to run. After stop, nothing receives from register, and once run
-	// has returned, from any of these: also select on stopped, or use do. (handle need not,
-	// for broadcast.) A send from run's own goroutine deadlocks: call deliver, queue or drop.
+	// From other goroutines to run. Select on stopped too: nothing receives from register after
+	// stop, nor from the others once run has returned. (handle need not.) A send from run's own
+	// goroutine deadlocks: call deliver, queue or drop.
 	broadcast  chan []byte  // a message for every client, already cleaned; do not change it later
 	register   chan *Client // a client to add
 	unregister chan *Client // a client to drop
@@ -29,12 +29,11 @@ type Hub struct {
 	opened     chan *Client // a client whose readPump has started
 	done       chan *Client // a client whose connection writePump has closed
 
-	// stop starts a graceful shutdown: run drops every client, and returns when all of them
-	// are done. stop closes stopped and does not wait; run closes ended. Any goroutine may
-	// call stop, any number of times.
+	// stop starts a graceful shutdown: run drops every client, and returns when all are done.
+	// It does not wait. Any goroutine may call it, any number of times.
 	stop    func()
-	stopped <-chan struct{}
-	ended   chan struct{}
+	stopped <-chan struct{} // closed by stop
+	ended   chan struct{}   // closed by run
 }
 
 func newHub() *Hub {
@@ -54,9 +53,8 @@ func newHub() *Hub {
 	}
 }
 
-// run is the hub's goroutine. It returns once the hub has been stopped and every client is
-// done: at once if all peers answer the close frame, else within writeWait + closeWait, or
-// when the last handle returns.
+// run is the hub's goroutine. After stop it returns when every client is done: within
+// writeWait + closeWait, or when the last handle returns.
 func (h *Hub) run() {
 	defer close(h.ended)
 	register, calls, stopped := h.register, h.calls, h.stopped
@@ -79,7 +77,7 @@ func (h *Hub) run() {
 			call()
 		case client := <-h.opened:
 			h.open[client] = true
-			if stopped == nil {
+			if stopped == nil || client.reason.Load() != nil { // end may have come first.
 				h.drop(client, errShuttingDown)
 			}
 		case client := <-h.done:
@@ -100,11 +98,9 @@ func (h *Hub) run() {
 	}
 }
 
-// do runs f on run's goroutine, and returns true when f has returned. Once the hub has been
-// stopped, it returns false without running f. The hub is blocked while f runs.
-//
-// f may use clients, deliver, deliverTo, queue and drop. It must not call do, tell or end, nor
-// wait for a goroutine that does: they deadlock on run's goroutine.
+// do runs f on run's goroutine, and returns true after that. After stop, it returns false
+// without running f. The hub is blocked while f runs. f may use clients, deliver, deliverTo,
+// queue and drop. It deadlocks if it calls do, tell or end, or waits for a goroutine that does.
 func (h *Hub) do(f func()) bool {
 	returned := make(chan struct{})
 	select {
@@ -131,49 +127,41 @@ func (h *Hub) passToRun(channel chan *Client, client *Client) bool {
 
 // Only run's goroutine may call the methods below: others use do, tell or broadcast.
 
-// backpressureDelay is how long the hub waits when a queue is more than half full: long
-// enough for the writePumps to catch up, short enough that a slow client still leaves the
-// others a thousand messages a second. Meanwhile senders block, and TCP backpressure delays
-// their peers.
+// backpressureDelay is how long the hub waits when a queue is more than half full: a slow
+// client still leaves the others a thousand messages a second. Senders block meanwhile, and
+// TCP backpressure delays their peers.
 const backpressureDelay = time.Millisecond
 
 // deliver queues message for every client.
-func (h *Hub) deliver(message []byte) {
-	h.deliverTo(message, func(*Client) bool { return true })
-}
+func (h *Hub) deliver(message []byte) { h.deliverTo(message, func(*Client) bool { return true }) }
 
-// deliverTo queues message for each client that to accepts, then waits for backpressureDelay
-// if a queue is crowded now. (A queue that has taken nothing is no reason to wait.)
+// deliverTo queues message for each client that to accepts, then waits if that crowds a queue.
 func (h *Hub) deliverTo(message []byte, to func(*Client) bool) {
-	crowded := false
+	var delay time.Duration
 	for client := range h.clients {
 		if to(client) && h.queue(client, message) && len(client.send) > cap(client.send)/2 {
-			crowded = true
+			delay = backpressureDelay
 		}
 	}
-	if crowded {
-		time.Sleep(backpressureDelay)
-	}
+	time.Sleep(delay)
 }
 
 // queue queues message for client, or drops client if its queue is full. It never blocks, and
 // ignores a client that is nil or dropped. True means queued, not delivered.
 func (h *Hub) queue(client *Client, message []byte) bool {
-	if !h.clients[client] {
-		return false
+	if h.clients[client] {
+		select {
+		case client.send <- message:
+			return true
+		default:
+			h.drop(client, errSlowClient)
+		}
 	}
-	select {
-	case client.send <- message:
-		return true
-	default:
-		h.drop(client, errSlowClient)
-		return false
-	}
+	return false
 }
 
-// drop removes client from the hub and closes its queue: writePump then writes the queued
-// messages, and a close frame with the code and text of reason. It ignores a client that is
-// nil, dropped or another hub's. Every removal goes through drop.
+// drop removes client from the hub and closes its queue: writePump then writes what is queued,
+// and a close frame for reason. It ignores a client that is nil, dropped or another hub's.
 func (h *Hub) drop(client *Client, reason *websocket.CloseError) {
 	if h.clients[client] {
 		delete(h.clients, client)

@@ -208,12 +208,9 @@ func serveReady(relay *Relay, w http.ResponseWriter) {
 // logSoon logs like log.Printf, but waits at most logWait. Writes to a log can block: in a
 // Windows console, for example, while text is selected.
 func logSoon(format string, args ...any) {
-	logged := make(chan struct{})
-	go func() { log.Printf(format, args...); close(logged) }()
-	select {
-	case <-logged:
-	case <-time.After(logWait):
-	}
+	ctx, cancel := context.WithTimeout(context.Background(), logWait)
+	go func() { log.Printf(format, args...); cancel() }()
+	<-ctx.Done()
 }
 
 // contentSecurityPolicy allows the page its own script and style, by their hashes, its

@@ -7,12 +7,12 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
 	"log"
 	"net"
 	"net/http"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -27,8 +27,8 @@ const (
 	// Time allowed to write one frame to the peer.
 	writeWait = 10 * time.Second
 
-	// Time allowed for the next message or control frame from the peer, and for a message
-	// to finish once it has begun.
+	// Time allowed for the next message or control frame from the peer, and for a message to
+	// finish once it has begun.
 	pongWait = 60 * time.Second
 
 	// Time between two pings to the peer. Must be less than pongWait.
@@ -41,32 +41,28 @@ const (
 	// Maximum size in bytes of a message from the peer, also stated in home.html.
 	maxMessageSize = 512
 
-	// Maximum size in bytes of a batch of messages to the peer: below 32 KiB, the default
-	// read limit of common client libraries. A larger message is a frame of its own. 0 turns
-	// batching off.
+	// Maximum size in bytes of a batch of messages to the peer: below 32 KiB, the default read
+	// limit of common clients. A larger message is a frame of its own. 0 turns batching off.
 	maxBatchSize = 32<<10 - 1
 
-	// Number of messages that may be queued for a peer. One more, and the hub drops it as
-	// a slow client.
+	// Number of messages that may be queued for a peer. One more, and the hub drops it.
 	sendQueueSize = 256
 
-	// The rate limit for messages and control frames from a peer is a token bucket: a burst
-	// of rateBurst, then one per rateInterval. A burst fills at most half of the other
-	// clients' queues, and 100 a second is more than people type. Shorten rateInterval if
-	// your clients are programs, such as games.
+	// The rate limit for messages and control frames from a peer is a token bucket: a burst of
+	// rateBurst, then one per rateInterval. A burst fills at most half of a queue, and 100 a
+	// second is more than people type. Shorten rateInterval for programs, such as games.
 	rateBurst    = sendQueueSize / 2
 	rateInterval = 10 * time.Millisecond
 
-	// A client with this parameter in its URL, or this subprotocol, also gets an empty text
-	// message with each ping. A browser's script cannot see pings, and so could not tell an
-	// idle connection from a half-open one.
+	// A client with this URL parameter or subprotocol also gets an empty text message with each
+	// ping: a browser's script cannot see pings, and so could not notice a half-open connection.
 	heartbeat = "heartbeat"
 )
 
 var newline = []byte{'\n'}
 
-// Reasons for which the server closes connections: a close code (RFC 6455 section 7.4) and
-// a text. Codes from 4000 to 4999 are free for applications.
+// Reasons for which the server closes connections: a close code (RFC 6455 section 7.4) and a
+// text. Codes from 4000 to 4999 are free for applications.
 var (
 	errShuttingDown = closeError(1001, "server shutting down")
 	errUnregistered = closeError(1000, "closed by the server")
@@ -81,9 +77,9 @@ func closeError(code int, format string, args ...any) *websocket.CloseError {
 	return &websocket.CloseError{Code: code, Text: fmt.Sprintf(format, args...)}
 }
 
-// The read buffer is small because every connection keeps one. Write buffers come from a
-// pool, and hold a whole batch. Add your own subprotocols here: with Subprotocols set,
-// Upgrade ignores its responseHeader argument's. A peer gets one: yours, or heartbeat.
+// The read buffer is small because every connection keeps one. Write buffers come from a pool,
+// and hold a whole batch. Add your own subprotocols here: Upgrade then ignores those of its
+// responseHeader argument. A peer gets one: yours, or heartbeat.
 var upgrader = websocket.Upgrader{
 	ReadBufferSize:  512,
 	WriteBufferSize: maxBatchSize,
@@ -117,8 +113,8 @@ type Client struct {
 
 	heartbeat bool // the URL asks for it; set by serve
 
-	// Owned by run: the client has been registered, or has ended before it was. It must not be
-	// registered again, as send may be closed. (reason does not tell: readPump sets it first.)
+	// Owned by run: the client has been registered, or has ended before. It must not be
+	// registered again, as send may be closed. (reason does not tell: it is set earlier.)
 	registered bool
 
 	// The reason for closing the connection. The first one set wins.
@@ -126,7 +122,7 @@ type Client struct {
 
 	// Owned by readPump:
 	bucketFullAt time.Time // when the token bucket of the rate limit is full again
-	limited      bool      // the log already says that the rate limit delays this client
+	limited      sync.Once // to log that the rate limit delays this client
 	receiving    bool      // a message has begun and is not complete
 
 	// Owned by writePump: reason was set when the last write returned.
@@ -142,12 +138,10 @@ func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
 	(&Client{hub: hub}).serve(w, r)
 }
 
-// serve upgrades the request to a WebSocket connection, registers the client, and starts the
-// pumps. Set hub, and the application's fields, before. serve returns then, so that the
-// request's memory can be freed. If the handshake fails, it has answered and logged that.
-//
-// The handshake response is delayed until the client is registered: a peer that knows it is
-// connected misses no message.
+// serve upgrades the request to a WebSocket connection, registers the client, starts the pumps
+// and returns. Set hub, and the application's fields, before. If the handshake fails, serve
+// has answered and logged that. The handshake response is delayed until the client is
+// registered: a peer that knows it is connected misses no message.
 func (c *Client) serve(w http.ResponseWriter, r *http.Request) {
 	handshake := &delayedHandshake{ResponseWriter: w}
 	conn, err := upgrader.Upgrade(handshake, r, nil)
@@ -182,19 +176,16 @@ func (c *Client) handle(line []byte) {
 
 // receive reads the message in r, and handles it as one clean line. It ignores blank messages,
 // and all messages once the client has a reason to end, such as an invalid one. It returns
-// read errors only. (SetReadLimit would close the connection without a text.)
+// read errors only. (SetReadLimit would close without a text.)
 func (c *Client) receive(messageType int, r io.Reader) error {
 	c.alive()
 	c.limitRate()
 	c.receiving = true
 	message, err := io.ReadAll(io.LimitReader(r, maxMessageSize+1))
-	if err != nil {
-		return err
-	}
-	c.receiving = false
+	c.receiving = err != nil
 	line := clean(message)
 	switch {
-	case c.reason.Load() != nil:
+	case err != nil || c.reason.Load() != nil:
 	case len(message) > maxMessageSize:
 		c.end(errTooBig)
 	case messageType != websocket.TextMessage:
@@ -204,13 +195,12 @@ func (c *Client) receive(messageType int, r io.Reader) error {
 	case len(line) > 0:
 		c.handle(line)
 	}
-	return nil
+	return err
 }
 
 // clean returns message as one line of valid UTF-8. Control characters, which end lines and
-// drive terminals, become spaces; invalid UTF-8 becomes U+FFFD; surrounding white space is
-// trimmed. Clean the application's own messages too: browsers close the connection on
-// invalid UTF-8.
+// drive terminals, become spaces; invalid UTF-8 becomes U+FFFD; white space around it is
+// trimmed. Clean the application's own messages too: browsers close on invalid UTF-8.
 func clean(message []byte) []byte {
 	return bytes.TrimSpace(bytes.Map(func(r rune) rune {
 		if unicode.IsControl(r) {
@@ -223,16 +213,24 @@ func clean(message []byte) []byte {
 // writeBatch writes message in one frame, with those queued behind it that fit into
 // maxBatchSize: the peer splits it at newlines. The message that does not fit goes to next.
 func (c *Client) writeBatch(message []byte, next chan []byte) error {
-	batch := slices.Clip(message) // so that append copies it, as all clients share it
-	for len(c.send) > 0 && len(next) == 0 {
-		message = <-c.send
-		if len(batch)+len(newline)+len(message) > maxBatchSize {
-			next <- message
-		} else {
-			batch = append(append(batch, newline...), message...)
-		}
+	if len(message) >= maxBatchSize {
+		return c.conn.WriteMessage(websocket.TextMessage, message)
 	}
-	return c.conn.WriteMessage(websocket.TextMessage, batch)
+	w, err := c.conn.NextWriter(websocket.TextMessage)
+	if err != nil {
+		return err
+	}
+	w.Write(message)
+	for size := len(message); len(c.send) > 0; {
+		message = <-c.send
+		if size += len(newline) + len(message); size > maxBatchSize {
+			next <- message
+			break
+		}
+		w.Write(newline)
+		w.Write(message)
+	}
+	return w.Close()
 }
 
 // An application need not change what follows.
@@ -272,9 +270,9 @@ func sendable(reason *websocket.CloseError) *websocket.CloseError {
 	return reason
 }
 
-// readPump reads the peer's messages, for handle. It does all reads on conn. It ends when
-// reading fails: usually with the peer's close frame, or because finish has closed conn. It
-// is kept small, so that the goroutine of an idle client keeps a stack of 2 KiB.
+// readPump reads the peer's messages, for handle. It does all reads on conn. It ends when one
+// fails: usually with the peer's close frame, or because finish has closed conn. It is kept
+// small, so that the goroutine of an idle client keeps a stack of 2 KiB.
 func (c *Client) readPump() {
 	if !c.hub.passToRun(c.hub.opened, c) {
 		c.end(errShuttingDown)
@@ -316,45 +314,31 @@ func (c *Client) alive() {
 // limitRate takes a token for the start of a message, or a control frame. If the bucket is
 // empty it sleeps until the next token, so that TCP backpressure delays the peer.
 func (c *Client) limitRate() {
-	if c.reason.Load() != nil {
-		return // No delay: the peer's close frame may follow what it has already sent.
-	}
-	now := time.Now()
-	missing := max(0, c.bucketFullAt.Sub(now)) + rateInterval
-	c.bucketFullAt = now.Add(missing)
+	missing := max(0, time.Until(c.bucketFullAt)) + rateInterval
+	c.bucketFullAt = time.Now().Add(missing)
 	wait := missing - rateBurst*rateInterval
-	if wait > 0 && !c.limited {
-		c.limited = true
-		// In a goroutine, as writes to a log can block.
-		go log.Printf("%v: rate limited to %d messages a second", c.conn.RemoteAddr(),
-			time.Second/rateInterval)
+	if wait > 0 && c.reason.Load() == nil { // Later, the peer's close frame may be next.
+		c.limited.Do(func() { // in a goroutine, as writes to a log can block
+			go log.Printf("%v: rate limited to %d messages a second", c.conn.RemoteAddr(),
+				time.Second/rateInterval)
+		})
+		time.Sleep(wait)
 	}
-	time.Sleep(wait)
 }
 
 // stopReading asks run to drop the client, as reading has failed with err, and tells
 // writePump that readPump ends.
 func (c *Client) stopReading(err error) {
-	if err == io.ErrUnexpectedEOF {
-		// A TLS connection that is cut within a record returns it again. If a compressed
-		// message is truncated, the next error is another one: here, of the deadline.
-		c.conn.SetReadDeadline(time.Now())
-		if _, _, again := c.conn.NextReader(); again == err {
-			err = closeError(1006, "%v", err)
-		}
-	}
-	var closed *websocket.CloseError // how the peer or the network has closed the connection
+	c.conn.SetReadDeadline(time.Now())
+	_, _, again := c.conn.NextReader() // An error of the connection stays, unlike one in a message.
 	reason := closeError(1002, "%v", err)
-	switch err := err.(type) {
-	case *websocket.CloseError: // the peer's, or 1006 if there was no close frame
-		reason, closed = err, err
-	case net.Error:
-		if reason = errTimeout; !err.Timeout() {
-			closed = closeError(1006, "%v", err)
-			reason = closed
-		}
+	if failed, ok := err.(net.Error); ok && failed.Timeout() {
+		reason = errTimeout
+	} else if ok || err == io.ErrUnexpectedEOF && again == err { // or TLS was cut within a record
+		err = closeError(1006, "%v", err)
 	}
-	c.reason.CompareAndSwap(nil, reason) // whose code may be one that must not be sent, as 1006
+	closed, _ := err.(*websocket.CloseError) // the peer's, 1006 if there is none, or nil
+	c.reason.CompareAndSwap(nil, cmp.Or(closed, reason))
 	c.hub.passToRun(c.hub.unregister, c)
 	c.readEnd() <- closed
 }
@@ -370,11 +354,10 @@ func (c *Client) readEnd() chan *websocket.CloseError {
 // writePump writes queued messages and pings to the peer. It does all writes on conn except
 // pongs. After the close frame, or when a write fails, it finishes the client.
 func (c *Client) writePump() {
-	ticker := time.NewTicker(pingPeriod)
-	defer ticker.Stop()
+	ticks := time.Tick(pingPeriod)
 	next := make(chan []byte, 1) // the message that did not fit into the last batch
 	var err error
-	for err == nil {
+	for ; err == nil; c.ending = c.reason.Load() != nil {
 		send := c.send
 		if len(next) > 0 {
 			send = next
@@ -387,18 +370,16 @@ func (c *Client) writePump() {
 			} else {
 				err = c.writeClose()
 			}
-		case <-ticker.C:
+		case <-ticks:
 			c.setWriteDeadline()
 			err = c.ping()
 		}
-		c.ending = c.reason.Load() != nil
 	}
 	c.finish(err)
 }
 
 // setWriteDeadline allows writeWait for a write. Once the client has a reason to end, all
-// writes share one writeWait, the one under way included: so a slow peer delays its end by
-// no more.
+// writes share one writeWait, the one under way included: a slow peer delays its end no more.
 func (c *Client) setWriteDeadline() {
 	if !c.ending {
 		c.conn.SetWriteDeadline(time.Now().Add(writeWait))
@@ -426,23 +407,22 @@ func (c *Client) writeClose() error {
 	return websocket.ErrCloseSent
 }
 
-// finish ends the client, when the close frame has been written or a write has failed with
-// err.
+// finish ends the client: the close frame has been written, or a write failed with err.
 func (c *Client) finish(err error) {
 	// The peer has closeWait to answer. Then closing conn ends readPump.
 	timer := time.AfterFunc(closeWait, func() {
 		c.reason.CompareAndSwap(nil, closeError(1006, "%v", err))
 		c.conn.Close()
 	})
-	// If a write has failed, send is still open. Drain it until run closes it: a send in run
-	// to a full queue must not block run, without which readPump cannot end.
+	// After a failed write, send is open until run closes it. Drain it meanwhile: otherwise the
+	// queue fills, and the log says 1013, or a send in run blocks run.
 	for range c.send {
 	}
 	closed := <-c.readEnd()
 	if closed == nil {
-		// After a timeout or an invalid frame, the peer may still be sending. Closing a TCP
-		// connection with unread input resets it, and the peer may lose the close frame: so
-		// close one direction, and discard input until the peer closes the other.
+		// After a timeout or an invalid frame, the peer may still be sending. Closing TCP with
+		// unread input resets it, and the peer may lose the close frame: so close one direction,
+		// and discard input until the peer closes the other.
 		conn := c.conn.NetConn()
 		if delayed, ok := conn.(*delayedConn); ok {
 			conn = delayed.Conn

@@ -18,16 +18,14 @@ import (
 )
 
 const (
-	// Time allowed to read a request, and to write its response. It does not apply to
-	// WebSocket connections.
+	// Time allowed to read a request, and to write its response; not of a WebSocket.
 	httpTimeout = 10 * time.Second
 
 	// Time allowed between two requests on a connection: longer than the idle timeout of load
 	// balancers, which answer 502 if the server closes first (60 s in AWS).
 	idleTimeout = 75 * time.Second
 
-	// Maximum size in bytes of a request header, which also bounds the URLs in the log.
-	// (net/http allows 4 KiB more.)
+	// Maximum size in bytes of a request header. (net/http allows 4 KiB more.)
 	maxHeaderSize = 16 << 10
 
 	// Time allowed for all clients to disconnect during a graceful shutdown: less than the
@@ -68,8 +66,7 @@ func main() {
 	go func() {
 		<-signals
 		cancel()
-		for first := time.Now(); time.Since(first) < forceAfter; {
-			<-signals
+		for first := time.Now(); time.Since(first) < forceAfter; <-signals {
 		}
 		os.Exit(1)
 	}()
@@ -139,10 +136,7 @@ func serve(ctx context.Context, listener net.Listener, rooms *Rooms) error {
 // logSoon logs like log.Printf, but waits at most logWait. Writes to a log can block: in a
 // Windows console, for example, while text is selected.
 func logSoon(format string, args ...any) {
-	logged := make(chan struct{})
-	go func() { log.Printf(format, args...); close(logged) }()
-	select {
-	case <-logged:
-	case <-time.After(logWait):
-	}
+	ctx, cancel := context.WithTimeout(context.Background(), logWait)
+	go func() { log.Printf(format, args...); cancel() }()
+	<-ctx.Done()
 }
