@@ -133,7 +133,9 @@ func (h *Hub) passToRun(channel chan *Client, client *Client) bool {
 const backpressureDelay = time.Millisecond
 
 // deliver queues message for every client.
-func (h *Hub) deliver(message []byte) { h.deliverTo(message, func(*Client) bool { return true }) }
+func (h *Hub) deliver(message []byte) {
+	h.deliverTo(message, func(*Client) bool { return true })
+}
 
 // deliverTo queues message for each client that to accepts, then waits if that crowds a queue.
 func (h *Hub) deliverTo(message []byte, to func(*Client) bool) {
