@@ -307,9 +307,14 @@ func TestServerStopsWhenItsFileIsDeletedOrReplaced(t *testing.T) {
 // waitForLine waits until the running server has committed a line with that text.
 func waitForLine(t *testing.T, file, text string) {
 	t.Helper()
+	waitUntil(t, file, `SELECT count(*) FROM lines WHERE line ->> 'text' = '`+text+`'`)
+}
+
+// waitUntil waits until query gives 1 in the database of the running server.
+func waitUntil(t *testing.T, file, query string) {
+	t.Helper()
 	for deadline := time.Now().Add(patience); ; {
-		out, err := exec.Command("sqlite3", "-cmd", ".timeout 5000", file,
-			`SELECT count(*) FROM lines WHERE line ->> 'text' = '`+text+`'`).CombinedOutput()
+		out, err := exec.Command("sqlite3", "-cmd", ".timeout 5000", file, query).CombinedOutput()
 		if err != nil || time.Now().After(deadline) {
 			t.Fatalf("sqlite3: %v: %s", err, out)
 		}
@@ -356,7 +361,7 @@ func testBackup(t *testing.T) {
 		}
 	}()
 	grete.until("message Talker: line 200") // From then on they are rate limited.
-	waitForLine(t, file, "line 200")
+	waitUntil(t, file, `SELECT max(n) >= 200 FROM lines`)
 	for n := range 5 {
 		to := fmt.Sprint(file, ".", n)
 		backUp(t, file, to)
