@@ -227,8 +227,9 @@ func withRecipes(t *testing.T, headings ...string) []string {
 	for _, heading := range headings {
 		changes, code := recipe(t, heading)
 		if heading == "## A database or an RPC" {
-			code, end, _ = strings.Cut(code, "close(hub.saves)\n")
-			end = "close(hub.saves)\n" + end
+			const first = "go func() { <-hub.ended; close"
+			code, end, _ = strings.Cut(code, first)
+			end = first + end
 		}
 		all = append(all, changes)
 		main += code + inMain[heading] + "\n"
