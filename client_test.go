@@ -120,6 +120,7 @@ var index = []struct {
 		TestPumpsEndInEveryShapeHoweverThePeerEnds,
 		TestStoppedHubEndsThePumpsOfEveryShape,
 		TestPumpsThatStartAfterTheHubHasEndedCloseTheConnection,
+		TestPumpsThatStartWhileTheHubStopsCloseTheConnection,
 	)},
 	{"9. An application reaches the hub from any goroutine, at any time", list(
 		TestDoAndTellReachTheHubFromAnyGoroutine,

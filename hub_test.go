@@ -1097,6 +1097,25 @@ func TestPumpsThatStartAfterTheHubHasEndedCloseTheConnection(t *testing.T) {
 	}
 }
 
+func TestPumpsThatStartWhileTheHubStopsCloseTheConnection(t *testing.T) {
+	withServer(t, func(t *testing.T, s *server) {
+		last := join(s.hub, 0) // keeps run from returning
+		s.serveShape(t, func(hub *Hub, conn *websocket.Conn) *Client {
+			hub.stop()
+			time.Sleep(time.Nanosecond) // until run has dropped its clients
+			client := newClient(hub, conn)
+			go client.writePump()
+			go client.readPump()
+			return client
+		})
+		p := s.join(t)
+		p.wantClose(errShuttingDown)
+		synctest.Wait()
+		p.wantEnd()
+		s.hub.done <- last
+	})
+}
+
 func TestManyClientsLeaveNothingBehindInAnyShape(t *testing.T) {
 	const n = 200
 	served := shape{name: "served"} // as serveWs does
@@ -1840,11 +1859,13 @@ func TestProcessServesWhereItSays(t *testing.T) {
 
 func TestSignalShutsDownGracefullyWithStatus0(t *testing.T) {
 	for _, sig := range signals(t) {
-		process := startProcess(t, "sound", "-addr", "127.0.0.1:0")
-		p := joinProcess(t, process.url(t))
-		process.Process.Signal(sig)
-		p.wantClose(errShuttingDown)
-		process.wantEnd(t, "exit status 0", "shutting down")
+		t.Run(sig.String(), func(t *testing.T) {
+			process := startProcess(t, "sound", "-addr", "127.0.0.1:0")
+			p := joinProcess(t, process.url(t))
+			process.Process.Signal(sig)
+			p.wantClose(errShuttingDown)
+			process.wantEnd(t, "exit status 0", "shutting down")
+		})
 	}
 }
 
@@ -1876,14 +1897,16 @@ func TestSecondSignalForcesAnExitOneSecondAfterTheFirst(t *testing.T) {
 }
 
 func TestTwoSignalsAtOnceAreOne(t *testing.T) {
-	for _, signal := range signals(t) {
-		process := startProcess(t, "sound", "-addr", "127.0.0.1:0")
-		p := joinProcess(t, process.url(t))
-		process.Process.Signal(signal)
-		process.Process.Signal(signal)
-		process.next(t, "shutting down")
-		p.wantClose(errShuttingDown) // The process has waited for this.
-		process.wantEnd(t, "exit status 0")
+	for _, sig := range signals(t) {
+		t.Run(sig.String(), func(t *testing.T) {
+			process := startProcess(t, "sound", "-addr", "127.0.0.1:0")
+			p := joinProcess(t, process.url(t))
+			process.Process.Signal(sig)
+			process.Process.Signal(sig)
+			process.next(t, "shutting down")
+			p.wantClose(errShuttingDown) // The process has waited for this.
+			process.wantEnd(t, "exit status 0")
+		})
 	}
 }
 
@@ -1899,13 +1922,15 @@ func TestHangupIsIgnoredIfItWasAtTheStart(t *testing.T) {
 
 func TestSignalEndsTheProcessAlthoughItsLogBlocks(t *testing.T) {
 	for _, sig := range signals(t) {
-		process := startProcess(t, "blocked log", "-addr", "127.0.0.1:0")
-		p := joinProcess(t, process.url(t))
-		reset := joinProcess(t, "http://"+p.RemoteAddr().String()+"/")
-		reset.NetConn().Close() // This is logged, but the log blocks.
-		process.Process.Signal(sig)
-		p.wantClose(errShuttingDown)
-		process.wantEnd(t, "exit status 0")
+		t.Run(sig.String(), func(t *testing.T) {
+			process := startProcess(t, "blocked log", "-addr", "127.0.0.1:0")
+			p := joinProcess(t, process.url(t))
+			reset := joinProcess(t, "http://"+p.RemoteAddr().String()+"/")
+			reset.NetConn().Close() // This is logged, but the log blocks.
+			process.Process.Signal(sig)
+			p.wantClose(errShuttingDown)
+			process.wantEnd(t, "exit status 0")
+		})
 	}
 }
 
@@ -1991,7 +2016,7 @@ type process struct {
 // startProcess starts the server as a process, which the test's end kills.
 func startProcess(t *testing.T, mode string, args ...string) *process {
 	t.Helper()
-	watch(t, patience)
+	watch(t, 2*patience) // A process starts slowly on a busy machine.
 	args = append([]string{os.Args[0]}, args...)
 	if mode == "nohup" {
 		args = append([]string{"nohup"}, args...)
