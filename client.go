@@ -349,7 +349,8 @@ func (c *Client) readEnd() chan *websocket.CloseError {
 // writePump writes queued messages and pings to the peer. It does all writes on conn except
 // pongs. After the close frame, or when a write fails, it finishes the client.
 func (c *Client) writePump() {
-	ticks := time.Tick(pingPeriod)
+	ticker := time.NewTicker(pingPeriod)
+	defer ticker.Stop()
 	next := make(chan []byte, 1) // the message that did not fit into the last batch
 	var err error
 	for ; err == nil; c.ending = c.reason.Load() != nil {
@@ -365,7 +366,7 @@ func (c *Client) writePump() {
 			} else {
 				err = c.writeClose()
 			}
-		case <-ticks:
+		case <-ticker.C:
 			c.setWriteDeadline()
 			err = c.ping()
 		}
@@ -392,7 +393,7 @@ func (c *Client) ping() error {
 
 // writeClose writes the close frame. It always returns an error, as nothing may follow.
 func (c *Client) writeClose() error {
-	c.reason.CompareAndSwap(nil, errUnregistered) // if the application has closed send itself
+	c.reason.CompareAndSwap(nil, errUnregistered) // if the application itself has closed send
 	reason := c.reason.Load()
 	if reason.Code != 1006 { // which is never sent: RFC 6455 section 7.4.1
 		// The text has at most 123 bytes: RFC 6455 section 5.5.

@@ -35,6 +35,9 @@ import (
 	"go.mau.fi/util/confusable"
 )
 
+// The copy of client.go keeps serveWs, although rooms serve clients whose fields they set.
+var _ = serveWs
+
 // The attacks come first, then tests in the order of README.md, then the helpers.
 
 // Attacks: a line right after the handshake, which reaches run before or while run refuses
@@ -179,11 +182,11 @@ func testDirectory(t *testing.T) {
 	d := make(directory[User])
 	var users []*User
 	for range 3000 {
-		var text string
+		var text strings.Builder
 		for range 1 + rand.N(4) {
-			text += letters[rand.N(len(letters))]
+			text.WriteString(letters[rand.N(len(letters))])
 		}
-		name := parseName(text)
+		name := parseName(text.String())
 		switch {
 		case name == "" || d.find(name) != nil:
 		default:
@@ -739,7 +742,7 @@ func TestServersOnOneHostKeepTheirLogins(t *testing.T) {
 	var servers []*world
 	for range 2 {
 		w := startTCP(t)
-		w.cookies = securecookie.New([]byte(fmt.Sprint("a key of 32 bytes, for server ", len(servers))), nil)
+		w.cookies = securecookie.New(fmt.Append(nil, "a key of 32 bytes, for server ", len(servers)), nil)
 		servers = append(servers, w)
 	}
 	for _, w := range append(servers, servers...) {
@@ -869,10 +872,10 @@ func TestFormSaysTheRulesAndWhichFieldFailed(t *testing.T) {
 		if len(fields) != 2 || fields[0][1] != "name" || fields[1][1] != "room" {
 			t.Fatalf("%s: the form has the fields %q", name, fields)
 		}
-		fails := ""
+		var fails strings.Builder
 		for _, field := range fields {
 			if strings.Contains(field[3], "aria-invalid") {
-				fails += field[1]
+				fails.WriteString(field[1])
 			}
 			if strings.Contains(field[3], "autofocus") != (field[1] == cmp.Or(test.fails, "name")) {
 				t.Errorf("%s: the field %s has %q", name, field[1], field[3])
@@ -883,8 +886,8 @@ func TestFormSaysTheRulesAndWhichFieldFailed(t *testing.T) {
 			class = "error"
 		}
 		reason := `<p id="reason" class="` + class + `" role="status">` + test.reason + "</p>"
-		if fails != test.fails || fields[0][2] != test.name || fields[1][2] != test.room || !strings.Contains(body, reason) || !strings.Contains(body, "of at most 32 bytes") {
-			t.Errorf("%s: the field %q fails, and the form is %s", name, fails, body)
+		if fails.String() != test.fails || fields[0][2] != test.name || fields[1][2] != test.room || !strings.Contains(body, reason) || !strings.Contains(body, "of at most 32 bytes") {
+			t.Errorf("%s: the field %q fails, and the form is %s", name, fails.String(), body)
 		}
 	}
 }
