@@ -2449,8 +2449,8 @@ func (p *pipe) SetReadDeadline(t time.Time) error  { return p.setDeadline(&p.rea
 func (p *pipe) SetWriteDeadline(t time.Time) error { return p.setDeadline(&p.writeBy, t) }
 func (p *pipe) setDeadline(by *time.Time, t time.Time) error {
 	p.do(func() { *by = t })
-	if !t.IsZero() {
-		time.AfterFunc(time.Until(t), func() { p.do(func() {}) })
+	if wait := time.Until(t); wait > 0 { // In a bubble, AfterFunc(0) can crash the race detector.
+		time.AfterFunc(wait, func() { p.do(func() {}) })
 	}
 	return nil
 }
