@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"database/sql"
 	"fmt"
 	"io"
@@ -157,7 +156,7 @@ func dump(t *testing.T, file string) string {
 // confusable the one that was used last.
 func TestRoomsAreFoundWhenConfusableNamesHaveChanged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var logged bytes.Buffer
+		var logged logBook
 		log.SetOutput(&logged)
 		defer log.SetOutput(io.Discard)
 		file := version0(t)
@@ -205,7 +204,7 @@ func TestFileNamesAreNotURLs(t *testing.T) {
 func TestModeOfAnExistingFileIsLeftAndLogged(t *testing.T) {
 	file := newFile(t)
 	for _, mode := range []os.FileMode{0o600, 0o640, 0o644} {
-		var logged bytes.Buffer
+		var logged logBook
 		log.SetOutput(&logged)
 		if err := os.WriteFile(file, nil, mode); err != nil {
 			t.Fatal(err)

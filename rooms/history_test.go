@@ -228,7 +228,7 @@ func TestNumbersStayWithinWhatACrashSkips(t *testing.T) {
 func TestWrongClockDeletesNoRoom(t *testing.T) {
 	file := newFile(t)
 	synctest.Test(t, func(t *testing.T) {
-		var logged bytes.Buffer
+		var logged logBook
 		log.SetOutput(&logged)
 		defer log.SetOutput(io.Discard)
 		w := startPipedOn(t, file)
@@ -251,7 +251,7 @@ func TestWrongClockDeletesNoRoom(t *testing.T) {
 		hans := w.join("Hans", "kitchen")
 		hans.want("message Grete: dinner", "join Hans")
 		time.Sleep(deleteInterval - time.Hour)
-		if logged.Len() > 0 {
+		if len(logged.String()) > 0 {
 			t.Errorf("within a day the log is %q", logged.String())
 		}
 		time.Sleep(2 * time.Hour)
@@ -345,7 +345,7 @@ func TestDamagedLineIsSkippedAndLogged(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				var logged bytes.Buffer
+				var logged logBook
 				log.SetOutput(&logged)
 				defer log.SetOutput(io.Discard)
 				file := newFile(t)
@@ -382,7 +382,7 @@ func TestDamagedLineIsSkippedAndLogged(t *testing.T) {
 // error, at most once a second, and the room is saved as soon as it can be.
 func TestRoomThatCannotBeWrittenStopsNoOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var logged bytes.Buffer
+		var logged logBook
 		log.SetOutput(&logged)
 		defer log.SetOutput(io.Discard)
 		file := newFile(t)

@@ -823,7 +823,7 @@ func TestLoginWhoseCookieDoesNotReturnSaysWhy(t *testing.T) {
 }
 
 func TestFormIsAtTheRootAlsoWithALogin(t *testing.T) {
-	var logged bytes.Buffer
+	var logged logBook
 	log.SetOutput(&logged)
 	defer log.SetOutput(io.Discard)
 	w := &world{Rooms: newRooms(testKey, new(Store)), t: t}
@@ -2081,6 +2081,30 @@ func TestCodeStaysSmall(t *testing.T) {
 }
 
 // Helpers.
+
+// A logBook is what the program logs, from any goroutine.
+type logBook struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *logBook) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logBook) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+func (l *logBook) Reset() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.text.Reset()
+}
 
 // patience only bounds how long a failing test takes.
 const patience = time.Minute

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"database/sql"
 	"flag"
 	"fmt"
@@ -250,7 +249,7 @@ func execute(t *testing.T, s *Store, statement string) {
 
 func TestChatGoesOnWhileTheDatabaseFailsAndAllIsSavedAfterwards(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var logged bytes.Buffer
+		var logged logBook
 		log.SetOutput(&logged)
 		defer log.SetOutput(io.Discard)
 		w := startPiped(t)
@@ -493,7 +492,7 @@ func TestStoreKeepsNoMoreRoomsThanItsLimit(t *testing.T) {
 // the error.
 func TestUnreadableRoomIsRefusedAndKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var logged bytes.Buffer
+		var logged logBook
 		log.SetOutput(&logged)
 		defer log.SetOutput(io.Discard)
 		w := startPiped(t)
