@@ -1060,9 +1060,8 @@ func TestRecipeToTestYourOwnCode(t *testing.T) {
 `,
 		"TestSlowClientIsDropped": `
 --- hub.go
--		h.drop(client, errSlowClient)
--		return false
-+		return true
+-			h.drop(client, errSlowClient)
++			return true
 `,
 	} {
 		t.Run(name, func(t *testing.T) {
