@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os/exec"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -146,13 +147,24 @@ func call[P, R any](p *tab, cmd cdp.Command[P, R], params P) R {
 // eval returns the value of JavaScript, in which $ finds an element by its id.
 func eval[T any](p *tab, js string, options ...chromedp.EvaluateOption) T {
 	p.t.Helper()
-	return do(p, chromedp.Evaluate[T]("{ const $ = (id) => document.getElementById(id);\n"+js+"\n}", options...))
+	return do(p, evaluation[T](js, options...))
+}
+
+func evaluation[T any](js string, options ...chromedp.EvaluateOption) chromedp.Action[T] {
+	return chromedp.Evaluate[T]("{ const $ = (id) => document.getElementById(id);\n"+js+"\n}", options...)
 }
 
 // until waits until a JavaScript expression is true.
 func (p *tab) until(js string) {
 	p.t.Helper()
-	for start := time.Now(); !eval[bool](p, "!!("+js+")"); time.Sleep(pollInterval) {
+	holds := func(ctx context.Context, target *chromedp.Target) (bool, error) {
+		result, err := evaluation[bool]("!!("+js+")")(ctx, target)
+		if err != nil && strings.Contains(err.Error(), "navigated or closed") {
+			return false, nil // The next page is about to be there.
+		}
+		return result, err
+	}
+	for start := time.Now(); !do(p, holds); time.Sleep(pollInterval) {
 		if time.Since(start) > patience {
 			p.t.Fatalf("not within %v: %s\npage:\n%.400s…", patience, js, eval[string](p, "document.body.innerText"))
 		}
