@@ -1458,6 +1458,9 @@ func TestIdleClientKeepsTwoStacksOf2KiB(t *testing.T) {
 	if slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
 		most = 9 << 10 // The race detector's frames are larger.
 	}
+	if runtime.GOOS == "windows" {
+		most = 16 << 10 // A read takes more there.
+	}
 	if got := (stacks(1+n) - before) / n; got > most {
 		t.Errorf("an idle client keeps %d bytes of stack, want at most %d", got, most)
 	}
