@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"regexp"
 	"strings"
 
@@ -23,13 +22,12 @@ func parseName(text string) string {
 	return name
 }
 
-// A directory maps names to values, and treats confusable names as equal: each value has
-// two keys, fold and looks.
-type directory[T any] map[string]*T
-
-func (d directory[T]) find(name string) *T       { return cmp.Or(d[fold(name)], d[looks(name)]) }
-func (d directory[T]) add(name string, value *T) { d[fold(name)], d[looks(name)] = value, value }
-func (d directory[T]) remove(name string)        { delete(d, fold(name)); delete(d, looks(name)) }
+// keys returns what names are compared by: one could be taken for the other if either key is
+// equal. So it is if UTS 39 calls them confusable, or if they differ only in case, accents or
+// punctuation.
+func keys(name string) [2]string {
+	return [2]string{simplify(fold(name)), simplify(looks(name))}
+}
 
 // fold returns a key that is equal for names that differ in case only, as Lisa and LISA,
 // or look alike in lower case. Weiß equals Weiss.
@@ -40,9 +38,22 @@ func fold(name string) string {
 }
 
 // looks returns a key that is equal for names that look alike as written, as Gretel and
-// GreteI, or look alike but for case, as Gretel and greteI. The first star keeps these keys
-// apart from those of fold, as no name contains one. The others stand for capital Ls, so that
-// TalkerL differs from TalkerI.
+// GreteI, or look alike but for case, as Gretel and greteI. The stars, which no name contains,
+// stand for capital Ls, so that TalkerL differs from TalkerI.
 func looks(name string) string {
-	return "* " + cases.Fold().String(strings.ReplaceAll(confusable.Skeleton(name), "L", "*"))
+	return cases.Fold().String(strings.ReplaceAll(confusable.Skeleton(name), "L", "*"))
+}
+
+// What can be added to a letter or a name: accents, as in Greté, and punctuation, as in Grete_.
+// Marks of other scripts than Latin, Greek and Cyrillic stay, as they tell words apart.
+var additions = regexp.MustCompile(
+	`[\x{300}-\x{36F}\x{1AB0}-\x{1AFF}\x{1DC0}-\x{1DFF}\x{20D0}-\x{20FF}\x{FE20}-\x{FE2F}_-]`)
+
+// Two letters that look like one, and small capitals that UTS 39 tells from capitals.
+var lookAlikes = strings.NewReplacer("vv", "w", "ᴀ", "a", "ʙ", "b", "ᴅ", "d", "ᴇ", "e", "ꜰ", "f",
+	"ɢ", "g", "ʜ", "h", "ᴊ", "j", "ĸ", "k", "ʟ", "l", "ʍ", "rn", "ɴ", "n", "ᴘ", "p", "ʀ", "r", "ᴛ", "t")
+
+// simplify makes equal what looks alike, though UTS 39 does not call it confusable.
+func simplify(key string) string {
+	return lookAlikes.Replace(additions.ReplaceAllString(key, ""))
 }

@@ -85,6 +85,7 @@ type JoinRequest struct {
 // first of them until it leaves.
 type User struct {
 	Identity
+	keys    [2]string // of its name
 	clients []*Client // oldest first
 	away    time.Time // when the last of them was dropped
 }
@@ -100,7 +101,6 @@ type Room struct {
 	Record
 	refusal *websocket.CloseError // if the Record cannot be read, or the room has closed: publish does nothing
 	users   map[string]*User      // by ID
-	names   directory[User]       // the same users
 }
 
 // refuse returns the reason for which user cannot join, or nil. The owner always can.
@@ -114,7 +114,7 @@ func (h *Hub) refuse(user Identity) *websocket.CloseError {
 		return errKicked
 	case len(h.users) >= maxUsers:
 		return errRoomFull
-	case h.names.find(user.Name) != nil:
+	case h.find(alike(user.Name)) != nil:
 		return errNameTaken
 	}
 	return nil
@@ -137,8 +137,8 @@ func (h *Hub) join(client *Client) {
 	}
 	h.owner = cmp.Or(h.owner, identity.ID)
 	if identity.ID == h.owner { // Nobody keeps the owner out by taking its name.
-		for other := h.names.find(identity.Name); other != nil; other = h.names.find(identity.Name) {
-			h.remove(other, "", errNameTaken)
+		for is := alike(identity.Name); h.find(is) != nil; {
+			h.remove(h.find(is), "", errNameTaken)
 		}
 		h.kicks = slices.DeleteFunc(slices.Clone(h.kicks), isByStandIn)
 	}
@@ -149,10 +149,25 @@ func (h *Hub) join(client *Client) {
 
 // add makes identity a user of the room. The caller adds it to present, and announces it.
 func (h *Hub) add(identity Identity) *User {
-	user := &User{Identity: identity}
+	user := &User{Identity: identity, keys: keys(identity.Name)}
 	h.users[user.ID] = user
-	h.names.add(user.Name, user)
 	return user
+}
+
+// find returns a user for which is returns true, or nil.
+func (h *Hub) find(is func(*User) bool) *User {
+	for _, user := range h.users {
+		if is(user) {
+			return user
+		}
+	}
+	return nil
+}
+
+// alike returns a function that reports whether a user's name could be taken for name.
+func alike(name string) func(*User) bool {
+	keys := keys(name)
+	return func(user *User) bool { return user.keys[0] == keys[0] || user.keys[1] == keys[1] }
 }
 
 // welcome adds client to user's connections, and sends it what it has not received.
@@ -194,7 +209,6 @@ func (h *Hub) remove(user *User, text string, reason *websocket.CloseError) {
 	h.present = slices.DeleteFunc(slices.Clone(h.present), func(other Identity) bool { return other == user.Identity })
 	h.publish(Line{Kind: "leave", User: user.Name, Text: text})
 	delete(h.users, user.ID)
-	h.names.remove(user.Name)
 	for _, client := range user.clients {
 		h.drop(client, reason)
 	}
@@ -241,7 +255,8 @@ func (h *Hub) receive(client *Client, line string) {
 	}
 	verb, name, text := strings.ToLower(norm.NFKC.String(parts[1])), parseName(parts[2]), parts[3]
 	usage := map[string]string{"to": "/to NAME text", "kick": "/kick NAME", "allow": "/allow NAME"}[verb]
-	user := h.names.find(name)
+	// Not alike: else "/to Paul" would go to Pau1.
+	user := h.find(func(user *User) bool { return strings.EqualFold(user.Name, name) })
 	switch {
 	case usage == "":
 		h.notify(client, line, "Unknown command. There are /to NAME text, /kick NAME and /allow NAME.")
@@ -251,7 +266,7 @@ func (h *Hub) receive(client *Client, line string) {
 		h.notify(client, line, "Only the host, "+h.host().Name+", can remove and allow users.")
 	case verb == "allow":
 		h.notify(client, line, h.allow(sender, name))
-	case user == nil || !strings.EqualFold(user.Name, name): // else "/to Paul" would go to Pau1
+	case user == nil:
 		h.notify(client, line, "There is no user with that name in this room.")
 	case verb == "to":
 		h.publish(Line{Kind: "private", User: sender.Name, To: user.Name, Text: text, Line: line, only: []string{sender.ID, user.ID}})

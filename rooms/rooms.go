@@ -60,7 +60,7 @@ func newRooms(key string, store *Store) *Rooms {
 // open opens the room, and returns its hub. The caller holds mu.
 func (rs *Rooms) open(name string) *Hub {
 	hub := newHub()
-	hub.Room = Room{rooms: rs, users: make(map[string]*User), names: make(directory[User])}
+	hub.Room = Room{rooms: rs, users: make(map[string]*User)}
 	rs.hubs[fold(name)] = hub
 	rs.running.Go(func() {
 		hub.Record, hub.refusal = rs.store.load(name)
