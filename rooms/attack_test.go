@@ -37,9 +37,12 @@ func repeat(t *testing.T, round func(t *testing.T)) {
 }
 
 // Names, rooms and messages are made of these.
-var hostile = []string{"'", `"`, "`", ";", "--", "/*", "*/", "(", ")", "%", "_", "?", "?1", ":id", "@id", "$id", "\\", "\x00", " ", ",", "=",
-	"DROP", "TABLE", "rooms", "lines", "server", "DELETE", "FROM", "UPDATE", "NULL", "OR", "1", "x", "é", "\u0301", "ſ", "İ", "K", "rn", "\U0001F600",
-	"/to ", "/kick ", "[", "]", "X'00'", "\u2028", "char(0)", "ATTACH", "PRAGMA", "0x41", "1e999", "-1", "9223372036854775808", "{\"n\":1}", "%27", "+"}
+var hostile = []string{"'", `"`, "`", ";", "--", "/*", "*/", "(", ")", "%", "_", "?", "?1", ":id",
+	"@id", "$id", "\\", "\x00", " ", ",", "=",
+	"DROP", "TABLE", "rooms", "lines", "server", "DELETE", "FROM", "UPDATE", "NULL", "OR", "1", "x",
+	"é", "\u0301", "ſ", "İ", "K", "rn", "\U0001F600",
+	"/to ", "/kick ", "[", "]", "X'00'", "\u2028", "char(0)", "ATTACH", "PRAGMA", "0x41", "1e999",
+	"-1", "9223372036854775808", "{\"n\":1}", "%27", "+"}
 
 func hostileText(n int) string {
 	var text strings.Builder
@@ -84,7 +87,8 @@ func TestSQLInNamesAndMessagesIsOnlyText(t *testing.T) {
 				watcher.receivedLines()
 				for range 20 {
 					for _, p := range peers {
-						p.WriteMessage(websocket.TextMessage, []byte(hostileText(12))) // It may have been kicked, or its name taken.
+						// It may have been kicked, or its name taken.
+						p.WriteMessage(websocket.TextMessage, []byte(hostileText(12)))
 					}
 				}
 				synctest.Wait()
@@ -225,7 +229,8 @@ func TestDatabaseThatFailsUnderLoadLosesNothing(t *testing.T) {
 			}
 			got := <-saved
 			same := func(a, b Line) bool { return a.N == b.N && string(a.message) == string(b.message) }
-			if got.last < record.last || got.last == record.last && !slices.EqualFunc(got.history, record.history, same) {
+			if got.last < record.last || got.last == record.last &&
+				!slices.EqualFunc(got.history, record.history, same) {
 				t.Errorf("room %d ends with %d lines up to %d in the database, and %d lines up to %d in memory",
 					room, len(got.history), got.last, len(record.history), record.last)
 			}
@@ -264,8 +269,10 @@ func TestAtMostOneServerUsesADatabase(t *testing.T) {
 		for _, s := range servers {
 			if !strings.Contains(s.line, "listening on") {
 				rest, _ := io.ReadAll(s.log)
-				if err := s.Wait(); s.ProcessState.ExitCode() != 1 || !strings.Contains(s.line, "another server") || len(rest) > 0 {
-					t.Errorf("a server ends with %v and %q, want status 1 and that another server uses the database", err, s.line+string(rest))
+				if err := s.Wait(); s.ProcessState.ExitCode() != 1 ||
+					!strings.Contains(s.line, "another server") || len(rest) > 0 {
+					t.Errorf("a server ends with %v and %q, want status 1 and that another server "+
+						"uses the database", err, s.line+string(rest))
 				}
 				continue
 			}
@@ -293,8 +300,10 @@ func TestAtMostOneServerUsesADatabase(t *testing.T) {
 		text := fmt.Sprint("round ", rounds)
 		p.send(text)
 		lines := p.until("message Grete: " + text)
-		if before != nil && (p.welcome.RoomID != before.welcome.RoomID || slices.Contains(lines, "message Grete: "+fmt.Sprint("round ", rounds-1))) {
-			t.Errorf("after %q, %d in the room %q it receives %q", before.welcome.RoomID, before.last, p.welcome.RoomID, lines)
+		if before != nil && (p.welcome.RoomID != before.welcome.RoomID ||
+			slices.Contains(lines, "message Grete: "+fmt.Sprint("round ", rounds-1))) {
+			t.Errorf("after %q, %d in the room %q it receives %q", before.welcome.RoomID, before.last,
+				p.welcome.RoomID, lines)
 		}
 		before = p
 		// A second server does not disturb the first one.

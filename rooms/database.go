@@ -3,10 +3,9 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"database/sql"
+	"database/sql/driver"
 	_ "embed"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -14,11 +13,10 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"sync/atomic"
 	"time"
 
 	"github.com/gofrs/flock"
-	_ "modernc.org/sqlite"
+	"modernc.org/sqlite"
 )
 
 //go:embed schema.sql
@@ -30,30 +28,6 @@ var migrations = regexp.MustCompile(`(?m)^-- From version .*`).Split(schema, -1)
 // Time between two checks that the file is still the one at its path.
 const watchInterval = 500 * time.Millisecond
 
-// A Record is what the store keeps of a room. The store gets copies that share the slices,
-// so their elements must not change: append, or replace the slice.
-type Record struct {
-	id, name, owner string        // the owner is the ID of the user that opened the room
-	present         []Identity    // the users in the room, in the order in which they joined
-	kicks           []Kick        // oldest first
-	used            time.Time     // when there was last a user: updated by each line, and once a day
-	last            int64         // the number of the last line
-	history         []Line        // for all users, oldest first
-	private         []Line        // separate, so that they do not displace the history
-	forgotten       int64         // the highest number of a line that was trimmed or lost
-	lost            int64         // a crash may have lost lines up to this number
-	open            bool          // a hub has the room: a crash may lose lines
-	committed       *atomic.Int64 // set by the store: the last line that a crash cannot lose
-}
-
-// A Kick is a user that cannot join the room again.
-type Kick struct {
-	Identity
-	StandIn bool // The owner was absent: the kick ends when the owner joins.
-}
-
-func isByStandIn(k Kick) bool { return k.StandIn }
-
 // A Database is a SQLite database in a file that no other server uses: each keeps the lock
 // beside the file. Other programs may read it, and copy it with SQLite's backup.
 type Database struct {
@@ -63,8 +37,23 @@ type Database struct {
 	files map[string]fs.FileInfo // as they were opened: the file, the lock, and SQLite's own two
 }
 
-// openDatabase opens the database in file, or creates it, and brings its schema up to date.
-func openDatabase(file string) (_ *Database, err error) {
+// SQLite's settings. Without the first, a transaction that reads before it writes fails if
+// another program has written since.
+const settings = "?_txlock=immediate&_pragma=busy_timeout(5000)&_pragma=journal_mode(WAL)" +
+	"&_pragma=synchronous(FULL)&_pragma=foreign_keys(1)&_pragma=secure_delete(1)"
+
+// In SQL, fold(name) is what fold returns.
+func init() {
+	sqlite.MustRegisterDeterministicScalarFunction("fold", 1,
+		func(_ *sqlite.FunctionContext, args []driver.Value) (driver.Value, error) {
+			name, _ := args[0].(string) // In a damaged file it can be of another type.
+			return fold(name), nil
+		})
+}
+
+// openDatabase opens the database in file, or creates it, and brings its schema up to date. Then
+// it executes setUp, in the same transaction.
+func openDatabase(file string, setUp func(t *tx)) (*Database, error) {
 	if file == ":memory:" {
 		return nil, errors.New("-db :memory: would keep nothing after a restart: name a file")
 	}
@@ -84,25 +73,19 @@ func openDatabase(file string) (_ *Database, err error) {
 	if locked, err := d.lock.TryLock(); err != nil || !locked {
 		return nil, cmp.Or(err, fmt.Errorf("%s: another server uses this database", file))
 	}
-	path := &url.URL{Path: file}
-	dsn := url.URL{Scheme: "file", Opaque: path.EscapedPath(), RawQuery: url.Values{
-		// Else a transaction that reads first fails if another program has written since.
-		"_txlock": {"immediate"},
-		"_pragma": {"busy_timeout(5000)", "journal_mode(WAL)", "synchronous(FULL)",
-			"foreign_keys(1)", "secure_delete(1)"},
-	}.Encode()}
-	d.DB, _ = sql.Open("sqlite", dsn.String()) // It fails for unknown drivers only.
-	d.SetMaxOpenConns(1)                       // Only the store's goroutine uses it.
-	if err := d.migrate(); err != nil {
+	// Open fails for unknown drivers only.
+	d.DB, _ = sql.Open("sqlite", "file:"+(&url.URL{Path: file}).EscapedPath()+settings)
+	d.SetMaxOpenConns(1) // Only the store's goroutine uses it.
+	err = d.migrate(setUp)
+	for _, suffix := range []string{"", ".lock", "-wal", "-shm"} {
+		if err == nil {
+			d.files[suffix], err = os.Stat(file + suffix)
+		}
+	}
+	if err != nil {
 		d.DB.Close()
 		d.lock.Unlock()
 		return nil, fmt.Errorf("%s: %w", file, err)
-	}
-	for _, suffix := range []string{"", ".lock", "-wal", "-shm"} {
-		if d.files[suffix], err = os.Stat(file + suffix); err != nil {
-			d.close()
-			return nil, err
-		}
 	}
 	if mode := d.files[""].Mode(); mode.Perm()&0o077 != 0 {
 		logSoon("%s: its mode, %v, lets other users of this machine open it", file, mode)
@@ -110,8 +93,8 @@ func openDatabase(file string) (_ *Database, err error) {
 	return d, nil
 }
 
-// migrate takes the steps that the schema lacks.
-func (d *Database) migrate() error {
+// migrate takes the steps that the schema lacks, and then executes setUp.
+func (d *Database) migrate(setUp func(t *tx)) error {
 	var version int
 	if err := d.QueryRow(`PRAGMA user_version`).Scan(&version); err != nil {
 		return err
@@ -129,68 +112,33 @@ func (d *Database) migrate() error {
 			t.exec(step)
 		}
 		t.exec(fmt.Sprint(`PRAGMA user_version = `, len(migrations)))
-		t.exec(`INSERT INTO server (cookie_key)
-			SELECT ? WHERE NOT EXISTS (SELECT * FROM server)`, rand.Text())
-		t.refold()
+		setUp(t)
 	})
 }
 
-// refold updates the keys of all rooms: fold may have changed, with Unicode for example. Of
-// rooms whose names have become confusable, the one that was used last keeps the name.
-func (t *tx) refold() {
-	var id, name, before string
-	names, ids := make(map[string]string), make(map[string]string) // by fold
-	isSame := true
-	dest := []any{&id, &name, &before}
-	t.query(`SELECT id, name, fold FROM rooms ORDER BY used DESC`, nil, dest, func() {
-		key := fold(name)
-		if names[key] != "" {
-			logSoon("the room %q cannot be opened: %q looks like it", name, names[key])
-			return
-		}
-		names[key], ids[key], isSame = name, id, isSame && key == before
-	})
-	if isSame {
-		return
-	}
-	t.exec(`UPDATE rooms SET fold = id`)
-	for key, id := range ids {
-		t.exec(`UPDATE rooms SET fold = ? WHERE id = ?`, key, id)
-	}
+// changed reports whether the file with that suffix is no longer the one that was opened.
+func (d *Database) changed(suffix string) bool {
+	info, err := os.Stat(d.file + suffix)
+	return errors.Is(err, fs.ErrNotExist) || err == nil && !os.SameFile(info, d.files[suffix])
 }
 
 // check returns an error if the file, or the lock, is no longer the one at its path.
 func (d *Database) check() error {
 	for _, suffix := range []string{"", ".lock"} {
-		if !d.isThere(suffix) {
+		if d.changed(suffix) {
 			return fmt.Errorf("%s%s was deleted or replaced while the server ran", d.file, suffix)
 		}
 	}
 	return nil
 }
 
-// isThere reports whether the file with that suffix is the one that was opened.
-func (d *Database) isThere(suffix string) bool {
-	info, err := os.Stat(d.file + suffix)
-	if err != nil {
-		return !errors.Is(err, fs.ErrNotExist)
-	}
-	return os.SameFile(info, d.files[suffix])
-}
-
-// watch calls stop once check returns an error, which it logs. It returns then, or when ctx
-// is done.
+// watch calls stop once check returns an error, which it logs, or once ctx is done.
 func (d *Database) watch(ctx context.Context, stop func()) {
-	for ticks := time.Tick(watchInterval); ; {
-		select {
-		case <-ctx.Done():
+	defer stop()
+	for ; ctx.Err() == nil; time.Sleep(watchInterval) {
+		if err := d.check(); err != nil {
+			logSoon("%v: shutting down", err)
 			return
-		case <-ticks:
-			if err := d.check(); err != nil {
-				logSoon("%v: shutting down", err)
-				stop()
-				return
-			}
 		}
 	}
 }
@@ -200,11 +148,9 @@ func (d *Database) watch(ctx context.Context, stop func()) {
 func (d *Database) close() error {
 	defer d.lock.Unlock()
 	err := cmp.Or(d.check(), d.DB.Close())
-	if !d.isThere("") {
-		for _, suffix := range []string{"-wal", "-shm"} {
-			if d.isThere(suffix) {
-				os.Remove(d.file + suffix)
-			}
+	for _, suffix := range []string{"-wal", "-shm"} {
+		if d.changed("") && !d.changed(suffix) {
+			os.Remove(d.file + suffix)
 		}
 	}
 	return err
@@ -234,11 +180,8 @@ type tx struct {
 func (t *tx) savepoint(f func()) (err error) {
 	t.exec(`SAVEPOINT part`)
 	if f(); t.err != nil {
-		err = t.err
-		if _, failed := t.Exec(`ROLLBACK TO part`); failed != nil {
-			return err // which has rolled back the transaction, as a full disk may
-		}
-		t.err = nil
+		err, t.err = t.err, nil
+		t.exec(`ROLLBACK TO part`) // It fails if the error has ended the transaction.
 	}
 	t.exec(`RELEASE part`)
 	return err
@@ -266,10 +209,4 @@ func (t *tx) query(query string, args, dest []any, row func()) {
 		}
 	}
 	t.err = cmp.Or(t.err, rows.Err())
-}
-
-// list returns a slice as JSON.
-func list(values any) string {
-	text, _ := json.Marshal(values) // No ID and no name can fail to encode.
-	return string(text)
 }

@@ -5,7 +5,6 @@ import (
 	"maps"
 	"net/http"
 	"net/url"
-	"slices"
 	"strings"
 )
 
@@ -14,7 +13,8 @@ type Identity struct{ ID, Name string }
 
 // What the form says if nothing is wrong, and if the login would not last.
 const chooseRoom = "Choose a name and a room."
-const noCookie = "Your browser did not return the cookie of this form: allow cookies for this site. (With -secure, it needs HTTPS.)"
+const noCookie = "Your browser did not return the cookie of this form: " +
+	"allow cookies for this site. (With -secure, it needs HTTPS.)"
 
 // cookieName returns the name of the cookie. Browsers send a cookie to all ports of a host,
 // so the name contains the port: two servers on one host do not log each other out. They
@@ -29,7 +29,8 @@ func cookieName(r *http.Request) string {
 
 // setCookie sets the cookie for as long as the browser runs.
 func setCookie(w http.ResponseWriter, r *http.Request, value string) {
-	http.SetCookie(w, &http.Cookie{Name: cookieName(r), Value: value, Path: "/", HttpOnly: true, Secure: *secure, SameSite: http.SameSiteLaxMode})
+	http.SetCookie(w, &http.Cookie{Name: cookieName(r), Value: value, Path: "/",
+		HttpOnly: true, Secure: *secure, SameSite: http.SameSiteLaxMode})
 }
 
 // identify returns the user that the request's cookie names, or none. It tries each cookie
@@ -48,7 +49,8 @@ func (rs *Rooms) identify(r *http.Request) (user Identity) {
 // users here: ask for a password, or redirect them to an identity provider.
 func (rs *Rooms) logIn(w http.ResponseWriter, r *http.Request) {
 	// Phone keyboards add a space after a word.
-	name, room := strings.TrimSpace(r.PostFormValue("name")), strings.ToLower(strings.TrimSpace(r.PostFormValue("room")))
+	name := strings.TrimSpace(r.PostFormValue("name"))
+	room := strings.ToLower(strings.TrimSpace(r.PostFormValue("room")))
 	switch {
 	case len(r.CookiesNamed(cookieName(r))) == 0: // servePage has set one.
 		servePage(w, r, http.StatusUnauthorized, noCookie, name, room)
@@ -80,10 +82,10 @@ func (rs *Rooms) logOut(w http.ResponseWriter, r *http.Request) {
 // remove removes a user that logs out from all rooms, and closes its connections.
 func (rs *Rooms) remove(user Identity) {
 	if user.ID == "" {
-		return
+		return // Otherwise each login would wait for all hubs.
 	}
 	rs.mu.Lock()
-	hubs := slices.Collect(maps.Values(rs.hubs))
+	hubs := maps.Clone(rs.hubs)
 	rs.mu.Unlock()
 	for _, hub := range hubs {
 		hub.do(func() { hub.remove(hub.users[user.ID], "", errLoggedOut) })
@@ -102,5 +104,6 @@ func loginForm(status int, reason string) string {
 	case status == http.StatusForbidden || status == http.StatusNotFound:
 		name, room = "", `autofocus aria-invalid="true"`
 	}
-	return strings.NewReplacer("{{class}}", class, "{{name-state}}", name, "{{room-state}}", room).Replace(login)
+	states := strings.NewReplacer("{{class}}", class, "{{name-state}}", name, "{{room-state}}", room)
+	return states.Replace(login)
 }

@@ -33,7 +33,7 @@ func keys(name string) [2]string {
 // or look alike in lower case. Weiß equals Weiss.
 // https://www.unicode.org/reports/tr39/#Confusable_Detection
 func fold(name string) string {
-	small := strings.ReplaceAll(cases.Fold().String(name), "i\u0307", "i") // from the Turkish capital i
+	small := strings.ReplaceAll(cases.Fold().String(name), "i\u0307", "i") // from the Turkish İ
 	return cases.Fold().String(confusable.Skeleton(small))
 }
 
@@ -50,8 +50,9 @@ var additions = regexp.MustCompile(
 	`[\x{300}-\x{36F}\x{1AB0}-\x{1AFF}\x{1DC0}-\x{1DFF}\x{20D0}-\x{20FF}\x{FE20}-\x{FE2F}_-]`)
 
 // Two letters that look like one, and small capitals that UTS 39 tells from capitals.
-var lookAlikes = strings.NewReplacer("vv", "w", "ᴀ", "a", "ʙ", "b", "ᴅ", "d", "ᴇ", "e", "ꜰ", "f",
-	"ɢ", "g", "ʜ", "h", "ᴊ", "j", "ĸ", "k", "ʟ", "l", "ʍ", "rn", "ɴ", "n", "ᴘ", "p", "ʀ", "r", "ᴛ", "t")
+var lookAlikes = strings.NewReplacer("vv", "w",
+	"ᴀ", "a", "ʙ", "b", "ᴅ", "d", "ᴇ", "e", "ꜰ", "f", "ɢ", "g", "ʜ", "h", "ᴊ", "j",
+	"ĸ", "k", "ʟ", "l", "ʍ", "rn", "ɴ", "n", "ᴘ", "p", "ʀ", "r", "ᴛ", "t")
 
 // simplify makes equal what looks alike, though UTS 39 does not call it confusable.
 func simplify(key string) string {

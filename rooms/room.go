@@ -37,12 +37,15 @@ const maxNameSize, maxLineSize = 32, 4 << 10
 
 // The reasons for which a room closes connections. The page does not reconnect after
 // codes from 4400 on, which are 4000 more than the HTTP status of the form with that reason.
-var errLoggedOut = &websocket.CloseError{Code: 4401, Text: "you have logged out, or logged in with another name"}
-var errKicked = &websocket.CloseError{Code: 4403, Text: "you were removed from this room"}
-var errNameTaken = &websocket.CloseError{Code: 4409, Text: "a user in this room has this name, or one that looks like it; it may be free in ten seconds"}
-var errTooManyTabs = &websocket.CloseError{Code: 4429, Text: "you have too many connections to this room"}
-var errRoomFull = &websocket.CloseError{Code: 4503, Text: "this room is full"}
-var errRoomClosed = &websocket.CloseError{Code: websocket.CloseGoingAway, Text: "this room has closed"}
+var (
+	errLoggedOut = closeError(4401, "you have logged out, or logged in with another name")
+	errKicked    = closeError(4403, "you were removed from this room")
+	errNameTaken = closeError(4409, "a user in this room has this name, or one that looks like it; "+
+		"it may be free in ten seconds")
+	errTooManyTabs = closeError(4429, "you have too many connections to this room")
+	errRoomFull    = closeError(4503, "this room is full")
+	errRoomClosed  = closeError(1001, "this room has closed")
+)
 
 // A Line is what the server sends: one JSON document. Its kind is one of these:
 //
@@ -67,7 +70,7 @@ type Line struct {
 	// Of a welcome:
 	RoomID string   `json:"room,omitempty"`   // which room the numbers belong to
 	Users  []string `json:"users,omitempty"`  // the users in the room
-	Missed bool     `json:"missed,omitempty"` // lines after JoinRequest.After, or between those that follow, may be missing
+	Missed bool     `json:"missed,omitempty"` // lines may be missing after JoinRequest.After
 
 	only    []string // the IDs of the sender and of the recipients; nil for all users
 	message []byte   // the line as JSON
@@ -99,7 +102,7 @@ type Room struct {
 
 	// Owned by run:
 	Record
-	refusal *websocket.CloseError // if the Record cannot be read, or the room has closed: publish does nothing
+	refusal *websocket.CloseError // if the Record cannot be read, or the room has closed
 	users   map[string]*User      // by ID
 }
 
@@ -178,7 +181,8 @@ func (h *Hub) welcome(client *Client, user *User) {
 	if client.request.RoomID != h.id {
 		after = 0 // The number is from another room of that name.
 	}
-	lines := slices.DeleteFunc(slices.Concat(h.history, h.private), func(l Line) bool { return l.N <= after || !l.isFor(client) })
+	isOld := func(l Line) bool { return l.N <= after || !l.isFor(client) }
+	lines := slices.DeleteFunc(slices.Concat(h.history, h.private), isOld)
 	slices.SortFunc(lines, func(a, b Line) int { return cmp.Compare(a.N, b.N) })
 	welcome := Line{Kind: "welcome", User: user.Name, RoomID: h.id}
 	welcome.Missed = 0 < after && after < h.forgotten || len(lines) > 0 && lines[0].N < h.lost
@@ -195,7 +199,7 @@ func (h *Hub) welcome(client *Client, user *User) {
 // leave removes client, which has just been dropped, from its user's connections.
 func (h *Hub) leave(client *Client) {
 	if user := client.user; user != nil { // else it was not let in
-		user.clients = slices.DeleteFunc(user.clients, func(other *Client) bool { return other == client })
+		user.clients = slices.DeleteFunc(user.clients, func(c *Client) bool { return c == client })
 		user.away = time.Now()
 	}
 }
@@ -206,7 +210,8 @@ func (h *Hub) remove(user *User, text string, reason *websocket.CloseError) {
 	if user == nil {
 		return
 	}
-	h.present = slices.DeleteFunc(slices.Clone(h.present), func(other Identity) bool { return other == user.Identity })
+	isUser := func(other Identity) bool { return other == user.Identity }
+	h.present = slices.DeleteFunc(slices.Clone(h.present), isUser)
 	h.publish(Line{Kind: "leave", User: user.Name, Text: text})
 	delete(h.users, user.ID)
 	for _, client := range user.clients {
@@ -231,9 +236,10 @@ func (h *Hub) expire() {
 	}
 	h.rooms.mu.Lock()
 	defer h.rooms.mu.Unlock()
-	// run goes on until its last client is done. By then the room may have another hub.
-	if h.rooms.hubs[fold(h.name)] == h && len(h.users) == 0 && h.joining.Load() == 0 && time.Since(h.used) >= roomLife &&
-		h.rooms.store.release(h.Record) {
+	// run goes on until its last client is done. By then the room may have another hub. A room
+	// that was not used could not be read, or has never been saved.
+	if h.rooms.hubs[fold(h.name)] == h && len(h.users) == 0 && h.joining.Load() == 0 &&
+		time.Since(h.used) >= roomLife && (h.used.IsZero() || h.rooms.store.release(h.Record)) {
 		delete(h.rooms.hubs, fold(h.name))
 		h.refusal = errRoomClosed
 		h.stop()
@@ -243,8 +249,11 @@ func (h *Hub) expire() {
 // command matches a line that starts with a slash, or with what an input method types
 // for it: "/to Hans meet me at six". It skips invisible characters before the slash:
 // else a private message that has one would go to all users.
-var command = regexp.MustCompile(`^(?:[^\pL\pN\pP\pS]|[\x{115F}\x{1160}\x{2800}\x{3164}\x{FFA0}])*[/／∕⁄、]` +
-	`[\s\pZ]*([^\s\pZ]*)[\s\pZ]*([^\s\pZ]*)[\s\pZ]*(.*)`)
+var command = regexp.MustCompile(
+	`^(?:[^\pL\pN\pP\pS]|[\x{115F}\x{1160}\x{2800}\x{3164}\x{FFA0}])*[/／∕⁄、]` +
+		`[\s\pZ]*([^\s\pZ]*)[\s\pZ]*([^\s\pZ]*)[\s\pZ]*(.*)`)
+
+var usages = map[string]string{"to": "/to NAME text", "kick": "/kick NAME", "allow": "/allow NAME"}
 
 // receive publishes a line from client, or runs it if it is a command.
 func (h *Hub) receive(client *Client, line string) {
@@ -254,14 +263,13 @@ func (h *Hub) receive(client *Client, line string) {
 		return
 	}
 	verb, name, text := strings.ToLower(norm.NFKC.String(parts[1])), parseName(parts[2]), parts[3]
-	usage := map[string]string{"to": "/to NAME text", "kick": "/kick NAME", "allow": "/allow NAME"}[verb]
 	// Not alike: else "/to Paul" would go to Pau1.
 	user := h.find(func(user *User) bool { return strings.EqualFold(user.Name, name) })
 	switch {
-	case usage == "":
+	case usages[verb] == "":
 		h.notify(client, line, "Unknown command. There are /to NAME text, /kick NAME and /allow NAME.")
 	case parts[2] == "" || verb == "to" && text == "":
-		h.notify(client, line, "Write "+usage+".")
+		h.notify(client, line, "Write "+usages[verb]+".")
 	case verb != "to" && sender != h.host():
 		h.notify(client, line, "Only the host, "+h.host().Name+", can remove and allow users.")
 	case verb == "allow":
@@ -269,7 +277,8 @@ func (h *Hub) receive(client *Client, line string) {
 	case user == nil:
 		h.notify(client, line, "There is no user with that name in this room.")
 	case verb == "to":
-		h.publish(Line{Kind: "private", User: sender.Name, To: user.Name, Text: text, Line: line, only: []string{sender.ID, user.ID}})
+		h.publish(Line{Kind: "private", User: sender.Name, To: user.Name, Text: text, Line: line,
+			only: []string{sender.ID, user.ID}})
 	case user == sender: // This protects the owner, who is the host while present.
 		h.notify(client, line, "You cannot remove yourself.")
 	default:
@@ -312,16 +321,14 @@ func (h *Hub) publish(line Line) {
 	if len(h.users) > 0 {
 		h.used = time.Now()
 	}
-	isKept := line.Kind == "message" || line.Kind == "private"
-	for isKept && h.last-h.committed.Load() >= maxUncommitted {
-		time.Sleep(commitDelay) // Commits fail: backpressure.
-	}
-	if isKept {
+	if line.Kind == "message" || line.Kind == "private" {
+		for h.last-h.committed.Load() >= maxUncommitted {
+			time.Sleep(commitDelay) // Commits fail: backpressure.
+		}
 		h.last++
 		line.N = h.last
 	}
-	line.message = line.encode()
-	if isKept {
+	if line.message = line.encode(); line.N > 0 {
 		h.keep(line)
 	}
 	h.rooms.store.save(h.Record)
@@ -329,20 +336,20 @@ func (h *Hub) publish(line Line) {
 }
 
 // keep adds line to the history or to the private messages, and forgets what is too much.
-func (h *Hub) keep(line Line) {
-	if line.only == nil {
-		h.history = append(h.history, line)
+func (r *Record) keep(line Line) {
+	if len(line.only) == 0 {
+		r.history = append(r.history, line)
 	} else {
-		h.private = append(h.private, line)
+		r.private = append(r.private, line)
 	}
-	for len(h.history) > historySize { // more than one if the constant has been lowered
-		h.forgotten = max(h.forgotten, h.history[0].N)
-		h.history = h.history[1:]
+	if len(r.history) > historySize {
+		r.forgotten = max(r.forgotten, r.history[0].N)
+		r.history = r.history[1:]
 	}
-	for len(h.private) > historySize {
-		i := oldestOfMost(h.private)
-		h.forgotten = max(h.forgotten, h.private[i].N)
-		h.private = slices.Delete(slices.Clone(h.private), i, i+1)
+	if len(r.private) > historySize {
+		i := oldestOfMost(r.private)
+		r.forgotten = max(r.forgotten, r.private[i].N)
+		r.private = slices.Delete(slices.Clone(r.private), i, i+1)
 	}
 }
 
@@ -364,7 +371,7 @@ func (h *Hub) notify(client *Client, line, text string) {
 
 // isFor reports whether client receives the line: if it has been let in, and may read it.
 func (l Line) isFor(client *Client) bool {
-	return client.user != nil && (l.only == nil || slices.Contains(l.only, client.request.ID))
+	return client.user != nil && (len(l.only) == 0 || slices.Contains(l.only, client.request.ID))
 }
 
 // encode returns the line as JSON, with the time.
@@ -372,7 +379,7 @@ func (l Line) encode() []byte {
 	l.Time = time.Now()
 	var message bytes.Buffer
 	encoder := json.NewEncoder(&message)
-	encoder.SetEscapeHTML(false) // The page never parses text as HTML, and an escaped < takes six bytes.
+	encoder.SetEscapeHTML(false) // The page parses no text as HTML. An escaped < takes six bytes.
 	encoder.Encode(l)            // No field can fail to encode.
 	return bytes.TrimSpace(message.Bytes())
 }

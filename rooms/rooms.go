@@ -48,7 +48,8 @@ type Rooms struct {
 // newRooms returns the rooms of the store, which the caller closes after stop. It opens those
 // that had users when the server last ran.
 func newRooms(key string, store *Store) *Rooms {
-	rs := &Rooms{store: store, cookies: securecookie.New([]byte(key), nil), hubs: make(map[string]*Hub)}
+	cookies := securecookie.New([]byte(key), nil)
+	rs := &Rooms{store: store, cookies: cookies, hubs: make(map[string]*Hub)}
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
 	for _, name := range store.occupied {
@@ -175,15 +176,18 @@ func servePage(w http.ResponseWriter, r *http.Request, status int, reason, name,
 			setCookie(w, r, "") // logIn checks that the browser returns it.
 		}
 	}
-	w.Header().Set("Cache-Control", "no-store") // as it depends on the cookie
-	w.Header().Set("Content-Type", "text/html; charset=utf-8")
-	w.Header().Set("X-Content-Type-Options", "nosniff")
-	w.Header().Set("X-Reason", reason) // A page that reconnects shows it.
-	w.Header().Set("Content-Security-Policy", "default-src 'none'; script-src 'nonce-"+nonce+"'; style-src 'nonce-"+nonce+
-		"'; img-src data:; connect-src 'self' ws: wss:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
+	header := w.Header()
+	header.Set("Cache-Control", "no-store") // as it depends on the cookie
+	header.Set("Content-Security-Policy", "default-src 'none'; script-src 'nonce-"+nonce+
+		"'; style-src 'nonce-"+nonce+"'; img-src data:; connect-src 'self' ws: wss:; "+
+		"base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
+	header.Set("Content-Type", "text/html; charset=utf-8")
+	header.Set("X-Content-Type-Options", "nosniff")
+	header.Set("X-Reason", reason) // A page that reconnects shows it.
 	w.WriteHeader(status)
 	strings.NewReplacer(
 		"<script", `<script nonce="`+nonce+`"`, "<style", `<style nonce="`+nonce+`"`,
-		"{{reason}}", html.EscapeString(reason), "{{name}}", html.EscapeString(name), "{{room}}", html.EscapeString(room),
+		"{{reason}}", html.EscapeString(reason),
+		"{{name}}", html.EscapeString(name), "{{room}}", html.EscapeString(room),
 	).WriteString(w, page)
 }

@@ -4,7 +4,7 @@ import (
 	"cmp"
 	"crypto/rand"
 	"encoding/json"
-	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -37,27 +37,55 @@ const deleteInterval = 24 * time.Hour
 var errUnreadable = &websocket.CloseError{Code: 1011, Text: "the room cannot be read"}
 var errTooManyRooms = &websocket.CloseError{Code: 4503, Text: "the server keeps too many rooms"}
 
-// A crash loses the lines since the last commit, whose numbers clients may know. So the
-// numbers go on beyond any that the room can have reached.
-const skipLost = `UPDATE rooms SET open = 0,
-	last = last + ?1, forgotten = last + ?1, lost = last + ?1 WHERE open`
+// At the start, of rooms whose names look alike, which depends on the version of Unicode, the one
+// that was used last has the name. A crash has lost lines since the last commit, whose numbers
+// clients may know: the numbers of open rooms go on beyond any that these can have reached.
+const startRooms = `
+	UPDATE rooms SET fold = id;
+	UPDATE rooms SET fold = fold(name)
+		FROM (SELECT id, max(used) FROM rooms GROUP BY fold(name)) AS latest WHERE rooms.id = latest.id;
+	UPDATE rooms SET open = 0, last = last + ?1, forgotten = last + ?1, lost = last + ?1 WHERE open`
 
 const saveRoom = `INSERT INTO rooms (id, name, fold, owner, used, last, forgotten, lost, open)
 	VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
 	owner = excluded.owner, used = excluded.used, last = excluded.last,
 	forgotten = excluded.forgotten, lost = excluded.lost, open = excluded.open`
 
-// These change only the rows that differ from a JSON array, of numbers and of arrays.
+// These change only the rows that differ from JSON: an array of numbers, or of an array of users
+// and one of kicks.
 const deleteLines = `DELETE FROM lines WHERE room = ?1
 	AND n NOT IN (SELECT value FROM json_each(?2))`
-
+const members = `SELECT member.value ->> 'ID', member.value ->> 'Name',
+	coalesce(1 + (member.value ->> 'StandIn'), 0)
+	FROM json_each(?2) AS list, json_each(list.value) AS member`
 const deleteUsers = `DELETE FROM users WHERE room = ?1
-	AND (id, name, kicked) NOT IN (SELECT value ->> 0, value ->> 1, value ->> 2 FROM json_each(?2))`
+	AND (id, name, kicked) NOT IN (` + members + `)`
 const insertUsers = `INSERT OR IGNORE INTO users (room, id, name, kicked)
-	SELECT ?1, value ->> 0, value ->> 1, value ->> 2 FROM json_each(?2)`
+	SELECT ?1, * FROM (` + members + `)`
 
-// What users.kicked means.
-const inRoom, isKicked, isKickedByStandIn = 0, 1, 2
+// A Record is what the store keeps of a room. The store gets copies that share the slices,
+// so their elements must not change: append, or replace the slice.
+type Record struct {
+	id, name, owner string        // the owner is the ID of the user that opened the room
+	present         []Identity    // the users in the room, in the order in which they joined
+	kicks           []Kick        // oldest first
+	used            time.Time     // when there was last a user: updated by each line, and once a day
+	last            int64         // the number of the last line
+	history         []Line        // for all users, oldest first
+	private         []Line        // separate, so that they do not displace the history
+	forgotten       int64         // the highest number of a line that was trimmed or lost
+	lost            int64         // a crash may have lost lines up to this number
+	open            bool          // a hub has the room: a crash may lose lines
+	committed       *atomic.Int64 // set by the store: the last line that a crash cannot lose
+}
+
+// A Kick is a user that cannot join the room again.
+type Kick struct {
+	Identity
+	StandIn bool // The owner was absent: the kick ends when the owner joins.
+}
+
+func isByStandIn(k Kick) bool { return k.StandIn }
 
 // A Store keeps rooms in a database. One goroutine, run, owns it.
 type Store struct {
@@ -73,35 +101,32 @@ type Store struct {
 }
 
 // openStore opens the database in file, or creates it.
-func openStore(file string) (*Store, error) {
-	db, err := openDatabase(file)
-	if err != nil {
+func openStore(file string) (s *Store, err error) {
+	s = &Store{operations: make(chan func(), storeQueueSize), unsaved: make(map[string]Record)}
+	if s.db, err = openDatabase(file, s.setUp); err != nil {
 		return nil, err
-	}
-	s := &Store{db: db, operations: make(chan func(), storeQueueSize), unsaved: map[string]Record{}}
-	if err := db.transaction(s.setUp); err != nil {
-		db.close()
-		return nil, fmt.Errorf("%s: %w", db.file, err)
 	}
 	go s.run()
 	return s, nil
 }
 
-// setUp reads what the server starts with.
+// setUp changes and reads what the store starts with.
 func (s *Store) setUp(t *tx) {
+	t.exec(startRooms, maxUncommitted)
+	t.exec(`INSERT INTO server SELECT ? WHERE NOT EXISTS (SELECT * FROM server)`, rand.Text())
 	t.query(`SELECT cookie_key FROM server`, nil, []any{&s.key}, nil)
-	t.exec(skipLost, maxUncommitted)
-	var name string
+	var name, other string
 	t.query(`SELECT name FROM rooms WHERE id IN (SELECT room FROM users WHERE kicked = 0)
 		AND fold <> id`, nil, []any{&name}, func() { s.occupied = append(s.occupied, name) })
+	t.query(`SELECT rooms.name, other.name FROM rooms JOIN rooms AS other
+		ON other.fold = fold(rooms.name) WHERE rooms.fold = rooms.id`, nil, []any{&name, &other},
+		func() { logSoon("the room %q cannot be opened: %q looks like it", name, other) })
 }
 
 // run executes operations, commits commitDelay after the first change, and deletes rooms
 // every deleteInterval.
 func (s *Store) run() {
-	daily := time.NewTicker(deleteInterval)
-	defer daily.Stop()
-	for {
+	for daily := time.Tick(deleteInterval); ; {
 		select {
 		case operation := <-s.operations:
 			if operation == nil {
@@ -110,7 +135,7 @@ func (s *Store) run() {
 			operation()
 		case <-s.due:
 			s.commit()
-		case <-daily.C:
+		case <-daily:
 			s.deleteUnused()
 		}
 	}
@@ -133,9 +158,6 @@ func (s *Store) put(record Record) {
 // release saves record for a hub that is about to stop. It returns false if that would have to
 // wait, because the queue is full.
 func (s *Store) release(record Record) bool {
-	if !record.open || record.used.IsZero() {
-		return true // It could not be read, or was never saved.
-	}
 	record.open = false
 	select {
 	case s.operations <- func() { s.put(record) }:
@@ -150,80 +172,64 @@ func (s *Store) release(record Record) bool {
 func (s *Store) close() error {
 	committed := make(chan error, 1)
 	s.operations <- func() {
-		s.due = nil // Else run might use the database while it is closed.
-		_, err := s.write(true)
+		err := s.commit()
+		if err == nil {
+			_, err = s.db.Exec(`UPDATE rooms SET open = 0`)
+		}
 		committed <- err
 	}
 	s.operations <- nil
 	return cmp.Or(<-committed, s.db.close())
 }
 
-// commit writes what is unsaved. What fails stays unsaved, and run tries again after
-// retryDelay.
-func (s *Store) commit() {
-	failed, err := s.write(false)
-	for key, record := range s.unsaved {
-		if _, isFailed := failed[key]; !isFailed {
+// commit writes what is unsaved in one transaction. A room that cannot be written keeps no other
+// from being written: it stays unsaved, and run tries again after retryDelay.
+func (s *Store) commit() (err error) {
+	saved := maps.Clone(s.unsaved)
+	failed := s.db.transaction(func(t *tx) {
+		for key, record := range s.unsaved {
+			if cause := t.savepoint(func() { t.write(record) }); cause != nil {
+				delete(saved, key)
+				err = cause
+			}
+		}
+	})
+	if failed == nil {
+		for key, record := range saved {
 			record.committed.Store(record.last)
+			delete(s.unsaved, key)
 		}
 	}
-	s.unsaved = failed
-	if err != nil {
+	if err = cmp.Or(err, failed); err != nil {
+		logSoon("%s: cannot save %d rooms: %v", s.db.file, len(s.unsaved), err)
 		s.due, s.failing = time.After(retryDelay), true
-		logSoon("%s: cannot save %d rooms: %v", s.db.file, len(failed), err)
-		return
+		return err
 	}
 	if s.failing {
 		logSoon("%s: saved all changes since the error", s.db.file)
 	}
 	s.due, s.failing = nil, false
-}
-
-// write writes what is unsaved, and returns the rooms that cannot be written, with one of
-// the errors: a damaged room does not keep the others from being written.
-func (s *Store) write(closing bool) (failed map[string]Record, cause error) {
-	failed = make(map[string]Record)
-	err := s.db.transaction(func(t *tx) {
-		for key, record := range s.unsaved {
-			if err := t.savepoint(func() { t.write(record) }); err != nil {
-				failed[key], cause = record, err
-			}
-		}
-		if closing && cause == nil {
-			t.exec(`UPDATE rooms SET open = 0`)
-		}
-	})
-	if err != nil {
-		return s.unsaved, err
-	}
-	return failed, cause
+	return nil
 }
 
 // write writes a room, and deletes what it no longer keeps.
 func (t *tx) write(record Record) {
 	t.exec(saveRoom, record.id, record.name, fold(record.name), record.owner, record.used.Unix(),
 		record.last, record.forgotten, record.lost, record.open)
-	users, numbers := [][3]any{}, []int64{}
-	for _, user := range record.present {
-		users = append(users, [3]any{user.ID, user.Name, inRoom})
-	}
-	for _, kick := range record.kicks {
-		users = append(users, [3]any{kick.ID, kick.Name, isKicked})
-		if kick.StandIn {
-			users[len(users)-1][2] = isKickedByStandIn
-		}
-	}
-	t.exec(deleteUsers, record.id, list(users))
-	t.exec(insertUsers, record.id, list(users))
-	room, saved := []any{record.id}, int64(0)
-	t.query(`SELECT coalesce(max(n), 0) FROM lines WHERE room = ?`, room, []any{&saved}, nil)
+	users, _ := json.Marshal([]any{record.present, record.kicks}) // No name can fail to encode.
+	t.exec(deleteUsers, record.id, string(users))
+	t.exec(insertUsers, record.id, string(users))
+	saved, numbers := int64(0), []int64{}
+	t.query(`SELECT coalesce(max(n), 0) FROM lines WHERE room = ?`,
+		[]any{record.id}, []any{&saved}, nil)
 	for _, line := range slices.Concat(record.history, record.private) {
 		if numbers = append(numbers, line.N); line.N > saved {
 			t.exec(`INSERT INTO lines VALUES (?, ?, ?, ?)`,
 				record.id, line.N, strings.Join(line.only, " "), string(line.message))
 		}
 	}
-	t.exec(deleteLines, record.id, list(numbers))
+	kept, _ := json.Marshal(numbers)
+	t.exec(deleteLines, record.id, string(kept))
 }
 
 // deleteUnused deletes rooms that have not been used for keepTime.
@@ -275,10 +281,10 @@ func (s *Store) read(name string) (Record, *websocket.CloseError) {
 		room := []any{record.id}
 		t.query(`SELECT id, name, kicked FROM users WHERE room = ? ORDER BY n`, room,
 			[]any{&user.ID, &user.Name, &kicked}, func() {
-				if kicked == inRoom {
+				if kicked == 0 {
 					record.present = append(record.present, user)
 				} else {
-					record.kicks = append(record.kicks, Kick{user, kicked == isKickedByStandIn})
+					record.kicks = append(record.kicks, Kick{user, kicked == 2})
 				}
 			})
 		t.query(`SELECT n, recipients, line FROM lines WHERE room = ? ORDER BY n`, room,
@@ -307,10 +313,7 @@ func (s *Store) readLine(record *Record, n int64, recipients string, message []b
 	if err != nil || !utf8.Valid(message) || line.N != n || line.Kind != kind {
 		logSoon("%s: line %d of the room %q is damaged", s.db.file, n, record.name)
 		record.forgotten = max(record.forgotten, n)
-	} else if recipients == "" {
-		record.history = append(record.history, Line{N: n, message: message})
-	} else {
-		line = Line{N: n, message: message, only: strings.Fields(recipients)}
-		record.private = append(record.private, line)
+		return
 	}
+	record.keep(Line{N: n, message: message, only: strings.Fields(recipients)})
 }

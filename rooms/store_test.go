@@ -53,7 +53,8 @@ func TestDatabaseThatCannotBeUsedIsOneLineAndStatusOne(t *testing.T) {
 	for _, test := range []struct {
 		name, file, want string
 	}{
-		{"no database", file("text.db", strings.Repeat("not a database ", 1000)), "file is not a database"},
+		{"no database", file("text.db", strings.Repeat("not a database ", 1000)),
+			"file is not a database"},
 		{"truncated", file("short.db", "SQLite format 3\x00"), "file is not a database"},
 		{"a directory", dir, "is a directory"},
 		{"in no directory", filepath.Join(dir, "none", "rooms.db"), "no such file or directory"},
@@ -61,8 +62,10 @@ func TestDatabaseThatCannotBeUsedIsOneLineAndStatusOne(t *testing.T) {
 		{"in use", inUse, "another server uses this database"},
 	} {
 		output, status := runProgram(t, program(t, "CHAT_KEY=", test.file))
-		if status != 1 || strings.Count(output, "\n") != 1 || !strings.Contains(output, test.want) || !strings.Contains(output, test.file) {
-			t.Errorf("%s: status %d and output %q, want 1 and one line with %q", test.name, status, output, test.want)
+		if status != 1 || strings.Count(output, "\n") != 1 || !strings.Contains(output, test.want) ||
+			!strings.Contains(output, test.file) {
+			t.Errorf("%s: status %d and output %q, want 1 and one line with %q", test.name, status, output,
+				test.want)
 		}
 	}
 }
@@ -93,7 +96,8 @@ func TestReadOnlyDatabaseIsOneLineAndStatusOne(t *testing.T) {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	}
 	output, status := runProgram(t, cmd)
-	if status != 1 || strings.Count(output, "\n") != 1 || !strings.Contains(output, "permission denied") {
+	if status != 1 || strings.Count(output, "\n") != 1 ||
+		!strings.Contains(output, "permission denied") {
 		t.Errorf("status %d and output %q, want 1 and one line", status, output)
 	}
 }
@@ -125,7 +129,8 @@ func TestKillLosesTheLastSecondAtMost(t *testing.T) {
 	restart(t, *rounds*5/2, syscall.SIGKILL)
 }
 
-var rounds = flag.Int("rounds", 2, "restart the server this `number` of times, and kill it 5/2 times as often")
+var rounds = flag.Int("rounds", 2,
+	"restart the server this `number` of times, and kill it 5/2 times as often")
 
 func restart(t *testing.T, rounds int, signal syscall.Signal) {
 	file := newFile(t)
@@ -149,7 +154,8 @@ func restart(t *testing.T, rounds int, signal syscall.Signal) {
 				break
 			}
 			talk.Go(func() {
-				for i := 0; p.WriteMessage(websocket.TextMessage, fmt.Appendf(nil, "%d %d %d", round, n, i)) == nil; i++ {
+				for i := 0; p.WriteMessage(websocket.TextMessage,
+					fmt.Appendf(nil, "%d %d %d", round, n, i)) == nil; i++ {
 				}
 				<-p.ended
 			})
@@ -182,7 +188,8 @@ func restart(t *testing.T, rounds int, signal syscall.Signal) {
 		previous = watcher
 		seen = append(seen, lines...)
 		for i := 1; i < len(seen); i++ {
-			if gap := seen[i].N - seen[i-1].N; gap <= 0 || gap > 1 && (signal == syscall.SIGTERM || gap < maxUncommitted/2) {
+			if gap := seen[i].N - seen[i-1].N; gap <= 0 || gap > 1 &&
+				(signal == syscall.SIGTERM || gap < maxUncommitted/2) {
 				t.Fatalf("round %d: line %d after %d", round, seen[i].N, seen[i-1].N)
 			}
 		}
@@ -205,16 +212,19 @@ func restart(t *testing.T, rounds int, signal syscall.Signal) {
 			case line.N <= last && !isKept:
 				t.Errorf("round %d: line %d is lost, and %d is kept", round, line.N, last)
 			case line.N > last && (signal == syscall.SIGTERM || killed.Sub(received[i]) > time.Second):
-				t.Errorf("round %d: line %d is lost, %v after it was received", round, line.N, killed.Sub(received[i]))
+				t.Errorf("round %d: line %d is lost, %v after it was received", round, line.N,
+					killed.Sub(received[i]))
 			}
 		}
 		for i := 1; i < len(kept); i++ {
-			if gap := kept[i].N - kept[i-1].N; gap != 1 && (signal == syscall.SIGTERM || gap < maxUncommitted/2) {
+			if gap := kept[i].N - kept[i-1].N; gap != 1 &&
+				(signal == syscall.SIGTERM || gap < maxUncommitted/2) {
 				t.Errorf("round %d: %d is kept after %d", round, kept[i].N, kept[i-1].N)
 			}
 		}
 		if record.last < seen[len(seen)-1].N {
-			t.Errorf("round %d: numbers go on at %d, although %d was seen", round, record.last, seen[len(seen)-1].N)
+			t.Errorf("round %d: numbers go on at %d, although %d was seen", round, record.last,
+				seen[len(seen)-1].N)
 		}
 	}
 }
@@ -283,7 +293,8 @@ func TestChatGoesOnWhileTheDatabaseFailsAndAllIsSavedAfterwards(t *testing.T) {
 		fillDisk(t, w.store, false)
 		time.Sleep(2 * retryDelay)
 		synctest.Wait()
-		if got := logged.String(); strings.Count(got, "\n") != 1 || !strings.Contains(got, "saved all changes") {
+		if got := logged.String(); strings.Count(got, "\n") != 1 ||
+			!strings.Contains(got, "saved all changes") {
 			t.Errorf("then it logs %q, want that all is saved", got)
 		}
 		grete.leave()
@@ -306,7 +317,8 @@ func TestFullDiskLosesNothing(t *testing.T) {
 	w, cmd, log := startProgram(t, "CHAT_KEY="+testKey, file)
 	limit := func(bytes string) {
 		t.Helper()
-		if out, err := exec.Command("prlimit", "--pid", fmt.Sprint(cmd.Process.Pid), "--fsize="+bytes+":").CombinedOutput(); err != nil {
+		if out, err := exec.Command("prlimit", "--pid", fmt.Sprint(cmd.Process.Pid),
+			"--fsize="+bytes+":").CombinedOutput(); err != nil {
 			t.Fatalf("prlimit: %v: %s", err, out)
 		}
 	}
@@ -342,8 +354,10 @@ func TestFullDiskLosesNothing(t *testing.T) {
 
 	w, _, _ = startProgram(t, "CHAT_KEY="+testKey, file)
 	lines := w.join("Ursel", "kitchen").until("join Ursel")
-	if want := []string{"message Grete: dinner", "join Ursel"}; len(lines) != historySize+1 || !slices.Equal(lines[len(lines)-2:], want) {
-		t.Errorf("after a restart there are %d lines that end with %q, want %d and %q", len(lines), lines[len(lines)-2:], historySize+1, want)
+	if want := []string{"message Grete: dinner", "join Ursel"}; len(lines) != historySize+1 ||
+		!slices.Equal(lines[len(lines)-2:], want) {
+		t.Errorf("after a restart there are %d lines that end with %q, want %d and %q", len(lines),
+			lines[len(lines)-2:], historySize+1, want)
 	}
 	w.join("Ursel", "garden").until("message Uwe: weeds")
 }
@@ -391,11 +405,13 @@ func TestWelcomeTellsThatACrashMayHaveLostLines(t *testing.T) {
 		back := w.reconnect(cookie, "kitchen", grete)
 		back.send("here again")
 		back.want("message Grete: here again")
-		if !back.welcome.Missed || back.welcome.RoomID != grete.welcome.RoomID || back.last <= grete.last {
+		if !back.welcome.Missed || back.welcome.RoomID != grete.welcome.RoomID ||
+			back.last <= grete.last {
 			t.Errorf("the welcome is %+v, and the number %d after %d", back.welcome, back.last, grete.last)
 		}
 		hans := w.join("Hans", "kitchen")
-		if hans.want("message Grete: dinner", "message Grete: here again", "join Hans"); !hans.welcome.Missed {
+		if hans.want("message Grete: dinner", "message Grete: here again",
+			"join Hans"); !hans.welcome.Missed {
 			t.Error("a newcomer is not told that lines are missing between those")
 		}
 		for n := range historySize {
@@ -420,7 +436,8 @@ func TestQuotesInTextAndNamesAreOnlyText(t *testing.T) {
 		cookie := w.logIn("Grete")
 		grete := w.dial(cookie, "kitchen")
 		grete.received()
-		texts := []string{"'); DROP TABLE lines; --", `"; DELETE FROM rooms WHERE 1=1; --`, "?1 :a @b $c %s", "x\x00y", "\\'", `{"n":1}`}
+		texts := []string{"'); DROP TABLE lines; --", `"; DELETE FROM rooms WHERE 1=1; --`,
+			"?1 :a @b $c %s", "x\x00y", "\\'", `{"n":1}`}
 		for _, text := range texts {
 			grete.send(text)
 		}
@@ -475,7 +492,8 @@ func TestStoreKeepsNoMoreRoomsThanItsLimit(t *testing.T) {
 			w := startPiped(t)
 			fillDisk(t, w.store, full) // Then the rooms wait to be saved.
 			for n := range maxKeptRooms {
-				w.store.save(Record{id: fmt.Sprint(n), name: fmt.Sprint("room", n), used: time.Now(), last: 1, committed: new(atomic.Int64)})
+				w.store.save(Record{id: fmt.Sprint(n), name: fmt.Sprint("room", n), used: time.Now(), last: 1,
+					committed: new(atomic.Int64)})
 			}
 			time.Sleep(2 * commitDelay)
 			cookie := w.logIn("Grete")
@@ -506,7 +524,8 @@ func TestUnreadableRoomIsRefusedAndKept(t *testing.T) {
 		execute(t, w.store, `ALTER TABLE hidden RENAME TO lines`)
 		time.Sleep(2 * time.Second) // The room closes.
 		w.join("Ursel", "kitchen").want("message Grete: dinner", "join Ursel")
-		if got := logged.String(); strings.Count(got, "cannot read a room: ") != 1 || !strings.Contains(got, "no such table") {
+		if got := logged.String(); strings.Count(got, "cannot read a room: ") != 1 ||
+			!strings.Contains(got, "no such table") {
 			t.Errorf("the log is %q, want why the room could not be read", got)
 		}
 	})
@@ -526,9 +545,20 @@ func TestTransactionThatFailsWritesNothing(t *testing.T) {
 		name, want string
 		f          func(t *tx)
 	}{
-		{"a change", "syntax error", func(t *tx) { t.exec(`nonsense`); t.query(`SELECT 1`, nil, []any{&n}, nothing) }},
-		{"a query", "no such column", func(t *tx) { t.query(`SELECT nonsense`, nil, []any{&n}, nothing); t.exec(`DELETE FROM lines`) }},
-		{"a value", "converting", func(t *tx) { t.query(`SELECT 'text' UNION ALL SELECT 1`, nil, []any{&n}, nothing) }},
+		{"a change", "syntax error", func(t *tx) {
+			t.exec(`nonsense`)
+			t.query(`SELECT 1`, nil, []any{&n},
+				nothing)
+		}},
+		{"a query", "no such column", func(t *tx) {
+			t.query(`SELECT nonsense`, nil, []any{&n},
+				nothing)
+			t.exec(`DELETE FROM lines`)
+		}},
+		{"a value", "converting", func(t *tx) {
+			t.query(`SELECT 'text' UNION ALL SELECT 1`, nil,
+				[]any{&n}, nothing)
+		}},
 		{"a later row", "overflow", func(t *tx) {
 			t.query(`SELECT 1 UNION ALL SELECT abs(-9223372036854775807 - 1)`, nil, []any{&n}, nothing)
 		}},
@@ -544,7 +574,10 @@ func TestTransactionThatFailsWritesNothing(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("%s fails: transaction returns %v, want %q", test.name, err, test.want)
 			}
-			if err := s.db.transaction(func(t *tx) { t.query(`SELECT count(*) FROM server`, nil, []any{&n}, nothing) }); err != nil || n != 1 {
+			if err := s.db.transaction(func(t *tx) {
+				t.query(`SELECT count(*) FROM server`, nil, []any{&n},
+					nothing)
+			}); err != nil || n != 1 {
 				t.Errorf("%s fails: then there are %d rows, %v, want 1", test.name, n, err)
 			}
 		}
@@ -593,10 +626,14 @@ func testAllRoomsOpenAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	for n := range maxRooms {
-		record := Record{id: fmt.Sprint("ID", n), name: fmt.Sprint("room", n), used: time.Now(), last: 200, committed: new(atomic.Int64)}
+		record := Record{id: fmt.Sprint("ID", n), name: fmt.Sprint("room", n), used: time.Now(),
+			last: 200, committed: new(atomic.Int64)}
 		for i := range historySize {
-			record.history = append(record.history, Line{N: int64(2*i + 1), message: Line{N: int64(2*i + 1), Kind: "message", Time: time.Now(), Text: fmt.Sprint(n)}.encode()})
-			record.private = append(record.private, Line{N: int64(2*i + 2), only: []string{"x", "y"}, message: Line{N: int64(2*i + 2), Kind: "private"}.encode()})
+			record.history = append(record.history, Line{N: int64(2*i + 1),
+				message: Line{N: int64(2*i + 1), Kind: "message", Time: time.Now(),
+					Text: fmt.Sprint(n)}.encode()})
+			record.private = append(record.private, Line{N: int64(2*i + 2), only: []string{"x", "y"},
+				message: Line{N: int64(2*i + 2), Kind: "private"}.encode()})
 		}
 		store.save(record)
 	}
@@ -616,7 +653,8 @@ func testAllRoomsOpenAtOnce(t *testing.T) {
 				got := p.until(fmt.Sprint("join User-", i))
 				for k := range historySize - 1 { // Another user may have joined before.
 					if k >= len(got) || got[k] != fmt.Sprint("message: ", n) {
-						t.Errorf("a client of room %d receives %d lines, and as number %d not its history", n, len(got), k)
+						t.Errorf("a client of room %d receives %d lines, and as number %d not its history", n,
+							len(got), k)
 						return
 					}
 				}
