@@ -69,7 +69,7 @@ var (
 	addr     = flag.String("addr", ":8080", "listen on `host:port`")
 	urls     = flag.String("nats", embedded, "join the room at the NATS servers `url,...`")
 	creds    = flag.String("creds", "", "authenticate to NATS with the credentials `file`")
-	password = flag.String("password", "", "authenticate as the URLs' user, with the password `file`")
+	password = flag.String("password", "", "log in as the URLs' user with the password `file`")
 	subject  = flag.String("subject", "chat", "the room's `name`: the NATS subject it talks on")
 )
 
@@ -139,8 +139,12 @@ func run(ctx context.Context, addr, urls, creds, password, subject string) error
 // returns the listener's error, if any.
 func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	hub := relay.hub
+	// The hub that clients use shares its channels and maps, except for broadcast, and no other
+	// fields. So in an application clients use the hub itself: README.md shows how.
+	proxyHub := *hub
+	proxyHub.broadcast = relay.broadcast
+
 	go hub.run()
-	go relay.metrics.watch(hub)
 	go func() {
 		select {
 		case <-relay.joined:
@@ -161,11 +165,11 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 			http.Error(w, "this node has not joined the room yet", http.StatusServiceUnavailable)
 			return
 		}
-		if relay.full.Load() { // Their messages would be queued here, too.
+		if relay.queued.Load() >= outgoingSize { // Their messages would be queued here, too.
 			http.Error(w, "too many messages are queued for NATS", http.StatusServiceUnavailable)
 			return
 		}
-		serveWs(relay.proxyHub, w, r)
+		serveWs(&proxyHub, w, r)
 	})
 	mux.HandleFunc("/ready", func(w http.ResponseWriter, r *http.Request) { serveReady(relay, w) })
 	mux.Handle("/metrics", relay.metrics.handler)
@@ -176,7 +180,7 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 		IdleTimeout:    idleTimeout,
 		MaxHeaderBytes: maxHeaderSize,
 	}
-	context.AfterFunc(ctx, func() { server.Close() }) // This does not close WebSockets: the hub does.
+	context.AfterFunc(ctx, func() { server.Close() }) // The hub closes WebSockets, Close does not.
 	err := server.Serve(listener)
 	if err == http.ErrServerClosed {
 		err = nil

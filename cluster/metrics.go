@@ -1,8 +1,9 @@
 package main
 
 import (
+	"log"
 	"net/http"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -32,7 +33,8 @@ const (
 	forgetWait = 24 * time.Hour
 )
 
-// metrics are a node's metrics for Prometheus. Any goroutine may use them.
+// metrics count what happens on a node, for Prometheus and for the log. Any goroutine may use
+// them.
 type metrics struct {
 	// Serves them at /metrics.
 	handler http.Handler
@@ -42,9 +44,8 @@ type metrics struct {
 	// By the words of the log.
 	lost map[string]prometheus.Counter
 
-	queue, inFlight prometheus.Gauge
-
-	clients atomic.Int64 // as of the last second
+	mu       sync.Mutex
+	counters map[string]uint64 // for the log, since the last report
 }
 
 func newMetrics(r *Relay) *metrics {
@@ -55,10 +56,7 @@ func newMetrics(r *Relay) *metrics {
 	counter := func(name, help string) prometheus.Counter {
 		return factory.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
 	}
-	gauge := func(name, help string) prometheus.Gauge {
-		return factory.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
-	}
-	gaugeFunc := func(name, help string, value func() float64) {
+	gauge := func(name, help string, value func() float64) {
 		factory.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, value)
 	}
 	m := &metrics{
@@ -68,16 +66,13 @@ func newMetrics(r *Relay) *metrics {
 		received: counter("chat_nats_received_messages_total",
 			"Messages and probes that NATS has sent to this node, its own included."),
 		deliveries: counter("chat_deliveries_total",
-			"Messages broadcast to clients, times the clients of the second before."),
+			"Messages queued for clients: each message counts once for each client."),
 		reconnects: counter("chat_nats_reconnects_total",
 			"Reconnects to NATS."),
 		natsErrors: counter("chat_nats_errors_total",
 			"Errors that NATS has reported, such as missing permissions and wrong credentials."),
-		lost: make(map[string]prometheus.Counter),
-		queue: gauge("chat_outgoing_messages",
-			"Messages of clients that wait for NATS, at most 8192."),
-		inFlight: gauge("chat_in_flight_messages",
-			"Messages published and not echoed, at most 32."),
+		lost:     make(map[string]prometheus.Counter),
+		counters: make(map[string]uint64),
 	}
 	lost := factory.NewCounterVec(prometheus.CounterOpts{
 		Name: "chat_lost_messages_total",
@@ -87,14 +82,20 @@ func newMetrics(r *Relay) *metrics {
 	for _, reason := range reasons {
 		m.lost[reason] = lost.WithLabelValues(reason)
 	}
-	gaugeFunc("chat_clients", "Connected clients.",
-		func() float64 { return float64(m.clients.Load()) })
-	gaugeFunc("chat_nodes",
+	gauge("chat_clients", "Connected clients.", func() (clients float64) {
+		r.hub.do(func() { clients = float64(len(r.hub.clients)) }) // 0 once it is stopped
+		return clients
+	})
+	gauge("chat_nodes",
 		"Nodes whose messages or probes have arrived in the last 15 s, this one included.",
 		func() float64 { return float64(r.heard.Load()) })
-	gaugeFunc("chat_incoming_messages", "Messages from NATS that wait for the hub, at most 8192.",
+	gauge("chat_outgoing_messages", "Messages of clients that wait for NATS, at most 8192.",
+		func() float64 { return float64(r.queued.Load()) })
+	gauge("chat_in_flight_messages", "Messages published and not echoed, at most 32.",
+		func() float64 { return float64(r.unechoed.Load()) })
+	gauge("chat_incoming_messages", "Messages from NATS that wait for the hub, at most 8192.",
 		func() float64 { return float64(len(r.incoming)) })
-	gaugeFunc("chat_ready", "1 if this node receives its own messages from NATS, else 0.",
+	gauge("chat_ready", "1 if this node receives its own messages from NATS, else 0.",
 		func() float64 {
 			if r.ready.Load() {
 				return 1
@@ -102,17 +103,6 @@ func newMetrics(r *Relay) *metrics {
 			return 0
 		})
 	return m
-}
-
-// watch counts the clients of hub once a second, until hub has been stopped.
-func (m *metrics) watch(hub *Hub) {
-	for hub.do(func() { m.clients.Store(int64(len(hub.clients))) }) {
-		select {
-		case <-time.After(time.Second):
-		case <-hub.stopped:
-		}
-	}
-	m.clients.Store(0)
 }
 
 // countNodes counts the nodes in the room, and logs when their number changes: the room may
@@ -133,24 +123,24 @@ func (r *Relay) countNodes() {
 	}
 }
 
-// count adds n to the counter what, for the next report. Any goroutine may call it.
-func (r *Relay) count(what string, n uint64) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+// count adds n to the counter what, for the next report.
+func (m *metrics) count(what string, n uint64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if n > 0 {
-		r.counters[what] += n
-		if counter := r.metrics.lost[what]; counter != nil { // else it is an error of NATS
+		m.counters[what] += n
+		if counter := m.lost[what]; counter != nil { // else it is an error of NATS
 			counter.Add(float64(n))
 		}
 	}
 }
 
 // report logs what has been counted since its last call.
-func (r *Relay) report() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for what, n := range r.counters {
-		r.log.Printf("NATS: %d × %s", n, what)
+func (m *metrics) report(logger *log.Logger) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for what, n := range m.counters {
+		logger.Printf("NATS: %d × %s", n, what)
 	}
-	clear(r.counters)
+	clear(m.counters)
 }

@@ -59,11 +59,12 @@ func TestMetricsCountMessagesClientsAndNodes(t *testing.T) {
 	}
 	begun, before := time.Now(), nodes[0].scrape(t)
 	for _, line := range numbered("sent", each) {
-		nodes[0].proxyHub.broadcast <- []byte(line)
+		nodes[0].broadcast <- []byte(line)
 		for _, c := range listeners {
 			c.want(t, line)
 		}
 	}
+	nodes[0].hub.do(func() {}) // The last message has been counted.
 	after := nodes[0].scrape(t)
 	for _, test := range []struct {
 		name         string
@@ -88,7 +89,7 @@ func TestMetricsCountMessagesClientsAndNodes(t *testing.T) {
 	})
 	restart := stopNATS(t, s)
 	awaitDisconnect(t, nodes)
-	nodes[0].proxyHub.broadcast <- []byte("queued")
+	nodes[0].broadcast <- []byte("queued")
 	eventually(t, "the queue is counted", func() bool {
 		values := nodes[0].scrape(t)
 		return values["chat_outgoing_messages"] == 1 && values["chat_ready"] == 0
@@ -99,6 +100,47 @@ func TestMetricsCountMessagesClientsAndNodes(t *testing.T) {
 		values := nodes[0].scrape(t)
 		return values["chat_nats_reconnects_total"] == 1 && values["chat_outgoing_messages"] == 0
 	})
+}
+
+func TestDeliveriesAreExactWhileClientsComeAndGo(t *testing.T) {
+	t.Parallel()
+	_, nodes := startRoom(t, 1)
+	node := nodes[0]
+	want := 0.0
+	wantDeliveries := func(clients ...*client) {
+		t.Helper()
+		node.broadcast <- message
+		for _, c := range clients {
+			c.want(t, string(message))
+		}
+		want += float64(len(clients))
+		node.hub.do(func() {}) // The message has been counted.
+		if got := node.scrape(t)["chat_deliveries_total"]; got != want {
+			t.Fatalf("with %d clients: got %v deliveries in all, want %v", len(clients), got, want)
+		}
+	}
+	var clients []*client
+	for range 10 {
+		clients = append(clients, node.dial(t))
+		wantDeliveries(clients...)
+	}
+	for n := range clients {
+		clients[n].Close()
+		eventually(t, "the client is not counted", func() bool {
+			return node.scrape(t)["chat_clients"] == float64(len(clients)-n-1)
+		})
+		if n < len(clients)-1 {
+			wantDeliveries(clients[n+1:]...)
+		}
+	}
+
+	// A client whose queue is full does not get the message that drops it.
+	listener := node.dial(t)
+	full := &Client{hub: node.hub, send: make(chan []byte, 1)}
+	full.send <- message
+	node.hub.register <- full
+	wantDeliveries(listener)
+	node.hub.done <- full
 }
 
 func TestNodesThatDoNotHearOfEachOtherSaySo(t *testing.T) {

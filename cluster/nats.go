@@ -56,7 +56,8 @@ func natsOptions(urls, creds, password string) (nats.Options, error) {
 		u, err := url.Parse(strings.TrimSpace(server))
 		if err != nil || u.Host == "" || u.Path+u.RawQuery+u.Fragment != "" {
 			return options, errors.New("a URL of NATS is malformed: write nats://host:port or " +
-				"tls://host:port, and in a name or password %2F for /, %23 for #, %2C for a comma, …")
+				"tls://host:port, and in a name or password %2F for /, %23 for #, %2C for a " +
+				"comma, …")
 		}
 		if text, hasPassword := u.User.Password(); hasPassword && text == "" {
 			return options, errors.New("the password in a URL of NATS is empty")
@@ -139,7 +140,7 @@ func (r *Relay) connect() {
 // handleError counts an error that NATS has reported, and tells run of missing permissions.
 func (r *Relay) handleError(_ *nats.Conn, _ *nats.Subscription, err error) {
 	r.metrics.natsErrors.Inc()
-	r.count(err.Error(), 1)
+	r.metrics.count(err.Error(), 1)
 	if errors.Is(err, nats.ErrPermissionViolation) {
 		select {
 		case r.denied <- struct{}{}:

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
@@ -33,10 +34,10 @@ func block(t *testing.T, text string) string {
 	return ""
 }
 
-// The quick start runs as it is pasted, in a copy of this folder. Only the ports differ, as
-// those that it names may be in use.
-func TestQuickStartWithThreeServersWorksAsPasted(t *testing.T) {
-	dir := t.TempDir()
+// copyProgram copies the program, and what its quick start needs, to a new folder.
+func copyProgram(t *testing.T) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
 	for _, pattern := range []string{"*.go", "go.*", "*.html", "nats.conf"} {
 		names, err := fs.Glob(os.DirFS("."), pattern)
 		if err != nil {
@@ -52,6 +53,82 @@ func TestQuickStartWithThreeServersWorksAsPasted(t *testing.T) {
 			}
 		}
 	}
+	return dir
+}
+
+// replace replaces the only occurrence of old in a file.
+func replace(t *testing.T, file, old, new string) {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(string(text), old); n != 1 {
+		t.Fatalf("%s has %d times %q, want once", file, n, old)
+	}
+	text = []byte(strings.Replace(string(text), old, new, 1))
+	if err := os.WriteFile(file, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The application announces each client that has been dropped, and fills the queue of one that
+// asks for it by tell, on its own node.
+func TestApplicationAsInTheREADMECleansUpAfterAClientThatTellDrops(t *testing.T) {
+	t.Parallel()
+	dir := copyProgram(t)
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, diff, _ := strings.Cut(string(readme), "```diff\n")
+	diff, _, _ = strings.Cut(diff, "```")
+	for _, part := range strings.Split(diff, "--- ")[1:] {
+		file, hunks, _ := strings.Cut(part, "\n")
+		for _, hunk := range strings.Split(hunks, "@@\n") {
+			var old, new string
+			for line := range strings.Lines(hunk) {
+				if line[0] != '+' {
+					old += line[1:]
+				}
+				if line[0] != '-' {
+					new += line[1:]
+				}
+			}
+			replace(t, filepath.Join(dir, file), old, new)
+		}
+	}
+	const place = "// Clean up after it, and announce it. Clients that this drops come next.\n"
+	replace(t, dir+"/hub.go", place, place+`h.deliver([]byte("a client has been dropped"))`+"\n")
+	replace(t, dir+"/client.go", "	c.hub.publish <- line\n", `
+	long := bytes.Repeat([]byte("x"), maxBatchSize)
+	for string(line) == "fill my queue" && c.tell(long) {
+	}
+	c.hub.publish <- line
+`)
+	program := filepath.Join(dir, "application")
+	build := exec.Command("go", "build", "-o", program, ".")
+	build.Dir = dir
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	s := natsServer(t)
+	var urls []string
+	for range 2 {
+		p := startProgram(t, program, "-addr", "127.0.0.1:0", "-nats", s.ClientURL())
+		urls = append(urls, "ws"+p.logged(t, `http(://.*/)`)+"ws")
+	}
+	near, far := dial(t, urls[0]), dial(t, urls[1])
+	slow := dial(t, urls[0]) // It reads nothing.
+	slow.send(t, "fill my queue")
+	near.want(t, "a client has been dropped", "fill my queue")
+	far.want(t, "fill my queue")
+}
+
+// The quick start runs as it is pasted, in a copy of this folder. Only the ports differ, as
+// those that it names may be in use.
+func TestQuickStartWithThreeServersWorksAsPasted(t *testing.T) {
+	dir := copyProgram(t)
 	script := block(t, "go tool nats-server")
 	next := port(t) / 10
 	freePorts := func(prefix string) string { // for example 1234, if 12340 to 12349 are free

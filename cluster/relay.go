@@ -50,10 +50,8 @@ const (
 	// Time between two reports in the log, so that other publishers cannot fill it.
 	reportPeriod = time.Second
 
-	// Maximum size in bytes of a node's header, and of a message with it, which NATS must
-	// accept.
-	headerSize  = 128
-	payloadSize = headerSize + maxMessageSize
+	// Maximum size in bytes of a message with its header, which NATS must accept.
+	payloadSize = 128 + maxMessageSize
 )
 
 // A Relay joins the hubs of several nodes to one room. It publishes what the node's clients
@@ -65,23 +63,18 @@ const (
 // them down: NATS has no backpressure. A probe is a message without text, published for its
 // echo, and so that other nodes know of this one.
 type Relay struct {
-	// The node's hub, which broadcasts to the clients.
-	hub *Hub
-
-	// The hub that clients use: hub's channels, except for broadcast, which run receives
-	// from.
-	proxyHub *Hub
-
+	hub     *Hub // delivers to the node's clients
 	options nats.Options
 	subject string
 	log     *log.Logger
 	metrics *metrics
 
 	// To run:
-	conns    chan *nats.Conn  // from connect
-	statuses chan nats.Status // of nc
-	denied   chan struct{}    // NATS has denied a publish or a subscription
-	incoming chan *nats.Msg   // from NATS
+	broadcast chan []byte      // from clients: a message for every client of every node
+	incoming  chan *nats.Msg   // from NATS
+	conns     chan *nats.Conn  // from connect
+	statuses  chan nats.Status // of nc
+	denied    chan struct{}    // NATS has denied a publish or a subscription
 
 	// Closed by run when this node has received an echo for the first time. Clients that
 	// connect from then on miss nothing.
@@ -92,10 +85,10 @@ type Relay struct {
 
 	running sync.WaitGroup // run
 
-	// From run to handlers: joined is closed; this node receives its echoes; outgoing is
-	// full; number of nodes that it has received messages or probes of within nodeWait.
-	hasJoined, ready, full atomic.Bool
-	heard                  atomic.Int64
+	// From run to handlers: joined is closed; this node receives its echoes; the numbers of
+	// messages in outgoing and in flight, and of nodes whose messages arrive.
+	hasJoined, ready        atomic.Bool
+	queued, unechoed, heard atomic.Int64
 
 	// Owned by run:
 	nc        *nats.Conn // nil until the first connection
@@ -108,9 +101,6 @@ type Relay struct {
 	published uint64             // number of messages published
 	echoed    uint64             // number of them that have come back, or are lost
 	nodes     map[string]*sender // by ID, this one included
-
-	mu       sync.Mutex
-	counters map[string]uint64 // since the last report
 }
 
 // A state is what run knows of the path from this node to NATS and back.
@@ -131,29 +121,26 @@ type sender struct {
 // join joins hub to the room of that subject, in the background, and retries until it has
 // joined. It returns an error if the subject is invalid. Later errors go to logger.
 //
-// The caller runs hub, passes the relay's proxyHub to clients once joined is closed, and
-// finally calls leave.
+// The caller runs hub, and finally calls leave. Clients that connect once joined is closed send
+// on the relay's broadcast instead of the hub's.
 func join(hub *Hub, options nats.Options, subject string, logger *log.Logger) (*Relay, error) {
 	if !isLiteral(subject) {
 		return nil, fmt.Errorf("%.40q cannot name a room: a NATS subject of at most %d bytes can, "+
 			"without white space and wildcards", subject, maxSubjectSize)
 	}
-	proxyHub := *hub
-	proxyHub.broadcast = make(chan []byte) // The rest is shared, so that do and tell work.
 	r := &Relay{
 		hub:         hub,
-		proxyHub:    &proxyHub,
+		options:     options,
 		subject:     subject,
 		log:         logger,
+		broadcast:   make(chan []byte),
+		incoming:    make(chan *nats.Msg, incomingSize),
 		conns:       make(chan *nats.Conn),
 		denied:      make(chan struct{}, 1),
-		incoming:    make(chan *nats.Msg, incomingSize),
 		joined:      make(chan struct{}),
 		clientsDone: make(chan struct{}),
-		options:     options,
 		id:          rand.Text(),
 		nodes:       make(map[string]*sender),
-		counters:    make(map[string]uint64),
 	}
 	r.metrics = newMetrics(r)
 	go r.connect()
@@ -173,12 +160,12 @@ func (r *Relay) leave() {
 func (r *Relay) run() {
 	var drained <-chan time.Time
 	ticks := time.Tick(reportPeriod)
-	stopped, clientsDone := r.proxyHub.stopped, r.clientsDone
+	stopped, clientsDone := r.hub.stopped, r.clientsDone
 loop:
 	for clientsDone != nil || len(r.outgoing)+r.inFlight() > 0 {
 		// Backpressure: clients wait while outgoing is full. While messages come back, one that
 		// waits for the window is enough.
-		in, most := r.proxyHub.broadcast, outgoingSize
+		in, most := r.broadcast, outgoingSize
 		if r.state == mayPublish {
 			most = 1
 		}
@@ -203,13 +190,13 @@ loop:
 			if r.nc.IsConnected() {
 				r.state = max(r.state, mayProbe)
 				if err := r.publish(nil); err != nil {
-					r.count(err.Error(), 1)
+					r.metrics.count(err.Error(), 1)
 				}
 			}
 		case <-ticks:
 			r.check()
 			r.countNodes()
-			r.report()
+			r.metrics.report(r.log)
 		case <-stopped:
 			stopped = nil // Each client may broadcast one more message before it is done.
 		case <-clientsDone:
@@ -222,25 +209,23 @@ loop:
 		window := max(1, maxInFlight-len(r.incoming))
 		for len(r.outgoing) > 0 && r.state == mayPublish && r.inFlight() < window {
 			if err := r.publish(r.outgoing[0]); err == nats.ErrMaxPayload {
-				r.count(tooLong, 1)
+				r.metrics.count(tooLong, 1)
 			} else if err != nil {
 				break
 			}
 			r.outgoing = r.outgoing[1:]
 		}
-		r.full.Store(len(r.outgoing) >= outgoingSize)
-		ready := r.state == mayPublish && !r.isLate()
-		r.ready.Store(ready)
-		if ready && r.hasJoined.CompareAndSwap(false, true) {
+		r.queued.Store(int64(len(r.outgoing)))
+		r.unechoed.Store(int64(r.inFlight()))
+		r.ready.Store(r.state == mayPublish && !r.isLate())
+		if r.ready.Load() && r.hasJoined.CompareAndSwap(false, true) {
 			close(r.joined)
 		}
-		r.metrics.queue.Set(float64(len(r.outgoing)))
-		r.metrics.inFlight.Set(float64(r.inFlight()))
 	}
 	r.nc.Close() // does nothing if it is nil
-	r.count(notEchoed, uint64(r.inFlight()))
-	r.count(notAccepted, uint64(len(r.outgoing)))
-	r.report()
+	r.metrics.count(notEchoed, uint64(r.inFlight()))
+	r.metrics.count(notAccepted, uint64(len(r.outgoing)))
+	r.metrics.report(r.log)
 }
 
 // settle makes this node wait before it publishes again, as the connection has changed.
@@ -296,13 +281,13 @@ func (r *Relay) check() {
 func (r *Relay) receive(message *nats.Msg) {
 	defer r.metrics.received.Inc()
 	if len(message.Data) > maxMessageSize || message.Size() > maxSubjectSize+payloadSize {
-		r.count(refused, 1)
+		r.metrics.count(refused, 1)
 		return
 	}
 	select {
 	case r.incoming <- message:
 	default:
-		r.count(slow, 1)
+		r.metrics.count(slow, 1)
 	}
 }
 
@@ -310,24 +295,26 @@ func (r *Relay) receive(message *nats.Msg) {
 // so it validates and cleans the message as readPump does.
 func (r *Relay) deliver(message *nats.Msg) {
 	if !r.isNew(message) {
-		r.count(late, min(1, uint64(len(message.Data))))
+		r.metrics.count(late, min(1, uint64(len(message.Data))))
 		return
 	}
 	if !utf8.Valid(message.Data) {
-		r.count(refused, 1)
+		r.metrics.count(refused, 1)
 		return
 	}
 	line := clean(message.Data)
 	if string(line) != string(message.Data) {
-		r.count(cleaned, 1)
+		r.metrics.count(cleaned, 1)
 	}
 	if len(line) == 0 {
 		return
 	}
 	select {
-	case r.hub.broadcast <- line:
-		r.metrics.deliveries.Add(float64(r.metrics.clients.Load()))
-	case <-r.clientsDone: // no clients are left
+	case r.hub.calls <- func() { // as do, but the relay need not wait
+		r.hub.deliver(line)
+		r.metrics.deliveries.Add(float64(len(r.hub.clients)))
+	}:
+	case <-r.hub.stopped: // no clients are left
 	}
 }
 
@@ -352,10 +339,10 @@ func (r *Relay) isNew(message *nats.Msg) bool {
 	lost := seq - node.nextSeq
 	node.nextSeq, node.heard = seq+min(1, uint64(len(message.Data))), r.ticks
 	if id != r.id {
-		r.count(missed, lost)
+		r.metrics.count(missed, lost)
 		return true
 	}
-	r.count(notEchoed, lost)
+	r.metrics.count(notEchoed, lost)
 	r.echoed, r.idleTicks = node.nextSeq, 0
 	// Only a probe is certain not to have been queued since before a disconnect.
 	if isProbe := len(message.Data) == 0; isProbe && r.state == mayProbe {

@@ -194,7 +194,6 @@ func dial(t testing.TB, url string) *client {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	conn.SetReadDeadline(time.Now().Add(patience))
 	return &client{Conn: conn}
 }
 
@@ -208,6 +207,7 @@ func (c *client) send(t testing.TB, message string) {
 // receive returns the next line.
 func (c *client) receive() (string, error) {
 	for len(c.lines) == 0 {
+		c.SetReadDeadline(time.Now().Add(patience))
 		_, message, err := c.ReadMessage()
 		if err != nil {
 			return "", err
@@ -379,17 +379,17 @@ func TestConnectedClientReceivesMessagesOfOtherNodes(t *testing.T) {
 	for n := range 50 {
 		listener := nodes[0].dial(t)
 		line := fmt.Sprint("hello ", n)
-		nodes[1].proxyHub.broadcast <- []byte(line)
+		nodes[1].broadcast <- []byte(line)
 		listener.want(t, line)
 	}
 }
 
-func TestTellReachesAClientThroughTheFront(t *testing.T) {
+func TestTellReachesAClientThroughTheProxyHub(t *testing.T) {
 	_, nodes := startRoom(t, 1)
 	conn := nodes[0].dial(t)
 	var client *Client
-	nodes[0].proxyHub.do(func() {
-		for client = range nodes[0].proxyHub.clients {
+	nodes[0].hub.do(func() {
+		for client = range nodes[0].hub.clients {
 		}
 	})
 	if !client.tell([]byte("for one client")) {
@@ -446,11 +446,13 @@ func TestOneOrderPerNodeAndPerSender(t *testing.T) {
 	group.Wait()
 	for i := range clients {
 		if neighbour := i % len(nodes); !slices.Equal(seen[i], seen[neighbour]) {
-			t.Errorf("client %d received %q, client %d of the same node received %q", i, seen[i], neighbour, seen[neighbour])
+			t.Errorf("client %d received %q, client %d of the same node received %q",
+				i, seen[i], neighbour, seen[neighbour])
 		}
 		for n := range clients {
 			sender := fmt.Sprint(n)
-			if got, want := from(sender, seen[i]), numbered(sender, each); !slices.Equal(got, want) {
+			got, want := from(sender, seen[i]), numbered(sender, each)
+			if !slices.Equal(got, want) {
 				t.Errorf("client %d received from client %s %q, want %q", i, sender, got, want)
 			}
 		}
@@ -487,7 +489,8 @@ func TestMessagesQueuedDuringAnOutageAreDeliveredAfterReconnect(t *testing.T) {
 			}
 			for n := range clients {
 				sender := fmt.Sprint(n)
-				if got, want := from(sender, received), numbered(sender, each); !slices.Equal(got, want) {
+				got, want := from(sender, received), numbered(sender, each)
+				if !slices.Equal(got, want) {
 					t.Errorf("client %d received from client %s %q, want %q", i, sender, got, want)
 				}
 			}
@@ -529,7 +532,7 @@ func TestFullQueueDelaysSendersAndDropsNothing(t *testing.T) {
 	want := numbered("flood", total)
 	go func() {
 		for _, line := range want {
-			nodes[0].proxyHub.broadcast <- []byte(line)
+			nodes[0].broadcast <- []byte(line)
 			taken.Add(1)
 		}
 	}()
@@ -572,9 +575,10 @@ func TestNewClientsGet503WhileTheQueueIsFull(t *testing.T) {
 	awaitDisconnect(t, nodes)
 	nodes[0].dial(t) // The queue is not full yet.
 	for range outgoingSize {
-		nodes[0].proxyHub.broadcast <- message
+		nodes[0].broadcast <- message
 	}
-	eventually(t, "outgoing is full", nodes[0].full.Load)
+	isFull := func() bool { return nodes[0].queued.Load() == outgoingSize }
+	eventually(t, "outgoing is full", isFull)
 
 	// Otherwise each client that sends a message and disconnects would leave a connection
 	// behind, whose readPump waits for NATS.
@@ -585,7 +589,7 @@ func TestNewClientsGet503WhileTheQueueIsFull(t *testing.T) {
 		}
 	}
 	restart()
-	eventually(t, "outgoing has space", func() bool { return !nodes[0].full.Load() })
+	eventually(t, "outgoing has space", func() bool { return !isFull() })
 	nodes[0].dial(t)
 }
 
@@ -600,12 +604,14 @@ func TestPongsAreDelayedOnlyForAClientWhoseMessageTheFullQueueDelays(t *testing.
 		}
 		go hub.run()
 		pipes := make(pipeListener)
-		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { serveWs(relay.proxyHub, w, r) })}
+		proxyHub := *hub
+		proxyHub.broadcast = relay.broadcast
+		server := &http.Server{Handler: handler(&proxyHub)}
 		go server.Serve(pipes)
 		defer server.Close()
 
 		for range outgoingSize {
-			relay.proxyHub.broadcast <- message
+			relay.broadcast <- message
 		}
 		start := time.Now()
 		idle, delayed := pipes.dial(t), pipes.dial(t)
@@ -664,7 +670,8 @@ func TestNodeReconnectsOnlyWithoutAnEchoThatCouldBeLate(t *testing.T) {
 	}
 	for _, test := range tests {
 		before := nc.Stats().Reconnects
-		r := &Relay{nc: nc, incoming: make(chan *nats.Msg, 1), state: test.state, idleTicks: test.idleTicks}
+		r := &Relay{nc: nc, incoming: make(chan *nats.Msg, 1)}
+		r.state, r.idleTicks = test.state, test.idleTicks
 		for range test.queued {
 			r.incoming <- new(nats.Msg)
 		}
@@ -706,8 +713,7 @@ func (c *client) ping(interval, timeout time.Duration) {
 		go c.WriteControl(websocket.PongMessage, []byte(data), time.Now().Add(timeout))
 		return nil
 	})
-	c.SetReadDeadline(time.Time{})
-	go c.receive()
+	go c.ReadMessage()
 	defer c.Close()
 	for {
 		time.Sleep(interval)
@@ -737,11 +743,12 @@ func (l pipeListener) Addr() net.Addr { return new(net.TCPAddr) }
 
 func (l pipeListener) dial(t testing.TB) *client {
 	t.Helper()
-	dialer := websocket.Dialer{NetDialContext: func(context.Context, string, string) (net.Conn, error) {
+	pipe := func(context.Context, string, string) (net.Conn, error) {
 		near, far := net.Pipe()
 		l <- far
 		return near, nil
-	}}
+	}
+	dialer := websocket.Dialer{NetDialContext: pipe}
 	conn, _, err := dialer.Dial("ws://pipe/ws", nil)
 	if err != nil {
 		t.Fatal(err)
@@ -759,17 +766,17 @@ func TestMessagesInFlightAtADisconnectAreCountedAndNotPublishedAgain(t *testing.
 
 	// A message that does not reach NATS, and one whose echo does not reach the node.
 	proxy.cut(toNATS)
-	near.proxyHub.broadcast <- []byte("lost")
+	near.broadcast <- []byte("lost")
 	proxy.wait(t, toNATS, "lost")
 	proxy.restore()
 	near.log.wait(t, "1 × may have lost a message", 1)
 	proxy.cut(fromNATS)
-	near.proxyHub.broadcast <- []byte("arrives")
+	near.broadcast <- []byte("arrives")
 	listener.want(t, "arrives")
 	proxy.restore()
 	near.log.wait(t, "1 × may have lost a message", 2)
 
-	near.proxyHub.broadcast <- []byte("end")
+	near.broadcast <- []byte("end")
 	listener.want(t, "end")
 }
 
@@ -833,7 +840,8 @@ func (p *proxy) forward(from, to net.Conn, direction int) {
 		}
 		p.mu.Lock()
 		cut, latency := p.isCut[direction], p.latency
-		fails := p.failures > 0 && direction == fromNATS && bytes.Contains(buffer[:n], []byte("PONG"))
+		isPong := direction == fromNATS && bytes.Contains(buffer[:n], []byte("PONG"))
+		fails := isPong && p.failures > 0
 		if fails {
 			p.failures--
 		}
@@ -894,14 +902,14 @@ func TestNodePublishesAfterSettleWait(t *testing.T) {
 	listener := nodes[1].dial(t)
 	restart := stopNATS(t, s)
 	awaitDisconnect(t, nodes)
-	nodes[0].proxyHub.broadcast <- []byte("sent during the outage")
+	nodes[0].broadcast <- []byte("sent during the outage")
 	restart()
 	nodes[0].log.wait(t, "reconnected to NATS", 1)
 	nodes[1].log.wait(t, "reconnected to NATS", 1)
 	back := time.Now()
 	listener.want(t, "sent during the outage")
 	if waited := time.Since(back); waited < settleWait/2 {
-		t.Errorf("a queued message arrived %v after the reconnect, want about %v", waited, settleWait)
+		t.Errorf("a queued message took %v after the reconnect, want about %v", waited, settleWait)
 	}
 
 	nodes[0].nc.ForceReconnect()
@@ -909,7 +917,7 @@ func TestNodePublishesAfterSettleWait(t *testing.T) {
 	back = time.Now()
 	eventually(t, "settleWait has passed", func() bool { return time.Since(back) > settleWait })
 	before := time.Now()
-	nodes[0].proxyHub.broadcast <- []byte("sent afterwards")
+	nodes[0].broadcast <- []byte("sent afterwards")
 	listener.want(t, "sent afterwards")
 	if waited := time.Since(before); waited > settleWait/2 {
 		t.Errorf("a message after settleWait took %v, want no delay", waited)
@@ -923,18 +931,18 @@ func TestMissedMessagesAreCountedOnceOtherNodesPublishAgain(t *testing.T) {
 	near := startNode(t, s.ClientURL(), "chat")
 	far := startNode(t, "nats://"+proxy.Addr().String(), "chat")
 	listener := far.dial(t)
-	near.proxyHub.broadcast <- []byte("before")
+	near.broadcast <- []byte("before")
 	listener.want(t, "before")
 
 	// The far node reads nothing until NATS disconnects it.
 	proxy.blocked[fromNATS].Lock()
 	for _, line := range numbered(strings.Repeat("x", maxMessageSize-10), total) {
-		near.proxyHub.broadcast <- []byte(line)
+		near.broadcast <- []byte(line)
 	}
 	eventually(t, "NATS disconnects the node", func() bool { return s.NumSlowConsumers() > 0 })
 	proxy.blocked[fromNATS].Unlock()
 	far.log.wait(t, "messages of other nodes were missed meanwhile", 1)
-	near.proxyHub.broadcast <- []byte("end")
+	near.broadcast <- []byte("end")
 	received := listener.receiveUntil(t, "end")
 	far.log.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total-len(received)), 1)
 }
@@ -943,17 +951,18 @@ func TestHalfOpenConnectionToNATSIsDetected(t *testing.T) {
 	t.Parallel()
 	s := natsServer(t)
 	proxies := []*proxy{newProxy(t, s.Addr().String()), newProxy(t, s.Addr().String())}
-	sending, idle := startNode(t, "nats://"+proxies[0].Addr().String(), "chat"), startNode(t, "nats://"+proxies[1].Addr().String(), "chat")
+	sending := startNode(t, "nats://"+proxies[0].Addr().String(), "chat")
+	idle := startNode(t, "nats://"+proxies[1].Addr().String(), "chat")
 	listener := startNode(t, s.ClientURL(), "chat").dial(t)
 	for _, proxy := range proxies {
 		proxy.cut(toNATS)
 	}
-	sending.proxyHub.broadcast <- []byte("lost")
+	sending.broadcast <- []byte("lost")
 	for i, node := range []*node{sending, idle} {
 		node.log.wait(t, "disconnected from NATS: "+nats.ErrTimeout.Error(), 1) // answerWait later
 		proxies[i].restore()
 	}
-	sending.proxyHub.broadcast <- []byte("arrives")
+	sending.broadcast <- []byte("arrives")
 	listener.want(t, "arrives")
 	sending.log.wait(t, "1 × may have lost a message", 1)
 }
@@ -988,7 +997,10 @@ func TestRoomSurvivesTheFailoverOfANATSServer(t *testing.T) {
 func TestNewNodeOfANATSClusterMissesNothing(t *testing.T) {
 	t.Parallel()
 	servers, proxies := natsCluster(t, true)
-	old := []*node{startNode(t, servers[0].ClientURL(), "chat"), startNode(t, servers[1].ClientURL(), "chat")}
+	old := []*node{
+		startNode(t, servers[0].ClientURL(), "chat"),
+		startNode(t, servers[1].ClientURL(), "chat"),
+	}
 
 	// More latency than the servers of a cluster should have.
 	for _, proxy := range proxies {
@@ -997,7 +1009,7 @@ func TestNewNodeOfANATSClusterMissesNothing(t *testing.T) {
 	listener := startNode(t, servers[2].ClientURL(), "chat").dial(t)
 	for n, sender := range old {
 		line := fmt.Sprint("hello from ", n)
-		sender.proxyHub.broadcast <- []byte(line)
+		sender.broadcast <- []byte(line)
 		listener.want(t, line)
 	}
 }
@@ -1008,11 +1020,17 @@ func natsCluster(t testing.TB, proxied bool) (servers []*server.Server, proxies 
 	t.Helper()
 	var routes []string
 	for n := range 3 {
-		cluster := server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT, NoAdvertise: proxied}
+		cluster := server.ClusterOpts{
+			Name:        "test",
+			Host:        "127.0.0.1",
+			Port:        server.RANDOM_PORT,
+			NoAdvertise: proxied,
+		}
 		if proxied && n == 2 {
 			cluster.Advertise = "127.0.0.1:1" // so that the others do not connect to it
 		}
-		s := natsWith(t, &server.Options{Cluster: cluster, Routes: server.RoutesFromStr(strings.Join(routes, ","))})
+		others := server.RoutesFromStr(strings.Join(routes, ","))
+		s := natsWith(t, &server.Options{Cluster: cluster, Routes: others})
 		servers = append(servers, s)
 		routes = append(routes, "nats://"+s.ClusterAddr().String())
 		if proxied && n == 1 {
@@ -1024,11 +1042,14 @@ func natsCluster(t testing.TB, proxied bool) (servers []*server.Server, proxies 
 	}
 	eventually(t, "a cluster", func() bool {
 		return !slices.ContainsFunc(servers, func(s *server.Server) bool {
-			return s.NumRoutes() < 2*(server.DEFAULT_ROUTE_POOL_SIZE+1) // one more for the system account
+			return s.NumRoutes() < 2*routesToEach
 		})
 	})
 	return servers, proxies
 }
+
+// routesToEach is the number of routes to each other server: one is for the system account.
+const routesToEach = server.DEFAULT_ROUTE_POOL_SIZE + 1
 
 // natsWith starts a NATS server with these options, on a loopback port, until the
 // test ends.
@@ -1057,10 +1078,11 @@ func TestShutdownPublishesTheQueueFirst(t *testing.T) {
 	client, listener := nodes[0].dial(t), nodes[1].dial(t)
 	want := numbered("queued", total)
 	for _, line := range want {
-		nodes[0].proxyHub.broadcast <- []byte(line)
+		nodes[0].broadcast <- []byte(line)
 	}
 	var group sync.WaitGroup
-	group.Go(func() { client.wantClose(t, websocket.CloseGoingAway) }) // at once, while the relay still publishes
+	// At once, while the relay still publishes.
+	group.Go(func() { client.wantClose(t, websocket.CloseGoingAway) })
 	nodes[0].stop()
 	group.Wait()
 	listener.want(t, want...)
@@ -1074,7 +1096,7 @@ func TestShutdownWaitsForMessagesInFlight(t *testing.T) {
 	near := startNode(t, "nats://"+proxy.Addr().String(), "chat")
 	listener := startNode(t, s.ClientURL(), "chat").dial(t)
 	proxy.delay(200 * time.Millisecond)
-	near.proxyHub.broadcast <- []byte("in flight")
+	near.broadcast <- []byte("in flight")
 	near.stop()
 	listener.want(t, "in flight")
 	wantNothingLost(t, []*node{near})
@@ -1088,7 +1110,7 @@ func TestShutdownWaitsForTheReconnect(t *testing.T) {
 	awaitDisconnect(t, nodes)
 	want := numbered("queued", 100)
 	for _, line := range want {
-		nodes[0].proxyHub.broadcast <- []byte(line)
+		nodes[0].broadcast <- []byte(line)
 	}
 	go nodes[0].stop()
 	client.wantClose(t, websocket.CloseGoingAway)
@@ -1107,7 +1129,7 @@ func TestShutdownDuringAnOutageDisconnectsSendersAndLogsTheLoss(t *testing.T) {
 	var group sync.WaitGroup
 	group.Go(func() {
 		for range 2*outgoingSize + 1 {
-			nodes[0].proxyHub.broadcast <- []byte("lost")
+			nodes[0].broadcast <- []byte("lost")
 			taken.Add(1)
 		}
 	})
@@ -1122,14 +1144,14 @@ func TestShutdownDuringAnOutageDisconnectsSendersAndLogsTheLoss(t *testing.T) {
 	group.Wait()
 	got := nodes[0].log.String()
 	lost := int(taken.Load())
-	want := fmt.Sprintf("%d × lost a message: NATS had not accepted it when this node stopped", lost)
-	withOneMore := fmt.Sprintf("%d × lost a message: NATS had not accepted it when this node stopped", lost+1) // if readPump had read it
+	want := fmt.Sprintf("%d × %s", lost, notAccepted)
+	withOneMore := fmt.Sprintf("%d × %s", lost+1, notAccepted) // if readPump had read it
 	if !strings.Contains(got, want) && !strings.Contains(got, withOneMore) {
 		t.Errorf("log is %q, want %q or one more in it", got, want)
 	}
 }
 
-// waitUntilDelayed waits until the proxy hub receives no more messages, as outgoing is full.
+// waitUntilDelayed waits until the relay receives no more messages, as outgoing is full.
 func waitUntilDelayed(t testing.TB, taken *atomic.Int64) {
 	t.Helper()
 	before := int64(-1)
@@ -1154,7 +1176,10 @@ func TestRollingUpdateLosesNothingForClientsOfTheOtherNode(t *testing.T) {
 		sender := stopping.dial(t)
 		var group sync.WaitGroup
 		group.Go(func() {
-			for n := 0; sender.WriteMessage(websocket.TextMessage, fmt.Appendf(nil, "%s %d", name, n)) == nil; n++ {
+			var err error
+			for n := 0; err == nil; n++ {
+				line := fmt.Appendf(nil, "%s %d", name, n)
+				err = sender.WriteMessage(websocket.TextMessage, line)
 			}
 		})
 		var echoed []string
@@ -1178,7 +1203,8 @@ func TestRollingUpdateLosesNothingForClientsOfTheOtherNode(t *testing.T) {
 			t.Errorf("received %q, want no gap", received)
 		}
 		if len(received) < len(echoed) {
-			t.Errorf("the client of the other node received %d messages, the one that was disconnected %d", len(received), len(echoed))
+			t.Errorf("the client of the other node received %d messages, the one that was "+
+				"disconnected %d", len(received), len(echoed))
 		}
 	}
 }
@@ -1190,7 +1216,7 @@ func TestFloodOnOneNodeDropsNoClientOfAnother(t *testing.T) {
 	var group sync.WaitGroup
 	group.Go(func() {
 		for _, line := range want {
-			nodes[0].proxyHub.broadcast <- []byte(line)
+			nodes[0].broadcast <- []byte(line)
 		}
 	})
 	for _, node := range nodes {
@@ -1239,7 +1265,7 @@ func TestConnectionThatBreaksAtOnceIsNotLoggedAsReconnect(t *testing.T) {
 func TestSendersWaitWhileTheHubIsBehind(t *testing.T) {
 	const others = incomingSize / 2
 	s := natsServer(t)
-	relay, _ := joinWithoutHub(t, s.ClientURL())
+	relay, listener, _ := joinWithoutHub(t, s.ClientURL())
 	nc := otherPublisher(t, s)
 	for _, line := range numbered("theirs", others) {
 		nc.Publish("chat", []byte(line))
@@ -1250,17 +1276,19 @@ func TestSendersWaitWhileTheHubIsBehind(t *testing.T) {
 	taken := 0
 	for received := 0; received < others/2; {
 		select {
-		case relay.proxyHub.broadcast <- message:
+		case relay.broadcast <- message:
 			taken++
-		case line := <-relay.hub.broadcast:
-			if want := fmt.Sprint("theirs ", received); string(line) != want {
-				t.Fatalf("the hub receives %q, want %q", line, want)
+		case call := <-relay.hub.calls:
+			call()
+			got, want := string(<-listener.send), fmt.Sprint("theirs ", received)
+			if got != want {
+				t.Fatalf("the hub receives %q, want %q", got, want)
 			}
 			received++
 		}
 	}
 	if taken != 2 { // one is published, and one waits for the window
-		t.Errorf("the relay took %d messages while more than the window were queued for the hub, want 2", taken)
+		t.Errorf("the relay took %d messages while the hub was behind, want 2", taken)
 	}
 }
 
@@ -1273,11 +1301,11 @@ func TestWindowLimitsMessagesInFlight(t *testing.T) {
 	proxy.cut(fromNATS)
 	lines := numbered("sent", 2*maxInFlight)
 	for _, line := range lines[:maxInFlight+1] {
-		near.proxyHub.broadcast <- []byte(line)
+		near.broadcast <- []byte(line)
 	}
 	listener.want(t, lines[:maxInFlight]...)
 	select {
-	case near.proxyHub.broadcast <- []byte("more"):
+	case near.broadcast <- []byte("more"):
 		t.Error("the relay took a message beyond the window and the one that waits for it")
 	case <-time.After(reportPeriod):
 	}
@@ -1288,12 +1316,21 @@ func TestWindowLimitsMessagesInFlight(t *testing.T) {
 	listener.want(t, lines[maxInFlight])
 }
 
-// joinWithoutHub returns a relay whose hub does not run, and so receives nothing.
-func joinWithoutHub(t *testing.T, url string) (*Relay, *logBook) {
+// joinWithoutHub returns a relay whose hub does not run, and that hub's only client.
+func joinWithoutHub(t *testing.T, url string) (*Relay, *Client, *logBook) {
 	t.Helper()
 	relay, book := startRelay(t, url, "chat")
-	t.Cleanup(relay.leave)
-	return relay, book
+	t.Cleanup(func() { relay.hub.stop(); relay.leave() })
+	listener := &Client{hub: relay.hub, send: make(chan []byte, sendQueueSize)}
+	relay.hub.clients[listener] = true
+	return relay, listener, book
+}
+
+// next runs the hub for one message, and returns it. The only client is listener.
+func next(listener *Client) string {
+	call := <-listener.hub.calls
+	call()
+	return string(<-listener.send)
 }
 
 // awaitAll waits until relay has received all messages that NATS has.
@@ -1308,13 +1345,13 @@ func awaitAll(t testing.TB, relay *Relay) {
 func TestSlowConsumerIsCountedInTheLog(t *testing.T) {
 	const total = incomingSize + 1000
 	s := natsServer(t)
-	behind, book := joinWithoutHub(t, s.ClientURL())
+	behind, slowListener, book := joinWithoutHub(t, s.ClientURL())
 	fast := startNode(t, s.ClientURL(), "chat")
 	listener := fast.dial(t)
 	lines := numbered("flood", total)
 	go func() {
 		for _, line := range lines {
-			fast.proxyHub.broadcast <- []byte(line)
+			fast.broadcast <- []byte(line)
 		}
 	}()
 	listener.receiveUntil(t, lines[total-1])
@@ -1327,16 +1364,16 @@ func TestSlowConsumerIsCountedInTheLog(t *testing.T) {
 	// Now the hub receives again.
 	const some = 100 // so that incoming has space for the next messages
 	for _, line := range lines[:some] {
-		if got := string(<-behind.hub.broadcast); got != line {
+		if got := next(slowListener); got != line {
 			t.Fatalf("the hub receives %q, want %q", got, line)
 		}
 	}
-	fast.proxyHub.broadcast <- []byte("end")
+	fast.broadcast <- []byte("end")
 	received := some
 	for line := ""; line != "end"; received++ {
-		line = string(<-behind.hub.broadcast)
+		line = next(slowListener)
 	}
-	book.wait(t, fmt.Sprintf("NATS: %.0f × lost a message from NATS: slow consumer, the hub is behind\n", dropped), 1)
+	book.wait(t, fmt.Sprintf("NATS: %.0f × %s\n", dropped, slow), 1)
 	book.wait(t, fmt.Sprintf("NATS: %d × missed a message\n", total+1-received), 1)
 }
 
@@ -1369,10 +1406,10 @@ func TestLateMessagesAreDiscardedAndGapsCountedOnce(t *testing.T) {
 		if got := relay.isNew(message); got != test.isNew {
 			t.Errorf("%s: new is %t, want %t", test.name, got, test.isNew)
 		}
-		if got := relay.counters[missed]; got != test.missed {
+		if got := relay.metrics.counters[missed]; got != test.missed {
 			t.Errorf("%s: %d missed, want %d", test.name, got, test.missed)
 		}
-		clear(relay.counters)
+		clear(relay.metrics.counters)
 	}
 }
 
@@ -1385,7 +1422,7 @@ func TestOnlyTheEchoOfAProbeLetsANodePublish(t *testing.T) {
 		before, want state
 		node, text   string
 	}{
-		{"the echo of a message, which may be older than the disconnect", mayProbe, mayProbe, "mine", "text"},
+		{"a message, which may be older than the disconnect", mayProbe, mayProbe, "mine", "text"},
 		{"the probe of another node", mayProbe, mayProbe, "other", ""},
 		{"a probe from before the disconnect", settling, settling, "mine", ""},
 		{"a probe", mayProbe, mayPublish, "mine", ""},
@@ -1400,7 +1437,7 @@ func TestOnlyTheEchoOfAProbeLetsANodePublish(t *testing.T) {
 
 // countingRelay returns a relay that can only count messages.
 func countingRelay() *Relay {
-	r := &Relay{id: "mine", nodes: make(map[string]*sender), counters: make(map[string]uint64)}
+	r := &Relay{id: "mine", nodes: make(map[string]*sender)}
 	r.metrics = newMetrics(r)
 	return r
 }
@@ -1414,7 +1451,8 @@ func TestMessagesDelayedByANATSServerAreDiscarded(t *testing.T) {
 	t.Parallel()
 	const held = 100
 	servers, proxies := natsCluster(t, true)
-	near, far := startNode(t, servers[2].ClientURL(), "chat"), startNode(t, servers[0].ClientURL(), "chat")
+	near := startNode(t, servers[2].ClientURL(), "chat")
+	far := startNode(t, servers[0].ClientURL(), "chat")
 	sender, listener := near.dial(t), far.dial(t)
 	sender.send(t, "before")
 	listener.want(t, "before")
@@ -1426,13 +1464,13 @@ func TestMessagesDelayedByANATSServerAreDiscarded(t *testing.T) {
 		proxy.blocked[toNATS].Lock()
 	}
 	for _, line := range numbered("delayed", held) {
-		near.proxyHub.broadcast <- []byte(line)
+		near.broadcast <- []byte(line)
 		sender.want(t, line)
 	}
 	near.nc.SetServerPool([]string{servers[0].ClientURL()})
 	near.nc.ForceReconnect()
 	near.log.wait(t, "reconnected to NATS", 1)
-	near.proxyHub.broadcast <- []byte("afterwards")
+	near.broadcast <- []byte("afterwards")
 	listener.want(t, "afterwards")
 
 	received := far.nc.Stats().InMsgs
@@ -1440,19 +1478,21 @@ func TestMessagesDelayedByANATSServerAreDiscarded(t *testing.T) {
 		proxy.blocked[fromNATS].Unlock()
 		proxy.blocked[toNATS].Unlock()
 	}
-	eventually(t, "the delayed messages arrive", func() bool { return far.nc.Stats().InMsgs >= received+held })
-	near.proxyHub.broadcast <- []byte("end")
+	eventually(t, "the delayed messages arrive", func() bool {
+		return far.nc.Stats().InMsgs >= received+held
+	})
+	near.broadcast <- []byte("end")
 	listener.want(t, "end")
 	far.stop()
-	want := fmt.Sprintf("NATS: %d × missed a message\n", held)
-	if got := far.log.String(); !strings.Contains(got, want) || strings.Count(got, "missed a message") != 1 {
+	want := fmt.Sprintf("NATS: %d × %s\n", held, missed)
+	if got := far.log.String(); !strings.Contains(got, want) || strings.Count(got, missed) != 1 {
 		t.Errorf("log is %q, want %q in it, and no other message missed", got, want)
 	}
 }
 
 func TestIncomingQueueIsBoundedInBytesAndHoldsNoLongMessages(t *testing.T) {
 	s := natsServer(t)
-	relay, book := joinWithoutHub(t, s.ClientURL())
+	relay, listener, book := joinWithoutHub(t, s.ClientURL())
 	nc := otherPublisher(t, s)
 	memory := func() uint64 {
 		var m runtime.MemStats
@@ -1478,7 +1518,7 @@ func TestIncomingQueueIsBoundedInBytesAndHoldsNoLongMessages(t *testing.T) {
 		t.Errorf("the relay takes %d bytes, want at most %d", got, most)
 	}
 	for _, want := range numbered("after them", lines) {
-		if got := string(<-relay.hub.broadcast); got != want {
+		if got := next(listener); got != want {
 			t.Fatalf("the hub receives %q, want %q", got, want)
 		}
 	}
@@ -1530,7 +1570,8 @@ func TestMessagesOfOtherPublishersAreCleanedOrRefused(t *testing.T) {
 			}
 			listener.want(t, "end")
 			nodes[0].stop()
-			if got := nodes[0].log.String(); !strings.Contains(got, "NATS: 1 × "+test.logged) || strings.Count(got, " × ") != 1 {
+			got, want := nodes[0].log.String(), "NATS: 1 × "+test.logged
+			if !strings.Contains(got, want) || strings.Count(got, " × ") != 1 {
 				t.Errorf("log is %q, want one problem: %q", got, test.logged)
 			}
 		})
@@ -1591,7 +1632,8 @@ func guarded(t *testing.T, payload int64) (s *server.Server, file string) {
 	}
 	accounts := new(server.MemAccResolver)
 	accounts.Store(accountKey, accountToken)
-	return natsWith(t, &server.Options{TrustedKeys: []string{operatorKey}, AccountResolver: accounts}), file
+	options := &server.Options{TrustedKeys: []string{operatorKey}, AccountResolver: accounts}
+	return natsWith(t, options), file
 }
 
 func TestMessageTooLongForNATSIsLoggedAndBlocksNoOthers(t *testing.T) {
@@ -1606,7 +1648,8 @@ func TestMessageTooLongForNATSIsLoggedAndBlocksNoOthers(t *testing.T) {
 	c.send(t, "short")
 	natsWith(t, &server.Options{Port: address.Port, MaxPayload: maxMessageSize})
 	c.want(t, "short")
-	node.log.wait(t, "NATS accepts messages of at most 512 bytes, and has to accept 640: longer ones are lost", 1)
+	node.log.wait(t, "NATS accepts messages of at most 512 bytes, and has to accept 640: "+
+		"longer ones are lost", 1)
 	node.log.wait(t, "NATS: 1 × lost a message: it is longer than NATS accepts", 1)
 	if !node.ready.Load() {
 		t.Error("not ready, want that the node still serves short messages")
@@ -1642,7 +1685,7 @@ func TestAccountThatLimitsMessagesTooMuchIsLogged(t *testing.T) {
 	relay, book := startJoining(t, s.ClientURL(), file, "chat")
 	awaitJoined(t, relay, book)
 	defer relay.leave()
-	book.wait(t, "NATS accepts messages of at most 639 bytes, and has to accept 640: longer ones are lost", 1)
+	book.wait(t, "NATS accepts messages of at most 639 bytes, and has to accept 640", 1)
 }
 
 func TestCredentialsAreForOneRoom(t *testing.T) {
@@ -1716,7 +1759,7 @@ func TestNodeIsNotReadyAsSoonAsNATSDeniesAMessage(t *testing.T) {
 			c.send(t, "hello")
 			node.log.wait(t, "permissions violation", 1)
 			eventually(t, "the node is not ready", func() bool { return !node.ready.Load() })
-			if took := time.Since(begun); took > answerWait/2 { // without an echo it would be answerWait
+			if took := time.Since(begun); took > answerWait/2 { // answerWait without an echo
 				t.Errorf("not ready after %v, want at once", took)
 			}
 		})
@@ -1756,8 +1799,8 @@ func TestNodeThatNATSRefusesRetriesAndLogsTheReason(t *testing.T) {
 		want string
 	}{
 		{"no headers", &server.Options{NoHeaderSupport: true}, "headers not supported"},
-		{"no permission to publish", allowed("nothing", "chat"), "Permissions Violation for Publish"},
-		{"no permission to subscribe", allowed("chat", "nothing"), "Permissions Violation for Subscription"},
+		{"no publishing", allowed("nothing", "chat"), "Permissions Violation for Publish"},
+		{"no subscribing", allowed("chat", "nothing"), "Permissions Violation for Subscription"},
 		{"another password", &server.Options{Authorization: "a token"}, "Authorization Violation"},
 	}
 	for _, test := range tests {
@@ -1815,8 +1858,8 @@ func TestNodeUsesNoServersThatItsURLsDoNotName(t *testing.T) {
 }
 
 // natsConfigured starts a NATS server with nats.conf, as edit changes it, on loopback ports,
-// and with routes.
-func natsConfigured(t *testing.T, routes string, edit *strings.Replacer) *server.Server {
+// and with routes to others.
+func natsConfigured(t *testing.T, others string, edit *strings.Replacer) *server.Server {
 	t.Helper()
 	t.Setenv("CHAT_PASSWORD", "hunter2")
 	text, err := os.ReadFile("nats.conf")
@@ -1831,12 +1874,17 @@ func natsConfigured(t *testing.T, routes string, edit *strings.Replacer) *server
 	if err != nil {
 		t.Fatal(err)
 	}
-	if options.HTTPPort == 0 || options.Cluster.PingInterval != 5*time.Second || options.Cluster.MaxPingsOut != 2 {
-		t.Error("the options lack the monitoring port, or the ping of routes")
+	if options.HTTPPort == 0 {
+		t.Error("the options lack the monitoring port")
+	}
+	routes := options.Cluster
+	if routes.PingInterval != 5*time.Second || routes.MaxPingsOut != 2 {
+		t.Errorf("pings of routes are %v apart, and %d may be unanswered, want 5 s and 2",
+			routes.PingInterval, routes.MaxPingsOut)
 	}
 	options.Port, options.HTTPPort = 0, 0
 	options.Cluster.Host, options.Cluster.Port = "127.0.0.1", server.RANDOM_PORT
-	options.Routes = server.RoutesFromStr(routes)
+	options.Routes = server.RoutesFromStr(others)
 	return natsWith(t, options)
 }
 
@@ -1846,7 +1894,7 @@ func natsPair(t *testing.T, edit *strings.Replacer) (first, second *server.Serve
 	first = natsConfigured(t, "", edit)
 	second = natsConfigured(t, "nats://"+first.ClusterAddr().String(), edit)
 	eventually(t, "a cluster", func() bool {
-		return first.NumRoutes() > server.DEFAULT_ROUTE_POOL_SIZE && second.NumRoutes() > server.DEFAULT_ROUTE_POOL_SIZE
+		return first.NumRoutes() == routesToEach && second.NumRoutes() == routesToEach
 	})
 	return first, second
 }
@@ -1857,28 +1905,30 @@ func TestTLSLinesOfTheNATSConfigurationAreForNodesAndRoutes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	usage := []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
 	template := &x509.Certificate{
 		SerialNumber:          big.NewInt(1),
 		NotAfter:              time.Now().Add(time.Hour),
 		IPAddresses:           []net.IP{net.IPv4(127, 0, 0, 1)},
-		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		ExtKeyUsage:           usage,
 		IsCA:                  true,
 		BasicConstraintsValid: true,
 	}
-	certificate, err := x509.CreateCertificate(cryptorand.Reader, template, template, key.Public(), key)
+	signed, err := x509.CreateCertificate(cryptorand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
 	}
+	certificate := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: signed})
 	keyBytes, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, block := range map[string]*pem.Block{
-		"server.pem":     {Type: "CERTIFICATE", Bytes: certificate},
-		"ca.pem":         {Type: "CERTIFICATE", Bytes: certificate},
-		"server-key.pem": {Type: "PRIVATE KEY", Bytes: keyBytes},
+	for name, text := range map[string][]byte{
+		"server.pem":     certificate,
+		"ca.pem":         certificate,
+		"server-key.pem": pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyBytes}),
 	} {
-		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, name), text, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -1887,18 +1937,19 @@ func TestTLSLinesOfTheNATSConfigurationAreForNodesAndRoutes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !varz.Cluster.TLSRequired || !varz.Cluster.TLSVerify {
-		t.Errorf("TLS of routes is required: %t, verified: %t", varz.Cluster.TLSRequired, varz.Cluster.TLSVerify)
+	if cluster := varz.Cluster; !cluster.TLSRequired || !cluster.TLSVerify {
+		t.Errorf("TLS of routes: required %t, verified %t", cluster.TLSRequired, cluster.TLSVerify)
 	}
 	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}))
+	roots.AppendCertsFromPEM(certificate)
 	var nodes []*node
 	for _, s := range []*server.Server{first, second} {
 		options, err := natsOptions("tls://chat:hunter2@"+s.Addr().String(), "", "")
 		if err != nil {
 			t.Fatal(err)
 		}
-		options.TLSConfig = &tls.Config{RootCAs: roots} // as SSL_CERT_FILE, which is read once a process
+		// As SSL_CERT_FILE, which a process reads once.
+		options.TLSConfig = &tls.Config{RootCAs: roots}
 		book := new(logBook)
 		relay, err := join(newHub(), options, "chat", log.New(book, "", 0))
 		if err != nil {
@@ -1911,7 +1962,7 @@ func TestTLSLinesOfTheNATSConfigurationAreForNodesAndRoutes(t *testing.T) {
 		nodes = append(nodes, serveRelay(t, relay, book))
 	}
 	listener := nodes[1].dial(t)
-	nodes[0].proxyHub.broadcast <- []byte("hello")
+	nodes[0].broadcast <- []byte("hello")
 	listener.want(t, "hello")
 }
 
@@ -1923,7 +1974,7 @@ func TestNATSConfigurationAdmitsNodesOnly(t *testing.T) {
 	url := func(s *server.Server) string { return "nats://chat:hunter2@" + s.Addr().String() }
 	sender, listener := startNode(t, url(first), "chat"), startNode(t, url(second), "chat").dial(t)
 	long := strings.Repeat("x", maxMessageSize)
-	sender.proxyHub.broadcast <- []byte(long)
+	sender.broadcast <- []byte(long)
 	listener.want(t, long)
 
 	tests := []struct{ name, url, subject, want string }{

@@ -22,14 +22,19 @@ func TestWireIsThatOfEarlierVersions(t *testing.T) {
 	n := startNode(t, s.ClientURL(), "chat")
 	listener := n.dial(t)
 
+	header := func(node string, said int) string {
+		return fmt.Sprintf("NATS/1.0\r\nNode: %s\r\nSaid: %d\r\n\r\n", node, said)
+	}
+
 	// From this node: a probe, then messages, with the number of messages before them.
 	for published, text := range []string{"", "hello", "hello again"} {
 		if text != "" {
 			published--
-			n.proxyHub.broadcast <- []byte(text)
+			n.broadcast <- []byte(text)
 			listener.want(t, text)
 		}
-		want := fmt.Sprintf("HMSG chat 1 55 %d\r\nNATS/1.0\r\nNode: %s\r\nSaid: %d\r\n\r\n%s\r\n", 55+len(text), n.id, published, text)
+		want := fmt.Sprintf("HMSG chat 1 55 %d\r\n%s%s\r\n",
+			55+len(text), header(n.id, published), text)
 		if got := older.message(t, text == ""); got != want {
 			t.Errorf("NATS sends %q, want %q", got, want)
 		}
@@ -37,8 +42,9 @@ func TestWireIsThatOfEarlierVersions(t *testing.T) {
 
 	// To this node: the same, from a node that has published seven messages before.
 	publish := func(said int, text string) {
-		header := fmt.Sprintf("NATS/1.0\r\nNode: XXXXXXXXXXXXXXXXXXXXXXXXXX\r\nSaid: %d\r\n\r\n", said)
-		fmt.Fprintf(older, "HPUB chat %d %d\r\n%s%s\r\n", len(header), len(header)+len(text), header, text)
+		header := header("XXXXXXXXXXXXXXXXXXXXXXXXXX", said)
+		fmt.Fprintf(older, "HPUB chat %d %d\r\n%s%s\r\n",
+			len(header), len(header)+len(text), header, text)
 	}
 	publish(7, "")
 	publish(7, "from an earlier version")

@@ -24,7 +24,8 @@ import (
 func stopTime(t *testing.T) int64 {
 	t.Helper()
 	total := int64(0)
-	for file, name := range map[string]string{"../main.go": "shutdownWait", "../relay.go": "drainWait"} {
+	waits := map[string]string{"../main.go": "shutdownWait", "../relay.go": "drainWait"}
+	for file, name := range waits {
 		total += number(t, file, `\b`+name+` += (\d+) \* time\.Second\n`)
 	}
 	return total
@@ -49,7 +50,8 @@ func number(t *testing.T, file, expression string) int64 {
 }
 
 func TestDockerStopOfTheREADMEWaitsForTheNode(t *testing.T) {
-	if got, want := number(t, "../README.md", `docker stop --time (\d+)`), stopTime(t); got <= want {
+	got, want := number(t, "../README.md", `docker stop --time (\d+)`), stopTime(t)
+	if got <= want {
 		t.Errorf("README.md has docker stop wait %d s, want more than the node's %d s", got, want)
 	}
 }
@@ -59,11 +61,13 @@ func TestDockerfileBuildsTheProgramWithTheVersionOfGoInGoMod(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	build := regexp.MustCompile(`(?m)^RUN (.* go build .*) -o /bin/chat \.$`).FindSubmatch(dockerfile)
+	run := regexp.MustCompile(`(?m)^RUN (.* go build .*) -o /bin/chat \.$`)
+	build := run.FindSubmatch(dockerfile)
 	if build == nil {
 		t.Fatal("no RUN builds the program")
 	}
-	command := exec.Command("sh", "-c", string(build[1])+" -n -o "+t.TempDir()+" .") // -n: without compiling
+	// -n: without compiling.
+	command := exec.Command("sh", "-c", string(build[1])+" -n -o "+t.TempDir()+" .")
 	command.Dir = ".."
 	if out, err := command.CombinedOutput(); err != nil {
 		t.Errorf("%s: %v\n%s", build[1], err, out)
@@ -151,10 +155,12 @@ func TestManifestHoldsTogether(t *testing.T) {
 	if node.LivenessProbe != nil {
 		t.Error("there is a livenessProbe, want none")
 	}
-	port := m.service.Spec.Ports[0]
-	if port.TargetPort.StrVal != http || node.Args[0] != "-addr=:8080" || node.Ports[0].ContainerPort != 8080 ||
-		m.network.Spec.Ingress[0].Ports[0].Port.StrVal != http {
-		t.Error("the Service, the NetworkPolicy, the port and -addr do not agree")
+	port, open := m.service.Spec.Ports[0], m.network.Spec.Ingress[0].Ports[0]
+	if port.TargetPort.StrVal != http || open.Port.StrVal != http {
+		t.Errorf("the Service and the NetworkPolicy do not name the node's port %s", http)
+	}
+	if node.Args[0] != "-addr=:8080" || node.Ports[0].ContainerPort != 8080 {
+		t.Error("the node's port and -addr do not agree")
 	}
 	if got := pod.Annotations["prometheus.io/port"]; got != "8080" {
 		t.Errorf("Prometheus reads port %s, want 8080", got)
@@ -162,9 +168,12 @@ func TestManifestHoldsTogether(t *testing.T) {
 	var public []string
 	for _, path := range m.ingress.Spec.Rules[0].HTTP.Paths {
 		public = append(public, path.Path)
+		if *path.PathType != networking.PathTypeExact {
+			t.Errorf("the path %s is %s, want Exact", path.Path, *path.PathType)
+		}
 		backend := path.Backend.Service
-		if *path.PathType != networking.PathTypeExact || backend.Name != m.service.Name || backend.Port.Name != port.Name {
-			t.Errorf("the Ingress has for %s %s of %s:%s", path.Path, *path.PathType, backend.Name, backend.Port.Name)
+		if backend.Name != m.service.Name || backend.Port.Name != port.Name {
+			t.Errorf("the path %s goes to %s:%s", path.Path, backend.Name, backend.Port.Name)
 		}
 	}
 	if !slices.Equal(public, []string{"/", "/ws"}) {
@@ -186,10 +195,12 @@ func TestManifestHoldsTogether(t *testing.T) {
 func TestPodIsAcceptedInRestrictedNamespaces(t *testing.T) {
 	pod := readManifest(t).deployment.Spec.Template.Spec
 	node := pod.Containers[0].SecurityContext
-	if seccomp := pod.SecurityContext.SeccompProfile; seccomp == nil || seccomp.Type != core.SeccompProfileTypeRuntimeDefault {
+	seccomp := pod.SecurityContext.SeccompProfile
+	if seccomp == nil || seccomp.Type != core.SeccompProfileTypeRuntimeDefault {
 		t.Errorf("seccompProfile is %v, want RuntimeDefault", seccomp)
 	}
-	if !*pod.SecurityContext.RunAsNonRoot || *node.AllowPrivilegeEscalation || node.Capabilities.Drop[0] != "ALL" {
+	if !*pod.SecurityContext.RunAsNonRoot || *node.AllowPrivilegeEscalation ||
+		node.Capabilities.Drop[0] != "ALL" {
 		t.Error("the pod may gain privileges")
 	}
 }
@@ -201,34 +212,39 @@ func TestTimesOfTheManifestAreLongEnough(t *testing.T) {
 	// The grace period starts with preStop.
 	ends := node.Lifecycle.PreStop.Sleep.Seconds + stopTime(t)
 	if grace := *pod.TerminationGracePeriodSeconds; grace <= ends {
-		t.Errorf("terminationGracePeriodSeconds is %d, want more than the %d s that a pod takes to end", grace, ends)
+		t.Errorf("terminationGracePeriodSeconds is %d, and a pod takes %d s to end", grace, ends)
 	}
 	if got := int64(m.deployment.Spec.MinReadySeconds); got <= ends {
-		t.Errorf("minReadySeconds is %d, want more than the %d s that a pod takes to end", got, ends)
+		t.Errorf("minReadySeconds is %d, and a pod takes %d s to end", got, ends)
 	}
 	// A reconnect to NATS: settleWait, and a second to reconnect.
 	reconnect := number(t, "../relay.go", `\breconnectWait = (\d+) \* time\.Millisecond\n`) *
 		number(t, "../relay.go", `\bsettleWait = (\d+) \* reconnectWait\n`)
 	probe := node.ReadinessProbe
-	if failures := 1000 * int64(probe.PeriodSeconds*(probe.FailureThreshold-1)); failures <= reconnect+1000 {
-		t.Errorf("Kubernetes takes a node out of rotation after %d ms, want more than the %d ms of a reconnect",
-			failures, reconnect+1000)
-	}
 	checks := number(t, "../README.md", `default-server check inter 1s fall (\d+)`)
-	if failures := 1000 * (checks - 1); failures <= reconnect+1000 {
-		t.Errorf("HAProxy takes a node out of rotation after %d ms, want more than the %d ms of a reconnect",
-			failures, reconnect+1000)
+	for name, failures := range map[string]int64{
+		"Kubernetes": 1000 * int64(probe.PeriodSeconds*(probe.FailureThreshold-1)),
+		"HAProxy":    1000 * (checks - 1),
+	} {
+		if failures <= reconnect+1000 {
+			t.Errorf("%s takes a node out of rotation after %d ms, and a reconnect takes %d ms",
+				name, failures, reconnect+1000)
+		}
 	}
 	ping := number(t, "../client.go", `\bpongWait = (\d+) \* time\.Second\n`) * 9 / 10
 	for _, timeout := range []string{"read", "send"} {
 		name := "nginx.ingress.kubernetes.io/proxy-" + timeout + "-timeout"
-		if got, err := strconv.ParseInt(m.ingress.Annotations[name], 10, 64); err != nil || got <= ping {
-			t.Errorf("%s is %d (%v), want more than the %d s between two pings", name, got, err, ping)
+		got, err := strconv.ParseInt(m.ingress.Annotations[name], 10, 64)
+		if err != nil || got <= ping {
+			t.Errorf("%s is %d (%v), want more than the %d s between pings", name, got, err, ping)
 		}
 	}
 	limit := node.Resources.Limits.Memory().Value()
-	goLimit, err := resource.ParseQuantity(strings.TrimSuffix(node.Env[0].Value, "B"))
-	if err != nil || node.Env[0].Name != "GOMEMLIMIT" || goLimit.Value() >= limit || goLimit.Value() < limit*8/10 {
-		t.Errorf("%s is %s (%v), want a little less than the limit of %d bytes", node.Env[0].Name, node.Env[0].Value, err, limit)
+	env := node.Env[0]
+	quantity, err := resource.ParseQuantity(strings.TrimSuffix(env.Value, "B"))
+	got := quantity.Value()
+	if err != nil || env.Name != "GOMEMLIMIT" || got >= limit || got < limit*8/10 {
+		t.Errorf("%s is %s (%v), want a little less than the limit of %d bytes",
+			env.Name, env.Value, err, limit)
 	}
 }
