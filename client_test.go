@@ -80,7 +80,7 @@ var index = []struct {
 	)},
 	{"6. Graceful shutdown, forced exit, and a port in use", list(
 		TestSignalShutsDownGracefullyWithStatus0,
-		TestSecondSignalForcesAnExitOneSecondAfterTheFirst,
+		TestSecondSignalEndsTheProcessOneSecondAfterTheFirst,
 		TestTwoSignalsAtOnceAreOne,
 		TestHangupIsIgnoredIfItWasAtTheStart,
 		TestProcessThatCannotListenExitsWithOneLine,
@@ -90,7 +90,9 @@ var index = []struct {
 		TestStoppedHubDropsAllClientsAndWaitsForThem,
 		TestShutdownIsReadByAClientThatSendsBeforeItReads,
 		TestHandshakeDuringShutdownIsRejected,
-		TestRejectedPeerThatDoesNotReadIsClosedAfterWriteWait,
+		TestPeerWhoseHandshakeMeetsTheStopGets1001,
+		TestPeerThatDoesNotTakeTheHandshakeResponseDuringTheStopIsClosedAfterWriteWait,
+		TestClientRegisteredAfterStopIsDroppedAtOnce,
 	)},
 	{"7. No goroutine outlives its client, and none the hub", list(
 		TestHubEndsSoonHoweverItsClientEnds,
@@ -1646,7 +1648,7 @@ func TestServerWithoutHijackRespondsWithAnError(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	serveWs(nil, rec, req) // It needs no hub.
+	serveWs(newHub(), rec, req)
 	if rec.Code != http.StatusInternalServerError {
 		t.Errorf("got status %d, want 500", rec.Code)
 	}

@@ -382,30 +382,63 @@ func TestShutdownIsReadByAClientThatSendsBeforeItReads(t *testing.T) {
 	})
 }
 
-func TestRejectedPeerThatDoesNotReadIsClosedAfterWriteWait(t *testing.T) {
-	for takes, want := range map[bool]time.Duration{true: 0, false: writeWait} {
-		runWithServer(t, fmt.Sprintf("takes=%v", takes), func(t *testing.T, s *server) {
-			last := join(s.hub, 0) // keeps run from returning
-			s.hub.stop()
+// stopDuringHandshakes stops the hub when serve has begun a handshake.
+func (s *server) stopDuringHandshakes(t *testing.T) {
+	old := upgrader
+	t.Cleanup(func() { upgrader = old })
+	upgrader.CheckOrigin = func(*http.Request) bool {
+		s.hub.stop()
+		time.Sleep(time.Nanosecond) // until run has dropped its clients
+		return true
+	}
+}
+
+func TestPeerWhoseHandshakeMeetsTheStopGets1001(t *testing.T) {
+	for _, alone := range []bool{true, false} {
+		runWithServer(t, fmt.Sprintf("alone=%v", alone), func(t *testing.T, s *server) {
+			if !alone { // run has not returned yet.
+				last := join(s.hub, 0)
+				defer func() { s.hub.done <- last }()
+			}
+			s.stopDuringHandshakes(t)
+			p := s.join(t)
+			p.wantClose(errShuttingDown)
 			synctest.Wait()
-			conn := s.connect(t).(*pipe)
-			defer conn.Close()
-			if !takes {
-				conn.unbuffer()
-			}
-			start := time.Now()
-			fmt.Fprintf(conn, "%s\r\n", handshake)
-			synctest.Wait()
-			for !conn.far.isClosed() && time.Since(start) < 2*writeWait {
-				time.Sleep(time.Second)
-				synctest.Wait()
-			}
-			if got := time.Since(start); got != want {
-				t.Errorf("TCP was closed after %v, want %v", got, want)
-			}
-			s.hub.done <- last
+			p.wantEnd()
 		})
 	}
+}
+
+func TestPeerThatDoesNotTakeTheHandshakeResponseDuringTheStopIsClosedAfterWriteWait(t *testing.T) {
+	withServer(t, func(t *testing.T, s *server) {
+		s.stopDuringHandshakes(t)
+		conn := s.connect(t).(*pipe)
+		defer conn.Close()
+		conn.unbuffer()
+		fmt.Fprintf(conn, "%s\r\n", handshake)
+		time.Sleep(time.Nanosecond)
+		start := time.Now()
+		for !conn.far.isClosed() && time.Since(start) < 2*writeWait {
+			time.Sleep(time.Second)
+			synctest.Wait()
+		}
+		if got := time.Since(start); got != writeWait {
+			t.Errorf("TCP was closed after %v, want %v", got, writeWait)
+		}
+	})
+}
+
+func TestClientRegisteredAfterStopIsDroppedAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		hub, _ := startHub(t, 1) // whose client keeps run from returning
+		hub.stop()
+		synctest.Wait()
+		late := join(hub, 1) // without a select, as in handle
+		if _, open := <-late.send; open || late.reason.Load() != errShuttingDown {
+			t.Errorf("the late client's reason is %v, want %v", late.reason.Load(), errShuttingDown)
+		}
+		hub.done <- late
+	})
 }
 
 func TestHandshakeDuringShutdownIsRejected(t *testing.T) {
@@ -909,10 +942,7 @@ func registerLater(client *Client, wait time.Duration) {
 	case <-time.After(wait):
 	case <-client.hub.ended:
 	}
-	select {
-	case client.hub.register <- client:
-	case <-client.hub.stopped:
-	}
+	client.hub.passToRun(client.hub.register, client)
 }
 
 var shapes = []shape{
@@ -1869,7 +1899,7 @@ func TestSignalShutsDownGracefullyWithStatus0(t *testing.T) {
 	}
 }
 
-func TestSecondSignalForcesAnExitOneSecondAfterTheFirst(t *testing.T) {
+func TestSecondSignalEndsTheProcessOneSecondAfterTheFirst(t *testing.T) {
 	signals := signals(t)
 	for i, first := range signals {
 		second := signals[(i+1)%len(signals)]
@@ -1887,7 +1917,7 @@ func TestSecondSignalForcesAnExitOneSecondAfterTheFirst(t *testing.T) {
 					err = process.Process.Signal(second)
 				}
 			}()
-			process.wantEnd(t, "exit status 1")
+			process.wantEnd(t, "signal: "+second.String())
 			if got := time.Since(start); got < forceAfter || got > shutdownWait {
 				t.Errorf("it exited after %v, want %v", got, forceAfter)
 			}

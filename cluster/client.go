@@ -32,8 +32,7 @@ const (
 	// Time between two pings to the peer. Must be less than pongWait.
 	pingPeriod = pongWait * 9 / 10
 
-	// Time allowed for the peer to answer the server's close frame. A busy peer must first
-	// read what precedes it: with one second, some peers lost it during shutdown.
+	// Time allowed for the peer to answer the close frame. With one second, busy peers lost it.
 	closeWait = 5 * time.Second
 
 	// Maximum size in bytes of a message from the peer, also stated in home.html.
@@ -75,9 +74,8 @@ func closeError(code int, format string, args ...any) *websocket.CloseError {
 	return &websocket.CloseError{Code: code, Text: fmt.Sprintf(format, args...)}
 }
 
-// The read buffer is small because every connection keeps one. Write buffers come from a pool,
-// and hold a whole batch. Add your own subprotocols here: Upgrade then ignores those of its
-// responseHeader argument. A peer gets one: yours, or heartbeat.
+// Each connection keeps a read buffer; write buffers are pooled, and hold a whole batch. Add
+// your own subprotocols here, not to Upgrade's argument. A peer gets one: yours, or heartbeat.
 var upgrader = websocket.Upgrader{
 	ReadBufferSize:  512,
 	WriteBufferSize: maxBatchSize,
@@ -138,6 +136,12 @@ func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
 // has answered and logged that. The handshake response is delayed until the client is
 // registered: a peer that knows it is connected misses no message.
 func (c *Client) serve(w http.ResponseWriter, r *http.Request) {
+	select {
+	case <-c.hub.stopped:
+		http.Error(w, "server shutting down", http.StatusServiceUnavailable)
+		return
+	default:
+	}
 	handshake := &delayedHandshake{ResponseWriter: w}
 	conn, err := upgrader.Upgrade(handshake, r, nil)
 	if err != nil {
@@ -147,16 +151,8 @@ func (c *Client) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	c.conn, c.send = conn, make(chan []byte, sendQueueSize)
 	c.heartbeat = r.URL.Query().Has(heartbeat)
-	select {
-	case c.hub.register <- c:
-		handshake.conn.answer(handshake.conn.response)
-	case <-c.hub.stopped:
-		if handshake.conn.answer([]byte(unavailable)) {
-			conn.Close()
-			return
-		}
-		// The application has exchanged messages with the peer: the pumps end the client.
-	}
+	c.hub.passToRun(c.hub.register, c)
+	handshake.conn.answer() // Later, in readPump, it would take a larger stack.
 	go c.writePump()
 	go c.readPump()
 }
@@ -169,9 +165,8 @@ func (c *Client) handle(line []byte) {
 	c.hub.broadcast <- line
 }
 
-// receive reads the message in r, and handles it as one clean line. It ignores blank messages,
-// and all messages once the client has a reason to end, such as an invalid one. It returns
-// read errors only. (SetReadLimit would close without a text.)
+// receive handles the message in r as one clean line, unless it is blank or the client has a
+// reason to end. It returns read errors only. (SetReadLimit would close without a text.)
 func (c *Client) receive(messageType int, r io.Reader) error {
 	c.alive()
 	c.limitRate()
@@ -230,8 +225,7 @@ func (c *Client) writeBatch(message []byte, next chan []byte) error {
 
 // An application need not change what follows.
 
-// tell queues message for this client alone. It returns whether it has queued it, as queue
-// does. Any goroutine may call it except run's.
+// tell queues message for this client alone, as queue does. Any goroutine but run's may call it.
 func (c *Client) tell(message []byte) (queued bool) {
 	c.hub.do(func() { queued = c.hub.queue(c, message) })
 	return queued
@@ -255,8 +249,7 @@ func (c *Client) end(reason *websocket.CloseError) {
 	c.hub.passToRun(c.hub.unregister, c)
 }
 
-// sendable replaces a reason whose close code must not be sent (RFC 6455 section 7.4), such as
-// the 0 of an application that has set none.
+// sendable replaces a reason whose close code must not be sent: RFC 6455 section 7.4.
 func sendable(reason *websocket.CloseError) *websocket.CloseError {
 	if reason == nil || reason.Code < 1000 || reason.Code > 4999 ||
 		1004 <= reason.Code && reason.Code <= 1006 || 1015 <= reason.Code && reason.Code < 3000 {
@@ -265,9 +258,8 @@ func sendable(reason *websocket.CloseError) *websocket.CloseError {
 	return reason
 }
 
-// readPump reads the peer's messages, for handle. It does all reads on conn. It ends when one
-// fails: usually with the peer's close frame, or because finish has closed conn. It is kept
-// small, so that the goroutine of an idle client keeps a stack of 2 KiB.
+// readPump does all reads on conn, until one fails: usually with the peer's close frame, or
+// because finish has closed conn. It is small, so that an idle client's stack is 2 KiB.
 func (c *Client) readPump() {
 	if !c.hub.passToRun(c.hub.opened, c) {
 		c.end(errShuttingDown)
@@ -332,15 +324,14 @@ func (c *Client) stopReading(err error) {
 	} else if ok || err == io.ErrUnexpectedEOF && again == err { // or TLS was cut within a record
 		err = closeError(1006, "%v", err)
 	}
-	closed, _ := err.(*websocket.CloseError) // the peer's, 1006 if there is none, or nil
+	closed, _ := err.(*websocket.CloseError) // the peer's, 1006 without one, or nil
 	c.reason.CompareAndSwap(nil, cmp.Or(closed, reason))
 	c.hub.passToRun(c.hub.unregister, c)
 	c.readEnd() <- closed
 }
 
-// readEnd returns the channel on which readPump, when it ends, sends the peer's close frame,
-// 1006 if the network closed the connection, or nil. The first call makes it: a Client needs
-// only hub, conn and send, and either pump may start first.
+// readEnd returns the channel from readPump to finish, for the peer's close frame, 1006 without
+// one, or nil after an invalid frame or a timeout. Either pump may start first, and makes it.
 func (c *Client) readEnd() chan *websocket.CloseError {
 	c.readEndOnce.Do(func() { c.readEndChan = make(chan *websocket.CloseError, 1) })
 	return c.readEndChan
@@ -416,9 +407,8 @@ func (c *Client) finish(err error) {
 	}
 	closed := <-c.readEnd()
 	if closed == nil {
-		// After a timeout or an invalid frame, the peer may still be sending. Closing TCP with
-		// unread input resets it, and the peer may lose the close frame: so close one direction,
-		// and discard input until the peer closes the other.
+		// Closing TCP with unread input resets it, and the peer may lose the close frame: so
+		// close one direction, and discard input until the peer closes the other.
 		conn := c.conn.NetConn()
 		if delayed, ok := conn.(*delayedConn); ok {
 			conn = delayed.Conn
@@ -459,9 +449,8 @@ func (h *delayedHandshake) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return h.conn, buffered, err
 }
 
-// A delayedConn holds back the first write, which is Upgrade's handshake response, until
-// answer or the next Read or Write: an application may exchange messages with the peer
-// before it registers the client.
+// A delayedConn holds back the first write, Upgrade's response, until answer or the next Read
+// or Write: an application may exchange messages with the peer before it registers the client.
 type delayedConn struct {
 	net.Conn
 	response []byte
@@ -469,21 +458,16 @@ type delayedConn struct {
 	err      error // of answer
 }
 
-// unavailable is the answer to a handshake during shutdown.
-const unavailable = "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\n\r\n" +
-	"server shutting down\n"
-
-// answer answers the handshake, and reports whether it was the first to do so.
-func (c *delayedConn) answer(response []byte) (first bool) {
+// answer writes the handshake response. Only the first call does.
+func (c *delayedConn) answer() error {
 	c.answered.Do(func() {
-		first = true
 		c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
-		if _, err := c.Conn.Write(response); err != nil {
+		if _, err := c.Conn.Write(c.response); err != nil {
 			// stopReading would take an error of another type for a protocol violation.
 			c.err = closeError(1006, "handshake response: %v", err)
 		}
 	})
-	return first
+	return c.err
 }
 
 func (c *delayedConn) Write(p []byte) (int, error) {
@@ -491,16 +475,16 @@ func (c *delayedConn) Write(p []byte) (int, error) {
 		c.response = bytes.Clone(p)
 		return len(p), nil
 	}
-	if c.answer(c.response); c.err != nil {
-		return 0, c.err
+	if err := c.answer(); err != nil {
+		return 0, err
 	}
 	return c.Conn.Write(p)
 }
 
 // Read has a small frame, too: see readPump.
 func (c *delayedConn) Read(p []byte) (int, error) {
-	if c.answer(c.response); c.err != nil {
-		return 0, c.err
+	if err := c.answer(); err != nil {
+		return 0, err
 	}
 	return c.Conn.Read(p)
 }

@@ -10,18 +10,16 @@ import (
 )
 
 // A Hub broadcasts messages to its clients. One goroutine, run, owns its state, so there is no
-// mutex: others use do, tell and the channels below. (The application, in these comments, is
-// the program that you build from copies of hub.go and client.go: its code goes where it says
-// APPLICATION.)
+// mutex: others use do, tell and the channels below. (The application is the program that you
+// build from copies of hub.go and client.go. Its code goes where it says APPLICATION.)
 type Hub struct {
 	// Owned by run, as the application's state is: add its fields here.
 	clients map[*Client]bool // registered, and not dropped
 	open    map[*Client]bool // run waits for these: registered or readPump started, not done
 	dropped []*Client        // these were registered; to be cleaned up after
 
-	// From other goroutines to run. Select on stopped too: nothing receives from register after
-	// stop, nor from the others once run has returned. (handle need not.) A send from run's own
-	// goroutine deadlocks: call deliver, queue or drop.
+	// From other goroutines to run. Select on ended too, except in handle: nothing receives once
+	// run has returned. A send from run's own goroutine deadlocks: call deliver, queue or drop.
 	broadcast  chan []byte  // a message for every client, already cleaned; do not change it later
 	register   chan *Client // a client to add
 	unregister chan *Client // a client to drop
@@ -57,10 +55,10 @@ func newHub() *Hub {
 // writeWait + closeWait, or when the last handle returns.
 func (h *Hub) run() {
 	defer close(h.ended)
-	register, calls, stopped := h.register, h.calls, h.stopped
+	calls, stopped := h.calls, h.stopped
 	for stopped != nil || len(h.open) > 0 {
 		select {
-		case client := <-register:
+		case client := <-h.register:
 			if client.registered {
 				break // It has been registered before, or ended before it was.
 			}
@@ -69,6 +67,9 @@ func (h *Hub) run() {
 			h.open[client] = true
 			// APPLICATION: client has been registered. Welcome it, send it a history (of less than
 			// sendQueueSize messages), or announce it: with queue, deliver and deliverTo.
+			if stopped == nil {
+				h.drop(client, errShuttingDown)
+			}
 		case client := <-h.unregister:
 			h.drop(client, errUnregistered)
 		case message := <-h.broadcast:
@@ -84,9 +85,7 @@ func (h *Hub) run() {
 			h.drop(client, errUnregistered) // in case the application has not unregistered it
 			delete(h.open, client)
 		case <-stopped:
-			// A nil channel is never ready: these cases are disabled. A client registered now
-			// would miss the drop: serve answers it with status 503.
-			register, calls, stopped = nil, nil, nil
+			calls, stopped = nil, nil // A nil channel is never ready: these cases are disabled.
 			for client := range h.open {
 				h.drop(client, errShuttingDown)
 			}

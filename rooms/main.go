@@ -32,7 +32,7 @@ const (
 	// ten seconds that docker stop allows by default.
 	shutdownWait = 8 * time.Second
 
-	// A second signal forces an exit if it comes this long after the first, or later:
+	// Time from the first signal until the next one ends the process by its default action:
 	// coreutils' timeout sends SIGTERM twice at the same moment.
 	forceAfter = time.Second
 
@@ -57,19 +57,12 @@ func main() {
 	}
 	// Otherwise a write to stderr after its reader has exited would end the process.
 	signal.Ignore(syscall.SIGPIPE)
-	ctx, cancel := context.WithCancel(context.Background())
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
 	if !signal.Ignored(syscall.SIGHUP) { // as under nohup
-		signal.Notify(signals, syscall.SIGHUP)
+		signals = append(signals, syscall.SIGHUP)
 	}
-	go func() {
-		<-signals
-		cancel()
-		for first := time.Now(); time.Since(first) < forceAfter; <-signals {
-		}
-		os.Exit(1)
-	}()
+	ctx, restore := signal.NotifyContext(context.Background(), signals...)
+	context.AfterFunc(ctx, func() { time.Sleep(forceAfter); restore() })
 	if err := run(ctx, *addr); err != nil {
 		log.Fatal(err)
 	}

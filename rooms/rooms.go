@@ -8,8 +8,8 @@
 // It serves a login form at /, each room's page at /room/NAME/, and its WebSocket
 // endpoint at /room/NAME/ws. It signs cookies with the environment variable CHAT_KEY, or
 // without it with a random key that the database keeps. SIGINT or SIGTERM starts a
-// graceful shutdown, which ends the process with status 0; a second signal forces it to
-// exit with status 1.
+// graceful shutdown, which ends the process with status 0; a second signal ends it at
+// once.
 //
 // main.go, hub.go, client.go and home.html are those of the chat server, except for the
 // changes that README.md, main.diff and home.diff show. The other files are new.
