@@ -115,6 +115,26 @@ func TestDatabaseOfAnEarlierVersionThatHasCrashed(t *testing.T) {
 	})
 }
 
+// README.md says how an operator makes a user that is in a room its owner.
+func TestOperatorNamesANewOwner(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		file := newFile(t)
+		w := startPipedOn(t, file)
+		w.join("Hans", "kitchen").received()
+		cookie := w.logIn("Grete")
+		w.dial(cookie, "kitchen").received()
+		w.exit()
+
+		_, statement, _ := strings.Cut(read(t, ".", "README.md"), "`UPDATE rooms SET owner = ")
+		statement, _, _ = strings.Cut(statement, "`")
+		edit(t, file, "UPDATE rooms SET owner = "+statement)
+		w = startPipedOn(t, file)
+		grete := w.dial(cookie, "kitchen")
+		grete.send("/kick Hans")
+		grete.want("notice /kick Hans: Done.", "leave Hans: kicked by Grete")
+	})
+}
+
 func TestDatabaseOfALaterVersionIsOneLineAndStatusOne(t *testing.T) {
 	file := newFile(t)
 	store, err := openStore(file)
