@@ -164,10 +164,12 @@ func (p *tab) until(js string) {
 		}
 		return result, err
 	}
-	for start := time.Now(); !do(p, holds); time.Sleep(pollInterval) {
+	start := time.Now()
+	for checked := start; !do(p, holds); checked = time.Now() {
 		if time.Since(start) > patience {
 			p.t.Fatalf("not within %v: %s\npage:\n%.400s…", patience, js, eval[string](p, "document.body.innerText"))
 		}
+		time.Sleep(max(pollInterval, time.Since(checked)))
 	}
 }
 
@@ -292,9 +294,6 @@ func (c *chrome) act(source object) error {
 		case typ == "keyDown":
 			key := action["value"].(string)
 			do(c.tab, chromedp.KeyEvent(cmp.Or(chromeKeys[key], key), chromedp.KeyModifiers(c.modifiers)))
-		case typ == "scroll":
-			wheel := cdp.Command[object, cdp.Empty]{Method: input.CommandDispatchMouseEvent}
-			call(c.tab, wheel, object{"type": "mouseWheel", "x": action["x"], "y": action["y"], "deltaX": 0, "deltaY": action["deltaY"]})
 		case typ == "pointerMove":
 			c.x, c.y = float64(action["x"].(int)), float64(action["y"].(int))
 			c.mouse(chromedp.MouseMoved)

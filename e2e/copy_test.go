@@ -258,7 +258,7 @@ func TestCopyWithASecondChannel(t *testing.T) {
 	go discard(hans)
 	s.signal(t, syscall.SIGTERM)
 	wantEnd(t, grete, websocket.CloseGoingAway)
-	s.wantExit(t, time.Now(), patience)
+	s.wantExit(t, time.Now(), exitTime)
 }
 
 // readPump calls tell, so a client that sends requests and reads no replies is dropped as a

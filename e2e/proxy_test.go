@@ -438,7 +438,7 @@ func TestHAProxyBalancesOnlyToReadyNodes(t *testing.T) {
 			haproxy := startHAProxy(t, addr, one.addr, two.addr)
 			awaitListener(t, addr)
 			reader := one.dial(t)
-			reader.SetReadDeadline(time.Now().Add(3 * patience))
+			reader.SetReadDeadline(time.Now().Add(patience))
 			exchangeMessages := func() {
 				t.Helper()
 				for n := range clients {

@@ -410,7 +410,7 @@ func TestTLSOfTheREADME(t *testing.T) {
 	wantLines(t, conn, "hello")
 	s.signal(t, syscall.SIGTERM)
 	wantEnd(t, conn, websocket.CloseGoingAway)
-	s.wantExit(t, time.Now(), patience)
+	s.wantExit(t, time.Now(), exitTime)
 }
 
 // mistakes are the common mistakes of README.md: tests that fail inside a copy.

@@ -531,7 +531,7 @@ func TestRecipesThatBuildOnEachOther(t *testing.T) {
 	grete.wantPresence(t, "grete")
 
 	wantEnd(t, late.Conn, 4401)
-	s.wantNoRace(t, patience)
+	s.wantNoRace(t, exitTime)
 }
 
 // hub.go and client.go in a package of their own: only the package's name changes. One more
@@ -589,7 +589,7 @@ func TestRecipeForAPackage(t *testing.T) {
 	wantLines(t, conn, "Dinner is ready.")
 	s.signal(t, syscall.SIGTERM)
 	wantEnd(t, conn, websocket.CloseGoingAway)
-	s.wantExit(t, time.Now(), patience)
+	s.wantExit(t, time.Now(), exitTime)
 }
 
 // The programs of the recipes are attacked: users with forged names, requests with duplicate
@@ -733,7 +733,7 @@ func attack(t *testing.T, headings ...string) {
 	for range 2 {
 		wantClose(t, <-ends, websocket.CloseGoingAway)
 	}
-	s.wantExit(t, start, patience) // 8 s for clients and requests, 5 s for the database
+	s.wantExit(t, start, exitTime) // 8 s for clients and requests, 5 s for the database
 	ended.Store(true)
 	attackers.Wait()
 	if log := s.log.String(); strings.Contains(log, "DATA RACE") || strings.Contains(log, "panic") {
@@ -825,7 +825,7 @@ func TestRecipeForRoomsOnDemand(t *testing.T) {
 	s.signal(t, syscall.SIGTERM)
 	wantEnd(t, kitchen, websocket.CloseGoingAway)
 	wantEnd(t, garden, websocket.CloseGoingAway)
-	s.wantExit(t, time.Now(), patience)
+	s.wantExit(t, time.Now(), exitTime)
 }
 
 // serveAt returns a change that serves clients with a field set at another path.

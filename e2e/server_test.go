@@ -28,10 +28,15 @@ import (
 	"github.com/gorilla/websocket"
 )
 
-// Time allowed for what should happen soon, on a busy machine.
-const patience = 20 * time.Second
+// Time after which a test gives up waiting. It only bounds a hang: a test that is about a time
+// measures it.
+const patience = time.Minute
 
-// Time between two checks of a page. Each takes CPU time from the tests that run in parallel.
+// Time within which a server exits after a signal: 8 s for its clients, and on a busy machine.
+const exitTime = 20 * time.Second
+
+// Minimum time between two checks of a page. A check that takes longer waits as long as it took:
+// on a busy machine, it takes CPU time from the page and from the tests that run in parallel.
 const pollInterval = 30 * time.Millisecond
 
 // binary is the path of the server that TestMain builds.
