@@ -814,6 +814,33 @@ func TestNoticesAreMarkedButNotCountedAsUnread(t *testing.T) {
 	})
 }
 
+// Browsers fire the scroll event with the next frame. Lines that arrive before must not undo the
+// scrolling.
+func TestLinesThatArriveAsTheUserScrollsDoNotUndoIt(t *testing.T) {
+	t.Parallel()
+	inAllEngines(t, func(t *testing.T, w *window) {
+		s := startServer(t, "localhost:0")
+		w.resize(700, 500)
+		w.open(s.addr)
+		sendVaried(t, s, 50)
+		w.until(lastLine + ` == "That is all." && ` + atEnd)
+		for range 2 { // at first from the end
+			moved := get[float64](w, `(() => {
+				const top = log.scrollTop;
+				log.scrollTop -= 100;
+				receive(["new"]);
+				flush();
+				return log.scrollTop - top;
+			})()`)
+			if moved != -100 {
+				t.Errorf("the log scrolled by %v pixels as lines arrived, want -100", moved)
+			}
+			w.rest()
+		}
+		w.until(`!$("jump").hidden`)
+	})
+}
+
 func TestMarkerDoesNotMoveTheReadPosition(t *testing.T) {
 	t.Parallel()
 	inAllEngines(t, func(t *testing.T, w *window) {
