@@ -93,21 +93,21 @@ var upgrader = websocket.Upgrader{
 //  5. readPump reads on until the peer has answered, for at most closeWait.
 //  6. writePump closes conn, and tells Hub.run that the client is done (finish).
 //
-// If a write fails, the client stays registered for closeWait, as readPump may still read
-// what the peer has sent, such as a close frame. Then steps 2, 3 and 6 follow.
+// If a write fails, the client stays registered for at most closeWait, as readPump may still
+// read what the peer has sent, such as a close frame. Then steps 2, 3 and 6 follow.
 type Client struct {
 	// Set before the pumps start, by serve or by the application, whose fields may follow.
 	hub  *Hub
 	conn *websocket.Conn
 
-	// From run to writePump. Only drop closes it. To send to this client, call tell, or queue
-	// on run's goroutine: a direct send panics, and ends the process, once it is closed.
+	// From run to writePump; drop closes it. To send to this client, call tell, or queue on
+	// run's goroutine: a direct send panics, and ends the process, once it is closed.
 	send chan []byte
 
 	heartbeat bool // the URL asks for it; set by serve
 
 	// Owned by run: the client has been registered, or has ended before. It must not be
-	// registered again, as send may be closed. (reason does not tell: it is set earlier.)
+	// registered again, as send may be closed. (reason is set earlier, so it does not tell.)
 	registered bool
 
 	// The reason for closing the connection. The first one set wins.
@@ -132,9 +132,9 @@ func serveWs(hub *Hub, w http.ResponseWriter, r *http.Request) {
 }
 
 // serve upgrades the request to a WebSocket connection, registers the client, starts the pumps
-// and returns. Set hub, and the application's fields, before. If the handshake fails, serve
-// has answered and logged that. The handshake response is delayed until the client is
-// registered: a peer that knows it is connected misses no message.
+// and returns. Set hub, and the application's fields, before. If the handshake fails, or the hub
+// has been stopped, serve has answered that. The handshake response is delayed until the client
+// is registered: a peer that knows it is connected misses no message.
 func (c *Client) serve(w http.ResponseWriter, r *http.Request) {
 	select {
 	case <-c.hub.stopped:
@@ -262,13 +262,13 @@ func sendable(reason *websocket.CloseError) *websocket.CloseError {
 // because finish has closed conn. It is small, so that an idle client's stack is 2 KiB.
 func (c *Client) readPump() {
 	if !c.hub.passToRun(c.hub.opened, c) {
-		c.end(errShuttingDown)
+		c.reason.CompareAndSwap(nil, errShuttingDown)
 		close(c.send) // No run is left to do it.
 	}
 	c.conn.SetPingHandler(func(data string) error {
 		c.alive()
 		c.limitRate()
-		if c.reason.Load() == nil { // Later, it would take more than the end's writeWait.
+		if c.reason.Load() == nil { // Later, its own deadline would prolong the end.
 			// Ignore the error: after a failed write, writePump fails too.
 			c.conn.WriteControl(websocket.PongMessage, []byte(data), time.Now().Add(writeWait))
 		}
@@ -317,7 +317,7 @@ func (c *Client) limitRate() {
 // writePump that readPump ends.
 func (c *Client) stopReading(err error) {
 	c.conn.SetReadDeadline(time.Now())
-	_, _, again := c.conn.NextReader() // An error of the connection stays, unlike one in a message.
+	_, _, again := c.conn.NextReader() // err again, unless only a message was at fault
 	reason := closeError(1002, "%v", err)
 	if failed, ok := err.(net.Error); ok && failed.Timeout() {
 		reason = errTimeout
@@ -337,8 +337,8 @@ func (c *Client) readEnd() chan *websocket.CloseError {
 	return c.readEndChan
 }
 
-// writePump writes queued messages and pings to the peer. It does all writes on conn except
-// pongs. After the close frame, or when a write fails, it finishes the client.
+// writePump writes queued messages and pings to the peer, all that is written on conn but pongs.
+// After the close frame, or when a write fails, it finishes the client.
 func (c *Client) writePump() {
 	ticker := time.NewTicker(pingPeriod)
 	defer ticker.Stop()
@@ -365,8 +365,8 @@ func (c *Client) writePump() {
 	c.finish(err)
 }
 
-// setWriteDeadline allows writeWait for a write. Once the client has a reason to end, all
-// writes share one writeWait, the one under way included: a slow peer delays its end no more.
+// setWriteDeadline allows writeWait for a write. Once the client has a reason to end, all writes
+// share one writeWait, the one under way included, so that a slow peer cannot prolong the end.
 func (c *Client) setWriteDeadline() {
 	if !c.ending {
 		c.conn.SetWriteDeadline(time.Now().Add(writeWait))

@@ -123,6 +123,7 @@ var index = []struct {
 		TestStoppedHubEndsThePumpsOfEveryShape,
 		TestPumpsThatStartAfterTheHubHasEndedCloseTheConnection,
 		TestPumpsThatStartWhileTheHubStopsCloseTheConnection,
+		TestReasonOfAClientThatEndsBeforeItsPumpsStartIsSent,
 	)},
 	{"9. An application reaches the hub from any goroutine, at any time", list(
 		TestDoAndTellReachTheHubFromAnyGoroutine,
@@ -2347,7 +2348,14 @@ type pipe struct {
 	window          int          // with more than this unread, far waits when it writes
 	ended           bool         // far has closed its direction
 	closed          bool
-	readBy, writeBy time.Time
+	readBy, writeBy deadline
+}
+
+// A deadline has one timer, as net.Conn's do: if a bubble has many that are due at the same
+// time, two may run at once, which can crash the race detector (go.dev/issue/78156).
+type deadline struct {
+	time.Time
+	timer *time.Timer
 }
 
 // A wire is what both ends of a connection share.
@@ -2376,14 +2384,14 @@ func (p *pipe) do(change func()) {
 }
 
 // await waits until done, or returns why it never will be. It is called locked.
-func (p *pipe) await(by *time.Time, done func() bool) error {
+func (p *pipe) await(by *deadline, done func() bool) error {
 	for {
 		switch {
 		case p.closed:
 			return net.ErrClosed
 		case p.reset:
 			return errReset
-		case !by.IsZero() && !time.Now().Before(*by):
+		case !by.IsZero() && !time.Now().Before(by.Time):
 			return os.ErrDeadlineExceeded
 		case done():
 			return nil
@@ -2452,11 +2460,16 @@ func (p *pipe) SetDeadline(t time.Time) error {
 }
 func (p *pipe) SetReadDeadline(t time.Time) error  { return p.setDeadline(&p.readBy, t) }
 func (p *pipe) SetWriteDeadline(t time.Time) error { return p.setDeadline(&p.writeBy, t) }
-func (p *pipe) setDeadline(by *time.Time, t time.Time) error {
-	p.do(func() { *by = t })
-	if wait := time.Until(t); wait > 0 { // In a bubble, AfterFunc(0) can crash the race detector.
-		time.AfterFunc(wait, func() { p.do(func() {}) })
-	}
+func (p *pipe) setDeadline(by *deadline, t time.Time) error {
+	p.do(func() {
+		if by.timer != nil {
+			by.timer.Stop()
+		}
+		by.Time = t
+		if wait := time.Until(t); wait > 0 {
+			by.timer = time.AfterFunc(wait, func() { p.do(func() {}) })
+		}
+	})
 	return nil
 }
 

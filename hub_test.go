@@ -14,6 +14,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"os/signal"
 	"regexp"
 	"runtime"
 	"slices"
@@ -938,9 +939,11 @@ func newClient(hub *Hub, conn *websocket.Conn) *Client {
 
 // registerLater registers client, as an application does when it has logged in the peer.
 func registerLater(client *Client, wait time.Duration) {
-	select {
-	case <-time.After(wait):
-	case <-client.hub.ended:
+	if wait > 0 { // In a bubble, time.After(0) can crash the race detector: go.dev/issue/78156.
+		select {
+		case <-time.After(wait):
+		case <-client.hub.ended:
+		}
 	}
 	client.hub.passToRun(client.hub.register, client)
 }
@@ -1143,6 +1146,20 @@ func TestPumpsThatStartWhileTheHubStopsCloseTheConnection(t *testing.T) {
 		synctest.Wait()
 		p.wantEnd()
 		s.hub.done <- last
+	})
+}
+
+func TestReasonOfAClientThatEndsBeforeItsPumpsStartIsSent(t *testing.T) {
+	withServer(t, func(t *testing.T, s *server) {
+		banned := closeError(4003, "banned")
+		s.serveShape(t, func(hub *Hub, conn *websocket.Conn) *Client {
+			client := newClient(hub, conn)
+			client.end(banned)
+			go client.writePump()
+			go client.readPump()
+			return client
+		})
+		s.join(t).wantClose(banned)
 	})
 }
 
@@ -1977,12 +1994,17 @@ func TestProcessOutlivesTheReaderOfItsLog(t *testing.T) {
 	}
 }
 
-// signals returns what asks a process to end.
+// signals returns what asks a process to end. Until the test ends, the processes that it
+// starts do not ignore these, although this one may, as under nohup or in the background.
 func signals(t *testing.T) []os.Signal {
 	if runtime.GOOS == "windows" {
 		t.Skip("on Windows no process can send another one an interrupt or SIGTERM")
 	}
-	return []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP}
+	all := []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP}
+	caught := make(chan os.Signal, 1)
+	signal.Notify(caught, all...)
+	t.Cleanup(func() { signal.Stop(caught) })
+	return all
 }
 
 func TestProcessThatCannotListenExitsWithOneLine(t *testing.T) {

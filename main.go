@@ -6,7 +6,7 @@
 //
 // It serves a page for browsers at / and the WebSocket endpoint at /ws, where one text
 // message is one line of chat. SIGINT, SIGTERM or SIGHUP starts a graceful shutdown, which
-// ends the process with status 0; a second signal ends it at once.
+// ends the process with status 0; another one, a second later, ends it at once.
 package main
 
 import (

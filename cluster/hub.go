@@ -55,7 +55,7 @@ func newHub() *Hub {
 // writeWait + closeWait, or when the last handle returns.
 func (h *Hub) run() {
 	defer close(h.ended)
-	calls, stopped := h.calls, h.stopped
+	calls, stopped := h.calls, h.stopped // nil once the hub stops
 	for stopped != nil || len(h.open) > 0 {
 		select {
 		case client := <-h.register:
@@ -136,7 +136,7 @@ func (h *Hub) deliver(message []byte) {
 	h.deliverTo(message, func(*Client) bool { return true })
 }
 
-// deliverTo queues message for each client that to accepts, then waits if that crowds a queue.
+// deliverTo queues message for each client that to accepts, then waits if one is crowded.
 func (h *Hub) deliverTo(message []byte, to func(*Client) bool) {
 	var delay time.Duration
 	for client := range h.clients {

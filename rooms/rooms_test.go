@@ -2040,7 +2040,7 @@ func TestSecondSignalForcesExit(t *testing.T) {
 			}
 			return
 		default:
-			cmd.Process.Signal(os.Interrupt)
+			cmd.Process.Signal(syscall.SIGTERM)
 		}
 	}
 }
