@@ -32,7 +32,8 @@ func inBubble(t *testing.T, test func(*testing.T)) {
 		synctest.Test(t, test)
 		return
 	}
-	command := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", "-test.timeout="+patience.String())
+	limit := "-test.timeout=" + patience.String()
+	command := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$", limit)
 	command.Env = append(os.Environ(), bubble+"=1")
 	if out, err := command.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
@@ -221,7 +222,8 @@ func TestMessagesQueuedDuringAnOutageAreDeliveredAfterReconnect(t *testing.T) {
 					sender := fmt.Sprint(n)
 					got, want := from(sender, received), numbered(sender, each)
 					if !slices.Equal(got, want) {
-						t.Errorf("client %d received from client %s %q, want %q", i, sender, got, want)
+						t.Errorf("client %d received %q from client %s, want %q",
+							i, got, sender, want)
 					}
 				}
 			})

@@ -663,15 +663,13 @@ func (l pipeListener) dial(t testing.TB) *client {
 	return &client{Conn: conn}
 }
 
-// A proxy forwards connections to NATS. It can lose data in one direction, while both ends
-// stay connected, and delay it. A test that locks blocked has it forward nothing.
+// A proxy forwards connections to NATS. It can delay data. A test that locks blocked has it
+// forward nothing.
 type proxy struct {
 	net.Listener
 	blocked  [2]sync.RWMutex // by direction
 	mu       sync.Mutex
 	conns    []net.Conn
-	lost     [2]strings.Builder // by direction
-	isCut    [2]bool
 	latency  time.Duration
 	failures int // number of next connections to close once NATS has accepted them
 }
@@ -722,33 +720,21 @@ func (p *proxy) forward(from, to net.Conn, direction int) {
 			return
 		}
 		p.mu.Lock()
-		cut, latency := p.isCut[direction], p.latency
+		latency := p.latency
 		isPong := direction == fromNATS && bytes.Contains(buffer[:n], []byte("PONG"))
 		fails := isPong && p.failures > 0
 		if fails {
 			p.failures--
 		}
-		if cut {
-			p.lost[direction].Write(buffer[:n])
-		}
 		p.mu.Unlock()
 		time.Sleep(latency)
-		if !cut {
-			p.blocked[direction].RLock()
-			to.Write(buffer[:n])
-			p.blocked[direction].RUnlock()
-		}
+		p.blocked[direction].RLock()
+		to.Write(buffer[:n])
+		p.blocked[direction].RUnlock()
 		if fails {
 			return
 		}
 	}
-}
-
-// cut loses data in that direction from now on.
-func (p *proxy) cut(direction int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.isCut[direction] = true
 }
 
 // delay delays data by latency from now on.
@@ -758,21 +744,10 @@ func (p *proxy) delay(latency time.Duration) {
 	p.latency = latency
 }
 
-// wait waits until text has been lost in that direction.
-func (p *proxy) wait(t testing.TB, direction int, text string) {
-	t.Helper()
-	eventually(t, text+" is lost", func() bool {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		return strings.Contains(p.lost[direction].String(), text)
-	})
-}
-
 // restore closes all connections, and forwards new ones.
 func (p *proxy) restore() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.isCut = [2]bool{}
 	for _, conn := range p.conns {
 		conn.Close()
 	}
