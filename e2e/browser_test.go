@@ -42,6 +42,7 @@ var browser = sync.OnceValues(func() (context.Context, error) {
 		chromedp.Flag("disable-component-update", true),
 		chromedp.Flag("disable-sync", true),
 		chromedp.Flag("disable-quic", true),
+		chromedp.Flag("disable-smooth-scrolling", true), // whose end no event tells
 	)
 	ctx, _ = chromedp.NewContext(ctx)
 	closeBrowser = func() { chromedp.Cancel(ctx); closeAllocator() }

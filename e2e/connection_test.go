@@ -93,6 +93,20 @@ func (p *tab) wantLog(want ...string) {
 	}
 }
 
+// longTimers runs before the page's script. It holds timers of 10 s and more until the test
+// fires them with end, which takes their milliseconds; others run 20 times as fast.
+const longTimers = `
+	const realTimeout = setTimeout, realClear = clearTimeout, waits = new Map();
+	var id = 0, holds = (ms) => ms >= 10_000;
+	setTimeout = (f, ms, ...args) => {
+		if (!holds(ms)) return realTimeout(f, ms / 20, ...args);
+		waits.set(--id, { f, ms });
+		return id;
+	};
+	clearTimeout = (id) => { if (!waits.delete(id)) realClear(id); };
+	const waitsFor = (ms) => [...waits].filter((wait) => wait[1].ms == ms);
+	const end = (ms) => waitsFor(ms).forEach(([id, { f }]) => { waits.delete(id); f(); });`
+
 func TestHalfOpenConnectionIsDetectedInAboutAMinute(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"while receiving", "while sending"} {
@@ -101,21 +115,21 @@ func TestHalfOpenConnectionIsDetectedInAboutAMinute(t *testing.T) {
 			s := startServer(t, "localhost:0")
 			addr, cut := silentProxy(t, s.addr)
 			p := newTab(t)
-			p.beforePage(fast)
+			p.beforePage(longTimers)
 			p.open("http://" + addr + "/")
 			cut()
-			start := time.Now()
 			want := []string{"notice: No connection to the server.", "notice: Reconnected. You may have missed messages."}
 			if name == "while sending" {
 				p.send("lost")
 				p.wantLog("message mine pending: lost")
 				want = slices.Insert(want, 1, "notice: This may not have been delivered: lost")
 			}
-			p.until(`$("status").textContent != "Connected"`)
-			// The connection opened just before the cut. The limits are wide because a
-			// delay of one second on a busy machine counts as 20.
-			if got := 20 * time.Since(start); got < 50*time.Second || got > 150*time.Second {
-				t.Errorf("the page detected the half-open connection after %v, want about 64 s", got)
+			if got := eval[string](p, `end(54_000); $("status").textContent`); got != "Connected" {
+				t.Errorf("after 54 s the status is %q, want Connected: the heartbeat may be late", got)
+			}
+			eval[bool](p, `holds = (ms) => ms === 54_000; true`) // The probe has a time limit, too.
+			if got := eval[string](p, `end(10_000); $("status").textContent`); got == "Connected" {
+				t.Error("after 64 s the page has not detected the half-open connection")
 			}
 			p.until(`$("status").textContent == "Connected"`)
 			p.wantLog(want...)
@@ -137,10 +151,10 @@ func TestHeartbeatsKeepAnIdleConnection(t *testing.T) {
 	conn := <-conns
 	go func() {
 		for conn.WriteMessage(websocket.TextMessage, nil) == nil {
-			time.Sleep(time.Second) // 20 s to the page
+			time.Sleep(200 * time.Millisecond) // 4 s to the page, which allows 64
 		}
 	}()
-	p.until("heartbeats >= 8")
+	p.until("heartbeats >= 40")
 	if got := eval[int](p, "sockets.length"); got != 1 {
 		t.Errorf("the page opened %d connections, want it to keep the first", got)
 	}
@@ -155,18 +169,7 @@ func TestQueuedHeartbeatKeepsTheConnectionAfterASleep(t *testing.T) {
 	t.Parallel()
 	url, conns := silentServer(t)
 	p := newTab(t)
-	// The test fires long timers itself, as a browser does after a sleep.
-	p.beforePage(`
-		const realTimeout = setTimeout, realClear = clearTimeout, waits = new Map();
-		var id = 0;
-		setTimeout = (f, ms, ...args) => {
-			if (ms < 10_000) return realTimeout(f, ms / 20, ...args);
-			waits.set(--id, { f, ms });
-			return id;
-		};
-		clearTimeout = (id) => { if (!waits.delete(id)) realClear(id); };
-		const waitsFor = (ms) => [...waits].filter((wait) => wait[1].ms == ms);
-		const end = (ms) => waitsFor(ms).forEach(([id, { f }]) => { waits.delete(id); f(); });`)
+	p.beforePage(longTimers) // The test fires them, as a browser does after a sleep.
 	p.open(url)
 	eval[bool](p, "end(54_000); waitsFor(54_000).length == 0")
 	(<-conns).WriteMessage(websocket.TextMessage, nil)
@@ -337,9 +340,7 @@ func TestOnlyALastingConnectionResetsTheBackoff(t *testing.T) {
 	t.Parallel()
 	url, conns := silentServer(t)
 	p := newTab(t)
-	p.beforePage(recordBackoffs + `
-		const realNow = performance.now.bind(performance);
-		performance.now = () => 20 * realNow();`)
+	p.beforePage(recordBackoffs + "var clock = 1; performance.now = () => clock;")
 	do(p, chromedp.Navigate(url))
 	for range 6 {
 		(<-conns).Close()
@@ -350,8 +351,7 @@ func TestOnlyALastingConnectionResetsTheBackoff(t *testing.T) {
 		t.Errorf("the backoff after six connections that were closed at once is %v ms, want at least 5000", got)
 	}
 	p.wantLog("notice: No connection to the server.", "notice: Reconnected. You may have missed messages.")
-	eval[bool](p, "var opened = realNow(); true")
-	p.until("realNow() - opened > 600") // 12 s to the page
+	eval[bool](p, "clock += 10_001; true")
 	conn.Close()
 	<-conns
 	p.until(`$("status").textContent == "Connected"`)

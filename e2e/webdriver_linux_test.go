@@ -33,6 +33,9 @@ type engine interface {
 
 type object = map[string]any // a JSON object
 
+// Time after which a test gives up a command: a browser starts during its first one.
+const commandPatience = 3 * patience
+
 // engines are the engines besides Chromium. Tests reuse idle ones.
 var engines = []struct {
 	name  string
@@ -290,7 +293,7 @@ func launch(pattern string, env []string, name string, args ...string) (match st
 	ends = append(ends, end)
 	endsMu.Unlock()
 	re := regexp.MustCompile(pattern)
-	timeout := time.After(patience)
+	timeout := time.After(commandPatience)
 	for {
 		if match := re.FindStringSubmatch(out.String()); match != nil {
 			return match[1], end, nil
@@ -298,7 +301,7 @@ func launch(pattern string, env []string, name string, args ...string) (match st
 		select {
 		case <-out.grown:
 		case <-timeout:
-			return "", end, fmt.Errorf("%s printed no %q within %v, but:\n%s", name, pattern, patience, out)
+			return "", end, fmt.Errorf("%s printed no %q within %v, but:\n%s", name, pattern, commandPatience, out)
 		}
 	}
 }
@@ -336,7 +339,7 @@ func startFirefox() (engine, error) {
 // call runs a command and waits for its result.
 func (f *firefox) call(method string, params object, result any) error {
 	f.id++
-	f.conn.SetReadDeadline(time.Now().Add(patience))
+	f.conn.SetReadDeadline(time.Now().Add(commandPatience))
 	if err := f.conn.WriteJSON(object{"id": f.id, "method": method, "params": params}); err != nil {
 		return err
 	}
@@ -414,16 +417,16 @@ func startWebKit() (engine, error) {
 		return nil, err
 	}
 	// The driver does not report when it listens, and cannot choose a free port itself.
-	listener, err := net.Listen("tcp", "localhost:0")
+	listener, err := net.Listen("tcp", ownHost("localhost:0"))
 	if err != nil {
 		return nil, err
 	}
 	listener.Close()
-	_, port, _ := net.SplitHostPort(listener.Addr().String())
-	if _, _, err := launch("()", []string{"DISPLAY=:" + display}, "WebKitWebDriver", "--host=127.0.0.1", "--port="+port); err != nil {
+	host, port, _ := net.SplitHostPort(listener.Addr().String())
+	if _, _, err := launch("()", []string{"DISPLAY=:" + display}, "WebKitWebDriver", "--host="+host, "--port="+port); err != nil {
 		return nil, err
 	}
-	w := &webkit{display: display, session: "http://127.0.0.1:" + port + "/session"}
+	w := &webkit{display: display, session: "http://" + host + ":" + port + "/session"}
 	var session struct{ SessionID string }
 	for start := time.Now(); ; time.Sleep(10 * time.Millisecond) {
 		err := w.call("", object{"capabilities": object{}}, &session)
@@ -444,7 +447,7 @@ func (w *webkit) call(command string, params object, result any) error {
 	if err != nil {
 		return err
 	}
-	client := http.Client{Timeout: patience}
+	client := http.Client{Timeout: commandPatience}
 	response, err := client.Post(w.session+command, "application/json", bytes.NewReader(body))
 	if err != nil {
 		return err
