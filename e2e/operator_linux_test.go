@@ -38,7 +38,7 @@ func TestSystemdUnitOfTheREADME(t *testing.T) {
 	if !strings.Contains(commands, capability) {
 		t.Fatalf("README.md does not name %s", capability)
 	}
-	if !strings.Contains(readme(t), "`systemd-analyze security` rates 3 or better:") {
+	if !strings.Contains(readme(t), "`systemd-analyze security` rates 3 or lower:") {
 		t.Fatal("README.md does not say how systemd rates the unit")
 	}
 	for name, unit := range map[string]string{

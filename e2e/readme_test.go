@@ -254,7 +254,7 @@ func added(code string) string {
 func TestSetupAndStopOfTheREADME(t *testing.T) {
 	t.Parallel()
 	_, setup := section(t, "README.md", "## Use it in your project")
-	_, stop := section(t, "README.md", "### Stop")
+	_, stop := section(t, "README.md", "### Graceful shutdown")
 	s := startCopy(t, `
 --- main.go
 -	return serve(ctx, listener)
@@ -345,18 +345,19 @@ func TestHandleAndLogInOfTheREADME(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { grete.Close() })
-	const refused = `{"error":"send a JSON object with a text"}`
+	const refused = `{"type":"error","text":"send a chat with a text"}`
 	for _, message := range []string{
-		"hello", `{"text":7}`, `{"text":""}`, `["text"]`, `{"text":"a"} {"text":"b"}`,
+		"hello", `{"text":"a"}`, `{"type":"chat","text":7}`, `{"type":"chat","text":""}`,
+		`["chat"]`, `{"type":"chat","text":"a"} {"type":"chat","text":"b"}`,
 	} {
 		send(t, hans, message)
 		wantLines(t, hans, refused)
 	}
 	s.get(t, "/taxi")
-	const want = `{"text":"a\nb","user":"hans"}`
+	const want = `{"text":"a\nb","type":"chat","user":"hans"}`
 	for _, message := range []string{
-		`{"text":"a\nb"}`,
-		`{"user":"grete","text":"a","USER":"grete","Text":"a\nb"}`,
+		`{"type":"chat","text":"a\nb"}`,
+		`{"user":"grete","type":"admin","text":"a","USER":"grete","Type":"chat","Text":"a\nb"}`,
 	} {
 		send(t, hans, message)
 		wantLines(t, hans, want)
@@ -364,8 +365,8 @@ func TestHandleAndLogInOfTheREADME(t *testing.T) {
 	wantLines(t, grete, "Your taxi is here.", want, want)
 
 	forged := s.dialTo(t, "/ws?user=%ff%fe%0a%1b")
-	send(t, forged, `{"text":"x"}`)
-	wantLines(t, grete, `{"text":"x","user":"\ufffd\ufffd\n\u001b"}`)
+	send(t, forged, `{"type":"chat","text":"x"}`)
+	wantLines(t, grete, `{"text":"x","type":"chat","user":"\ufffd\ufffd\n\u001b"}`)
 }
 
 // The test of README.md passes in a copy, with the race detector, and fails if the copy does
@@ -411,6 +412,21 @@ func TestTLSOfTheREADME(t *testing.T) {
 	s.signal(t, syscall.SIGTERM)
 	wantEnd(t, conn, websocket.CloseGoingAway)
 	s.wantExit(t, time.Now(), exitTime)
+}
+
+// HAProxy serves TLS with the directive that README.md names.
+func TestTLSOfHAProxyOfTheREADME(t *testing.T) {
+	t.Parallel()
+	directive := regexp.MustCompile("for TLS, `bind :443( .*) chat.pem`").FindStringSubmatch(readme(t))
+	if directive == nil {
+		t.Fatal("README.md does not say how HAProxy serves TLS")
+	}
+	addr := freeAddr(t)
+	startHAProxyAlone(t, addr, startServer(t, "localhost:0").addr,
+		"bind "+addr, "bind "+addr+directive[1]+" "+certificate(t))
+	conn := dial(t, anyCertificate, "wss://"+addr+"/ws")
+	send(t, conn, "hello")
+	wantLines(t, conn, "hello")
 }
 
 // mistakes are the common mistakes of README.md: tests that fail inside a copy.
@@ -554,7 +570,9 @@ func TestWordsAreFoundInTheREADME(t *testing.T) {
 		"systemd", "Docker", "Kubernetes", "ports below 1024", "DNS rebinding", "history",
 		"presence", "rooms", "JSON", "binary", "database", "gin", "echo", "chi",
 		"graceful shutdown", "backpressure", "slow client", "half-open", "exponential backoff",
-		"slowloris", "heartbeat", "Sec-WebSocket-Protocol", "license",
+		"slowloris", "heartbeat", "Sec-WebSocket-Protocol", "license", "licence", "Dockerfile",
+		"502", "HTTP/2", "log format", "Windows", "IPv6", "benchmark", "reverse proxy",
+		"behind a proxy", "broadcast from another goroutine",
 	} {
 		if !strings.Contains(text, strings.ToLower(word)) {
 			t.Errorf("README.md does not have %q", word)

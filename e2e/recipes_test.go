@@ -790,6 +790,10 @@ func TestRecipeToCopy(t *testing.T) {
 		t.Fatal("recipes/README.md names no oldest Go")
 	}
 	run(app, "go mod edit -go="+oldest[1]+" && go mod tidy && go vet .")
+	_, shutdown := recipe(t, "## Graceful shutdown")
+	last := "+\tlog.Fatal(http.Serve(listener, mux)) // Graceful shutdown replaces this line.\n"
+	vet(t, copyOf(t, root, "\n--- main.go\n-func main() {\n+func chat() {\n",
+		replace(t, main, last, added(shutdown))))
 	s := start(t, exec.Command(buildIn(t, app)))
 	s.addr = addr
 	awaitListener(t, addr)
@@ -1107,6 +1111,28 @@ func TestRecipeForAPage(t *testing.T) {
 	p.until(`log.lastChild.textContent == "a draft"`)
 	// No heartbeat comes in time.
 	p.until(fmt.Sprintf(`sockets.length > %d && sockets.at(-1).readyState == WebSocket.OPEN`, n))
+}
+
+// With the two changes for JSON, the page speaks with the recipe's server.
+func TestRecipeForAPageInJSON(t *testing.T) {
+	t.Parallel()
+	handles, _ := recipe(t, "## Handle messages")
+	_, page := recipe(t, "## A page of your own")
+	forJSON := regexp.MustCompile("- For JSON, send `([^`]*)`, and show `([^`]*)`").
+		FindStringSubmatch(recipes(t))
+	if forJSON == nil {
+		t.Fatal("recipes/README.md does not say how a page sends JSON")
+	}
+	page = replace(t, page, "socket.send(input.value)", "socket.send("+forJSON[1]+")")
+	page = replace(t, page, "textContent = line", "textContent = "+forJSON[2])
+	dir := copyOf(t, root, handles)
+	write(t, filepath.Join(dir, "home.html"), page)
+	s := startCommand(t, exec.Command(buildIn(t, dir), "-addr", ownHost("localhost:0")))
+	p := newTab(t)
+	do(p, chromedp.Navigate("http://"+s.addr+"/"))
+	p.until(`socket.readyState == WebSocket.OPEN`)
+	eval[bool](p, `input.value = "<b>hello</b>"; form.requestSubmit(); true`)
+	p.until(`log.lastChild?.textContent == "<b>hello</b>"`)
 }
 
 func TestRecipesForMetrics(t *testing.T) {
