@@ -85,7 +85,7 @@ func TestApplicationAsInTheREADMECleansUpAfterAClientThatTellDrops(t *testing.T)
 	diff, _, _ = strings.Cut(diff, "```")
 	for _, part := range strings.Split(diff, "--- ")[1:] {
 		file, hunks, _ := strings.Cut(part, "\n")
-		for _, hunk := range strings.Split(hunks, "@@\n") {
+		for hunk := range strings.SplitSeq(hunks, "@@\n") {
 			var old, new string
 			for line := range strings.Lines(hunk) {
 				if line[0] != '+' {
