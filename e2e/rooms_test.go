@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/chromedp/chromedp"
@@ -27,17 +28,25 @@ func (p *tab) enterRoom(name, room string) {
 	p.until(`$("status")?.textContent == "Connected"`)
 }
 
-// buildRooms builds the program in rooms/, and returns its path.
+// buildRooms returns the path of the program in rooms/, which it builds once.
 func buildRooms(t *testing.T) string {
 	t.Helper()
-	program := filepath.Join(t.TempDir(), "rooms")
-	build := exec.Command("go", "build", "-o", program, ".")
-	build.Dir = "../rooms"
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
+	program, err := builtRooms()
+	if err != nil {
+		t.Fatal(err)
 	}
 	return program
 }
+
+var builtRooms = sync.OnceValues(func() (string, error) {
+	program := binary + "-rooms"
+	build := exec.Command("go", "build", "-o", program, ".")
+	build.Dir = "../rooms"
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("go build: %w\n%s", err, out)
+	}
+	return program, nil
+})
 
 // Two users are in one room, and a third in another.
 func TestUsersChatInRoomsAcrossReconnectsKicksAndRestarts(t *testing.T) {
