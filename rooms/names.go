@@ -29,6 +29,12 @@ func keys(name string) [2]string {
 	return [2]string{simplify(fold(name)), simplify(looks(name))}
 }
 
+// alike returns a function that reports whether a user's name could be taken for name.
+func alike(name string) func(*User) bool {
+	keys := keys(name)
+	return func(user *User) bool { return user.keys[0] == keys[0] || user.keys[1] == keys[1] }
+}
+
 // fold returns a key that is equal for names that differ in case only, as Lisa and LISA,
 // or look alike in lower case. Weiß equals Weiss.
 // https://www.unicode.org/reports/tr39/#Confusable_Detection

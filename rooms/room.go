@@ -167,12 +167,6 @@ func (h *Hub) find(is func(*User) bool) *User {
 	return nil
 }
 
-// alike returns a function that reports whether a user's name could be taken for name.
-func alike(name string) func(*User) bool {
-	keys := keys(name)
-	return func(user *User) bool { return user.keys[0] == keys[0] || user.keys[1] == keys[1] }
-}
-
 // welcome adds client to user's connections, and sends it what it has not received.
 func (h *Hub) welcome(client *Client, user *User) {
 	client.user = user

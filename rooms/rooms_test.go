@@ -2234,8 +2234,8 @@ func generate(t *testing.T, dir, argument string) {
 }
 
 func TestCodeStaysSmall(t *testing.T) {
-	for names, limit := range map[string]int{"rooms.go room.go": 430, "login.go": 83,
-		"store.go": 251, "database.go": 170, "names.go": 40} {
+	for names, limit := range map[string]int{"rooms.go room.go": 424, "login.go": 83,
+		"store.go": 250, "database.go": 170, "names.go": 40} {
 		lines := 0
 		for name := range strings.FieldsSeq(names) {
 			for line := range strings.Lines(read(t, ".", name)) {

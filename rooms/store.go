@@ -278,8 +278,7 @@ func (s *Store) read(name string) (Record, *websocket.CloseError) {
 		t.query(`SELECT id, owner, used, last, forgotten, lost FROM rooms WHERE fold = ?`,
 			[]any{fold(name)}, []any{&record.id, &record.owner, &used, &record.last,
 				&record.forgotten, &record.lost}, func() { record.used = time.Unix(used, 0) })
-		room := []any{record.id}
-		t.query(`SELECT id, name, kicked FROM users WHERE room = ? ORDER BY n`, room,
+		t.query(`SELECT id, name, kicked FROM users WHERE room = ? ORDER BY n`, []any{record.id},
 			[]any{&user.ID, &user.Name, &kicked}, func() {
 				if kicked == 0 {
 					record.present = append(record.present, user)
@@ -287,7 +286,7 @@ func (s *Store) read(name string) (Record, *websocket.CloseError) {
 					record.kicks = append(record.kicks, Kick{user, kicked == 2})
 				}
 			})
-		t.query(`SELECT n, recipients, line FROM lines WHERE room = ? ORDER BY n`, room,
+		t.query(`SELECT n, recipients, line FROM lines WHERE room = ? ORDER BY n`, []any{record.id},
 			[]any{&n, &recipients, &message},
 			func() { s.readLine(&record, n, recipients, []byte(message)) })
 	})
