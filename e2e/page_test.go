@@ -807,7 +807,7 @@ func TestAxeFindsNoViolations(t *testing.T) {
 			}
 		}
 		check("empty")
-		eval[bool](p, `append(newMessage("Ilse: hello")); append(newMessage("hello")); append(newMessage("Grete: hello", true)); showPending("Grete: pending"); true`)
+		eval[bool](p, `append(newMessage("Ilse: hello")); append(newMessage("hello")); append(newMessage("Grete: hello", "mine")); showPending("Grete: pending"); true`)
 		p.until("!batch.hasChildNodes()")
 		check("names, and a pending message")
 		sendLines(t, s, 100)
@@ -904,8 +904,10 @@ func TestLayoutFitsScreensOfAnyWidth(t *testing.T) {
 	}
 }
 
-// WCAG 1.4.4 asks for text at twice its size. The sizes here are those of large system fonts.
-func TestNothingOverlapsWithLargeFonts(t *testing.T) {
+// WCAG 1.4.4 asks for text at twice its size, and 1.4.10 for a zoom of 400 %. The fonts here are
+// large system fonts. A window of 1280 by 1024 pixels that is zoomed by 200 or 400 % has 640 by
+// 512 or 320 by 256 CSS pixels, each of 2 or 4 pixels. In the latter, the page may scroll.
+func TestNothingOverlapsZoomedOrWithLargeFonts(t *testing.T) {
 	t.Parallel()
 	url, conns := silentServer(t)
 	p := newTab(t)
@@ -919,9 +921,13 @@ func TestNothingOverlapsWithLargeFonts(t *testing.T) {
 	p.until("!batch.hasChildNodes()")
 	for _, size := range []struct {
 		width, height int64
+		scale         float64
 		font          string
-	}{{360, 800, "24px"}, {412, 1000, "32px"}, {320, 480, "16px"}, {1280, 1024, "32px"}} {
-		do(p, chromedp.EmulateViewport(size.width, size.height))
+	}{
+		{360, 800, 1, "24px"}, {412, 1000, 1, "32px"}, {320, 480, 1, "16px"}, {1280, 1024, 1, "32px"},
+		{640, 512, 2, "16px"}, {320, 256, 4, "16px"},
+	} {
+		do(p, chromedp.EmulateViewport(size.width, size.height, chromedp.EmulateScale(size.scale)))
 		eval[bool](p, `document.documentElement.style.fontSize = "`+size.font+`"; true`)
 		for _, status := range []string{"Connected", "The server responds, but the chat cannot connect. Try another network. Reconnecting…"} {
 			eval[bool](p, fmt.Sprintf("$('status').textContent = %q; true", status))
@@ -935,9 +941,9 @@ func TestNothingOverlapsWithLargeFonts(t *testing.T) {
 					for (const r of range.getClientRects()) boxes.push([parentElement, r]);
 				}
 				for (const e of document.querySelectorAll("#name, #msg, button:not([hidden])")) boxes.push([e, e.getBoundingClientRect()]);
-				const log = $("log").getBoundingClientRect(), found = [];
+				const bottom = innerHeight < 300 ? document.documentElement.scrollHeight : innerHeight, found = [];
 				for (const [i, [e, a]] of boxes.entries()) {
-					if (!e.closest("#log") && (a.left < 0 || a.right > innerWidth || a.top < 0 || a.bottom > innerHeight)) found.push("outside: " + e.outerHTML);
+					if (!e.closest("#log") && (a.left < 0 || a.right > innerWidth || a.top < 0 || a.bottom > bottom)) found.push("outside: " + e.outerHTML);
 					for (const [f, b] of boxes.slice(i + 1)) {
 						if (e == f || e.contains(f) || f.contains(e) || !e.closest("#log") != !f.closest("#log")) continue;
 						const x = Math.min(a.right, b.right) - Math.max(a.left, b.left), y = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
