@@ -372,6 +372,29 @@ func TestHalfOpenConnectionToNATSIsDetected(t *testing.T) {
 	})
 }
 
+func TestShutdownPublishesTheQueueFirst(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(t *testing.T) {
+		_, nodes := startMemoryRoom(t, 2)
+		client, listener := nodes[0].dial(t), nodes[1].dial(t)
+		want := numbered("queued", outgoingSize)
+		var group sync.WaitGroup
+		group.Go(func() {
+			got := listener.receiveUntil(t, "end")
+			if !slices.Equal(got, want) {
+				t.Errorf("received %d of %d messages in order", len(got), len(want))
+			}
+		})
+		group.Go(func() { client.wantClose(t, websocket.CloseGoingAway) })
+		for _, line := range append(want, "end") {
+			nodes[0].broadcast <- []byte(line)
+		}
+		nodes[0].stop()
+		group.Wait()
+		wantNothingLost(t, nodes)
+	})
+}
+
 func TestShutdownWaitsForMessagesInFlight(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T) {
@@ -459,5 +482,33 @@ func TestWindowLimitsMessagesInFlight(t *testing.T) {
 		near.link.close()
 		near.log.wait(t, fmt.Sprintf("%d × may have lost a message", maxInFlight), 1)
 		listener.want(t, lines[maxInFlight])
+	})
+}
+
+func TestNodeIsNotReadyAsSoonAsNATSDeniesAMessage(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(t *testing.T) {
+		for name, options := range map[string]*server.Options{
+			"publish":   allowed("nothing", "chat"),
+			"subscribe": allowed("chat", "nothing"),
+		} {
+			s, nodes := startMemoryRoom(t, 1)
+			c := nodes[0].dial(t)
+			s.stop()
+			awaitDisconnect(t, nodes)
+			s.start(t, allowed("chat", "chat"))
+			eventually(t, "the node is ready", nodes[0].ready.Load)
+			options.DontListen, options.NoLog, options.NoSigs = true, true, true
+			if err := s.server.Load().ReloadOptions(options); err != nil {
+				t.Fatal(err)
+			}
+			begun := time.Now()
+			c.send(t, "hello")
+			eventually(t, "the node is not ready", func() bool { return !nodes[0].ready.Load() })
+			if took := time.Since(begun); took > reportPeriod { // answerWait without an echo
+				t.Errorf("%s: not ready after %v, want at once", name, took)
+			}
+			nodes[0].log.wait(t, "permissions violation", 1)
+		}
 	})
 }
