@@ -372,29 +372,6 @@ func TestHalfOpenConnectionToNATSIsDetected(t *testing.T) {
 	})
 }
 
-func TestShutdownPublishesTheQueueFirst(t *testing.T) {
-	t.Parallel()
-	inBubble(t, func(t *testing.T) {
-		_, nodes := startMemoryRoom(t, 2)
-		client, listener := nodes[0].dial(t), nodes[1].dial(t)
-		want := numbered("queued", outgoingSize)
-		var group sync.WaitGroup
-		group.Go(func() {
-			got := listener.receiveUntil(t, "end")
-			if !slices.Equal(got, want) {
-				t.Errorf("received %d of %d messages in order", len(got), len(want))
-			}
-		})
-		group.Go(func() { client.wantClose(t, websocket.CloseGoingAway) })
-		for _, line := range append(want, "end") {
-			nodes[0].broadcast <- []byte(line)
-		}
-		nodes[0].stop()
-		group.Wait()
-		wantNothingLost(t, nodes)
-	})
-}
-
 func TestShutdownWaitsForMessagesInFlight(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T) {
@@ -408,22 +385,30 @@ func TestShutdownWaitsForMessagesInFlight(t *testing.T) {
 	})
 }
 
-func TestShutdownWaitsForTheReconnect(t *testing.T) {
+func TestShutdownWaitsForTheReconnectAndPublishesTheQueue(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T) {
 		s, nodes := startMemoryRoom(t, 2)
 		client, listener := nodes[0].dial(t), nodes[1].dial(t)
 		s.stop()
 		awaitDisconnect(t, nodes)
-		want := numbered("queued", 100)
-		for _, line := range want {
+		want := numbered("queued", outgoingSize-1)
+		for _, line := range append(want, "end") {
 			nodes[0].broadcast <- []byte(line)
 		}
+		var group sync.WaitGroup
+		group.Go(func() {
+			got := listener.receiveUntil(t, "end")
+			if !slices.Equal(got, want) {
+				t.Errorf("received %d of %d messages in order", len(got), len(want))
+			}
+		})
 		go nodes[0].stop()
 		client.wantClose(t, websocket.CloseGoingAway)
 		s.start(t, nil)
-		listener.want(t, want...)
+		group.Wait()
 		nodes[0].stop()
+		wantNothingLost(t, nodes)
 	})
 }
 
