@@ -210,8 +210,8 @@ var inMain = map[string]string{
 	})`,
 }
 
-// withRecipes returns the changes that build a program with these recipes, in this order,
-// and its own main, which ends with the graceful shutdown.
+// withRecipes returns the changes that build a program with these recipes, in this order, in
+// the main of the first recipe, which ends with the graceful shutdown.
 func withRecipes(t *testing.T, headings ...string) []string {
 	t.Helper()
 	all := []string{`
@@ -235,18 +235,18 @@ func withRecipes(t *testing.T, headings ...string) []string {
 		main += code + inMain[heading] + "\n"
 	}
 	_, shutdown := recipe(t, "## Graceful shutdown")
-	return append(all, newFile("own.go", `package main
-
-func serveOwn(listener net.Listener) error {
-	mux := http.NewServeMux()
-	hub := newHub()
-	handlers(mux, hub)
-`+main+`
-	go hub.run()
-`+shutdown+end+`
-	return nil
-}
-`))
+	copied, _ := recipe(t, "## Copy it")
+	_, copied, _ = strings.Cut(strings.ReplaceAll(copied, "\n+", "\n"), "--- main.go\n")
+	own, _, _ := strings.Cut(copied, "\tlistener, err := ")
+	own = replace(t, own, "func main() {", "func serveOwn(listener net.Listener) error {")
+	const ws = "\tmux.HandleFunc(\"/ws\", " +
+		"func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })\n"
+	if strings.Contains(main, `mux.HandleFunc("/ws",`) {
+		own = replace(t, own, ws, "") // A recipe replaces it.
+	}
+	const hub = "\thub := newHub()\n"
+	own = replace(t, own, hub, hub+"\thandlers(mux, hub)\n"+main)
+	return append(all, newFile("own.go", own+shutdown+end+"\treturn nil\n}\n"))
 }
 
 // Each recipe needs only those before it.
@@ -937,11 +937,8 @@ func TestRecipeForSlowClientsThatMissMessages(t *testing.T) {
 // The shutdown waits for a request that has begun, and not for one of which half is missing.
 func TestRecipeForAGracefulShutdown(t *testing.T) {
 	t.Parallel()
-	s := startCommand(t, exec.Command(buildIn(t, copyOf(t, root, append(withRecipes(t), `
---- own.go
- 	hub := newHub()
-+	mux.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) { serveWs(hub, w, r) })
-`)...)), "-addr", ownHost("localhost:0")))
+	dir := copyOf(t, root, withRecipes(t)...)
+	s := startCommand(t, exec.Command(buildIn(t, dir), "-addr", ownHost("localhost:0")))
 	conn := s.dial(t)
 	send(t, conn, "hello")
 	wantLines(t, conn, "hello")
