@@ -72,7 +72,8 @@ func TestDockerfileBuildsTheProgramWithTheVersionOfGoInGoMod(t *testing.T) {
 	if out, err := command.CombinedOutput(); err != nil {
 		t.Errorf("%s: %v\n%s", build[1], err, out)
 	}
-	image := regexp.MustCompile(`FROM docker\.io/library/golang:(\S+) AS build`).FindSubmatch(dockerfile)
+	from := regexp.MustCompile(`FROM docker\.io/library/golang:(\S+) AS build`)
+	image := from.FindSubmatch(dockerfile)
 	module, err := os.ReadFile("../go.mod")
 	if err != nil {
 		t.Fatal(err)
