@@ -19,7 +19,7 @@ base() {
 # difference writes the difference of each of the files.
 difference() {
 	for file; do
-		base "$file" | diff -U1 --label "../$file" --label "$file" - "$file" || test $? -eq 1
+		base "$file" | diff -a -U1 --label "../$file" --label "$file" - "$file" || test $? -eq 1
 	done
 }
 

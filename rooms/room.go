@@ -157,10 +157,10 @@ func (h *Hub) add(identity Identity) *User {
 	return user
 }
 
-// find returns a user for which is returns true, or nil.
+// find returns the first user that is present and for which is returns true, or nil.
 func (h *Hub) find(is func(*User) bool) *User {
-	for _, user := range h.users {
-		if is(user) {
+	for _, identity := range h.present {
+		if user := h.users[identity.ID]; is(user) {
 			return user
 		}
 	}

@@ -203,15 +203,16 @@ func testConfusableNames(t *testing.T) {
 				t.Fatalf("%q and %q are in one room", other.Name, name)
 			}
 		}
-		user := hub.add(Identity{ID: fmt.Sprint(rand.Uint64()), Name: name})
+		identity := Identity{ID: fmt.Sprint(rand.Uint64()), Name: name}
+		hub.present = append(hub.present, identity)
+		user := hub.add(identity)
 		if got := hub.find(alike(name)); got != user {
 			t.Fatalf("%q is taken for %v", name, got)
 		}
 		if len(hub.users) > 20 {
-			for id := range hub.users { // any one of them
-				delete(hub.users, id)
-				break
-			}
+			i := rand.N(len(hub.present))
+			delete(hub.users, hub.present[i].ID)
+			hub.present = slices.Delete(hub.present, i, i+1)
 		}
 	}
 }
