@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/evanw/esbuild/pkg/api"
 	"github.com/gorilla/websocket"
@@ -437,6 +438,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"unicode/utf8"
 	"testing/synctest"
 
 	"github.com/gorilla/websocket"
@@ -677,6 +679,30 @@ func TestLinksHaveTargets(t *testing.T) {
 				t.Errorf("%s: %s has no heading for the link to %s", file, target, link[1])
 			}
 		}
+	}
+}
+
+// Readers copy the page, so its script stays one that can be read in one sitting.
+func TestScriptOfThePageIsShort(t *testing.T) {
+	t.Parallel()
+	home, err := os.ReadFile(filepath.Join(root, "home.html"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, script, _ := strings.Cut(string(home), "<script")
+	code := 0 // lines that are neither blank nor a comment
+	for line := range strings.Lines(script) {
+		line = strings.TrimRight(line, "\n")
+		if trimmed := strings.TrimSpace(line); trimmed != "" && !strings.HasPrefix(trimmed, "//") {
+			code++
+		}
+		if n := utf8.RuneCountInString(line); n > 100 {
+			t.Errorf("a line has %d columns, want at most 100: %s", n, line)
+		}
+	}
+	const most = 288 + 4 // with the lines of <script>, </script>, </body> and </html>
+	if code > most || code < 100 {
+		t.Errorf("the script has %d lines of code, want at most %d", code-4, most-4)
 	}
 }
 
