@@ -38,9 +38,11 @@ type Database struct {
 }
 
 // SQLite's settings. Without the first, a transaction that reads before it writes fails if
-// another program has written since.
+// another program has written since. Without the last, saving a full room fails where there is
+// no directory for temporary files, as in an empty container.
 const settings = "?_txlock=immediate&_pragma=busy_timeout(5000)&_pragma=journal_mode(WAL)" +
-	"&_pragma=synchronous(FULL)&_pragma=foreign_keys(1)&_pragma=secure_delete(1)"
+	"&_pragma=synchronous(FULL)&_pragma=foreign_keys(1)&_pragma=secure_delete(1)" +
+	"&_pragma=temp_store(MEMORY)"
 
 // In SQL, fold(name) is what fold returns.
 func init() {

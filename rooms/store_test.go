@@ -486,6 +486,47 @@ func TestFileDoesNotGrowWithoutEnd(t *testing.T) {
 	}
 }
 
+// In an empty container there is no directory for temporary files, and SQLite would write one for
+// a transaction that changes much.
+func TestFullRoomIsSavedWithoutATemporaryFile(t *testing.T) {
+	d, err := openDatabase(newFile(t), func(*tx) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.close()
+	var before, opened []string
+	record := Record{id: "ID", name: "kitchen"}
+	for range 2 { // The second time, it replaces everything.
+		record.history = nil
+		for range 2 * historySize {
+			record.last++
+			record.history = append(record.history,
+				Line{N: record.last, message: Line{Text: strings.Repeat("x", 2000)}.encode()})
+		}
+		if err := d.transaction(func(t *tx) {
+			t.err = t.savepoint(func() {
+				t.write(record)
+				before, opened = opened, nil
+				files, _ := filepath.Glob("/proc/self/fd/*")
+				for _, link := range files {
+					name, _ := os.Readlink(link)
+					opened = append(opened, name)
+				}
+			})
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !slices.Contains(opened, d.file) {
+		t.Errorf("the open files are %q, want %s among them", opened, d.file)
+	}
+	for _, name := range opened { // SQLite deletes temporary files when it has opened them.
+		if strings.HasSuffix(name, " (deleted)") && !slices.Contains(before, name) {
+			t.Errorf("SQLite has opened %s", name)
+		}
+	}
+}
+
 func TestStoreKeepsNoMoreRoomsThanItsLimit(t *testing.T) {
 	for _, full := range []bool{false, true} {
 		synctest.Test(t, func(t *testing.T) {
