@@ -88,7 +88,11 @@ func (rs *Rooms) remove(user Identity) {
 	hubs := maps.Clone(rs.hubs)
 	rs.mu.Unlock()
 	for _, hub := range hubs {
-		hub.do(func() { hub.remove(hub.users[user.ID], "", errLoggedOut) })
+		hub.do(func() {
+			if user := hub.users[user.ID]; user != nil {
+				hub.remove(user, "", errLoggedOut)
+			}
+		})
 	}
 }
 

@@ -198,12 +198,9 @@ func (h *Hub) leave(client *Client) {
 	}
 }
 
-// remove removes user from the room, unless it is nil, and announces it, with text if it was
-// kicked. It drops the user's clients.
+// remove removes user from the room, and announces it, with text if it was kicked. It drops
+// the user's clients.
 func (h *Hub) remove(user *User, text string, reason *websocket.CloseError) {
-	if user == nil {
-		return
-	}
 	isUser := func(other Identity) bool { return other == user.Identity }
 	h.present = slices.DeleteFunc(slices.Clone(h.present), isUser)
 	h.publish(Line{Kind: "leave", User: user.Name, Text: text})

@@ -48,8 +48,7 @@ type Rooms struct {
 // newRooms returns the rooms of the store, which the caller closes after stop. It opens those
 // that had users when the server last ran.
 func newRooms(key string, store *Store) *Rooms {
-	cookies := securecookie.New([]byte(key), nil)
-	rs := &Rooms{store: store, cookies: cookies, hubs: make(map[string]*Hub)}
+	rs := &Rooms{store: store, cookies: securecookie.New([]byte(key), nil), hubs: map[string]*Hub{}}
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
 	for _, name := range store.occupied {

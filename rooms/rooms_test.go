@@ -2235,7 +2235,7 @@ func generate(t *testing.T, dir, argument string) {
 }
 
 func TestCodeStaysSmall(t *testing.T) {
-	for names, limit := range map[string]int{"rooms.go room.go": 424, "login.go": 83,
+	for names, limit := range map[string]int{"rooms.go room.go": 420, "login.go": 87,
 		"store.go": 250, "database.go": 170, "names.go": 40} {
 		lines := 0
 		for name := range strings.FieldsSeq(names) {
