@@ -1637,6 +1637,26 @@ func TestTLSLinesOfTheNATSConfigurationAreForNodesAndRoutes(t *testing.T) {
 	listener.want(t, "hello")
 }
 
+func TestNATSConfigurationRefusesPasswordsThatItDoesNotReadAsAString(t *testing.T) {
+	refused := []string{"123456", "10k", "true", "FALSE", "yes", "no", "On", "off", "$x"}
+	// A Secret that kubectl makes of a file has the newline, too.
+	for _, password := range append(refused, "x0123456789abcdef\n", "only") {
+		t.Setenv("CHAT_PASSWORD", password)
+		options, err := server.ProcessConfigFile("nats.conf")
+		if slices.Contains(refused, password) {
+			if err == nil {
+				t.Errorf("%q is accepted, want an error", password)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("%q: %v", password, err)
+		} else if got := options.Users[0].Password; got != strings.TrimSpace(password) {
+			t.Errorf("%q is the password %q", password, got)
+		}
+	}
+}
+
 func TestNATSConfigurationAdmitsNodesOnly(t *testing.T) {
 	first, second := natsPair(t, strings.NewReplacer())
 	if first.JetStreamEnabled() {

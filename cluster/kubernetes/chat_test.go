@@ -3,6 +3,7 @@
 package kubernetes
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"regexp"
@@ -88,7 +89,8 @@ type manifest struct {
 	deployment apps.Deployment
 	service    core.Service
 	budget     policy.PodDisruptionBudget
-	network    networking.NetworkPolicy
+	network    networking.NetworkPolicy // of nodes
+	nats       networking.NetworkPolicy
 	ingress    networking.Ingress
 }
 
@@ -107,6 +109,7 @@ func readManifest(t *testing.T) *manifest {
 		{"v1 Service", &m.service},
 		{"policy/v1 PodDisruptionBudget", &m.budget},
 		{"networking.k8s.io/v1 NetworkPolicy", &m.network},
+		{"networking.k8s.io/v1 NetworkPolicy", &m.nats},
 		{"networking.k8s.io/v1 Ingress", &m.ingress},
 	}
 	documents := strings.Split(string(text), "\n---\n")
@@ -147,6 +150,9 @@ func TestManifestHoldsTogether(t *testing.T) {
 	for _, spread := range pod.Spec.TopologySpreadConstraints {
 		if got := spread.LabelSelector.MatchLabels["app"]; got != label {
 			t.Errorf("a spread over %s selects %q, want %q", spread.TopologyKey, got, label)
+		}
+		if !slices.Equal(spread.MatchLabelKeys, []string{"pod-template-hash"}) {
+			t.Errorf("a spread over %s counts the pods of other versions", spread.TopologyKey)
 		}
 	}
 	http := node.Ports[0].Name
@@ -189,6 +195,79 @@ func TestManifestHoldsTogether(t *testing.T) {
 		if regexp.MustCompile(`//[^@]*:[^@]*@`).MatchString(arg) {
 			t.Errorf("%s has a password, which the process list shows", arg)
 		}
+	}
+}
+
+// This reads the values for the chart, without the chart.
+func TestNATSHasTheSettingsOfItsConfigurationAndAcceptsNodesOnly(t *testing.T) {
+	m := readManifest(t)
+	text, err := os.ReadFile("nats.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	type labels struct{ Labels map[string]string }
+	var values struct {
+		Config struct {
+			Cluster struct {
+				Enabled  bool
+				Replicas int
+				Merge    map[string]any
+			}
+			Merge map[string]any
+		}
+		Container struct {
+			Env   map[string]core.EnvVar // without their names
+			Merge core.Container
+		}
+		PodTemplate struct {
+			Merge                     struct{ Metadata labels }
+			TopologySpreadConstraints map[string]core.TopologySpreadConstraint
+		}
+		PromExporter struct{ Enabled bool }
+	}
+	if err := yaml.UnmarshalStrict(text, &values); err != nil {
+		t.Fatal(err)
+	}
+	got := fmt.Sprint(values.Config.Cluster.Merge, values.Config.Merge)
+	want := "map[ping_interval:5s ping_max:2] map[authorization:map[users:[map[" +
+		"password:<< $CHAT_PASSWORD >> permissions:map[publish:chat subscribe:chat] " +
+		"user:chat]]] max_payload:<< 1KB >>]"
+	if got != want {
+		t.Errorf("the settings are\n%s, want\n%s", got, want)
+	}
+	number(t, "../nats.conf", `\bping_interval: "(5)s"\n`)
+	number(t, "../nats.conf", `\bping_max: (2)\n`)
+	number(t, "../nats.conf", `\bmax_payload: (1)KB\n`)
+
+	pod := m.deployment.Spec.Template
+	key := values.Container.Env["CHAT_PASSWORD"].ValueFrom.SecretKeyRef
+	if secret := pod.Spec.Volumes[0].Secret.SecretName; key.Name != secret || key.Key != "password" {
+		t.Errorf("the password is %s of %s, want password of %s", key.Key, key.Name, secret)
+	}
+	var urls []string
+	for n := range values.Config.Cluster.Replicas {
+		urls = append(urls, fmt.Sprintf("nats://chat@nats-%d.nats-headless:4222", n))
+	}
+	if got, want := pod.Spec.Containers[0].Args[1], "-nats="+strings.Join(urls, ","); got != want {
+		t.Errorf("the nodes have %s, want %s", got, want)
+	}
+	nats := values.PodTemplate.Merge.Metadata.Labels["app"]
+	if got := m.nats.Spec.PodSelector.MatchLabels["app"]; got != nats {
+		t.Errorf("the NetworkPolicy of NATS selects %q, want %q", got, nats)
+	}
+	if got := m.network.Spec.Egress[0].To[0].PodSelector.MatchLabels["app"]; got != nats {
+		t.Errorf("nodes may connect to %q, want %q", got, nats)
+	}
+	from := make(map[string]string) // by port
+	for _, rule := range m.nats.Spec.Ingress {
+		for _, port := range rule.Ports {
+			if selector := rule.From[0].PodSelector; selector != nil {
+				from[port.Port.String()] = selector.MatchLabels["app"]
+			}
+		}
+	}
+	if len(from) != 2 || from["4222"] != pod.Labels["app"] || from["6222"] != nats {
+		t.Errorf("NATS accepts connections of %v, want of nodes, and of its own servers", from)
 	}
 }
 
