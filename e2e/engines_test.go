@@ -38,7 +38,7 @@ func TestFirefoxAndWebKitSendAndShowMessages(t *testing.T) {
 
 		limit := strings.Repeat("🐢", 128)
 		w.send(limit + "x")
-		w.until(fmt.Sprintf(`$("msg").value == "%sx" && $("counter").textContent == "Too long by about 1 character"`, limit))
+		w.until(fmt.Sprintf(`$("msg").value == "%sx" && $("counter").textContent == "Not sent: too long by about 1 character"`, limit))
 		w.press(backspace)
 		w.press(enter)
 		w.until(fmt.Sprintf(`$("msg").value == "" && %s == %q`, lastLine, limit))
@@ -53,7 +53,7 @@ func TestFirefoxAndWebKitKeepTheDraftAndReconnect(t *testing.T) {
 		s.stop(t)
 		w.until(`$("status").textContent.includes("restarting")`)
 		w.send("patience")
-		w.until(`$("counter").textContent == "Not sent: not connected"`)
+		w.until(`$("counter").textContent == "Not sent: send again once connected"`)
 		s = startQuick(t, s.addr)
 		w.until(connected)
 		w.until(`$("msg").value == "patience"`)

@@ -146,8 +146,9 @@ func TestStatusExplainsTheCloseCode(t *testing.T) {
 		1006: "No connection to the server.",
 		1007: "The server closed the connection.",
 		1009: "The server closed the connection.",
-		1013: "Your connection was too slow. You missed messages.",
+		1013: "Your connection was too slow.",
 		4321: "Disconnected: because.",
+		4322: "The server closed the connection.", // without a reason
 	} {
 		t.Run(fmt.Sprint(code), func(t *testing.T) {
 			t.Parallel()
@@ -161,8 +162,12 @@ func TestStatusExplainsTheCloseCode(t *testing.T) {
 				}
 				conn := upgrade()
 				conn.ReadMessage()
+				reason := "because"
+				if code == 4322 {
+					reason = ""
+				}
 				if code != 1006 {
-					conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(code, "because"))
+					conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(code, reason))
 				}
 				conn.Close()
 			}))
@@ -227,6 +232,22 @@ func TestHangingHandshakeTimesOut(t *testing.T) {
 	}
 }
 
+func TestPageRetriesWhenTheWebSocketConstructorThrows(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, "localhost:0")
+	p := newTab(t)
+	p.beforePage(fast + `
+		var attempts = 0;
+		WebSocket = class extends WebSocket {
+			constructor(...args) {
+				if (++attempts === 1) throw new Error("no WebSocket");
+				super(...args);
+			}
+		};`)
+	p.open("http://" + s.addr + "/")
+	p.until("attempts == 2 && " + connected)
+}
+
 func TestPageHasOneConnectionAtATime(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
@@ -262,7 +283,7 @@ func TestDraftIsKeptWhileOffline(t *testing.T) {
 	p.until(`$("status").textContent.includes("You are offline")`)
 	p.send("kept")
 	p.wantDraft("kept")
-	if got := eval[string](p, `$("counter").textContent + " " + $("msg").getAttribute("aria-invalid")`); got != "Not sent: not connected true" {
+	if got := eval[string](p, `$("counter").textContent + " " + $("msg").getAttribute("aria-invalid")`); got != "Not sent: send again once connected true" {
 		t.Errorf("counter and aria-invalid are %q, want that the message was not sent", got)
 	}
 	p.setOffline(false)
@@ -343,9 +364,9 @@ func TestMessageLimitCountsBytes(t *testing.T) {
 	}{
 		{"far below", strings.Repeat("x", 400), ""},
 		{"just below", strings.Repeat("x", 500), "Space for about 12 characters"},
-		{"ASCII at the limit", strings.Repeat("x", 512), "Space for about 0 characters"},
-		{"emoji at the limit", strings.Repeat("🐢", 128), "Space for about 0 characters"},
-		{"surrounding spaces do not count", "  " + strings.Repeat("é", 256) + "  ", "Space for about 0 characters"},
+		{"ASCII at the limit", strings.Repeat("x", 512), "No space left"},
+		{"emoji at the limit", strings.Repeat("🐢", 128), "No space left"},
+		{"surrounding spaces do not count", "  " + strings.Repeat("é", 256) + "  ", "No space left"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p.insert(tt.draft)
@@ -367,6 +388,9 @@ func TestMessageLimitCountsBytes(t *testing.T) {
 		}
 		p.press(kb.Enter)
 		p.wantDraft(draft)
+		if got, want := eval[string](p, `$("counter").textContent`), "Not sent: too long by about 1 character"; got != want {
+			t.Errorf("counter %q after Enter, want %q", got, want)
+		}
 		if got := eval[string](p, `$("msg").getAttribute("aria-invalid")`); got != "true" {
 			t.Errorf("aria-invalid is %q while the draft is too long, want true", got)
 		}
@@ -859,6 +883,15 @@ func TestPageIsUsableByKeyboardAlone(t *testing.T) {
 	p.until(`!$("jump").hidden`)
 	p.press(kb.Tab)
 	wantFocus("jump")
+	eval[bool](p, `$("log").scrollTop = $("log").scrollHeight; true`)
+	p.until(`$("jump").hidden`)
+	wantFocus("log")
+	p.press(kb.Home)
+	p.until(`$("log").scrollTop == 0`)
+	send(t, s.dial(t), "newer")
+	p.until(`!$("jump").hidden`)
+	p.press(kb.Tab)
+	wantFocus("jump")
 	p.press(kb.Enter)
 	p.until(atEnd)
 	wantFocus("log")
@@ -1174,7 +1207,7 @@ func TestPageSaysThatItsScriptDoesNotRun(t *testing.T) {
 	})
 }
 
-const notStarted = "Loading… If this does not change, turn on JavaScript, or try another network."
+const notStarted = "Loading… If this stays, allow JavaScript, update the browser, or try another network."
 
 func TestPageLogsNothingToTheConsole(t *testing.T) {
 	t.Parallel()
@@ -1229,7 +1262,7 @@ func TestPageWorksAtAPrefixWithoutASlash(t *testing.T) {
 		w.until(connected)
 		w.insert("a draft")
 		get[bool](w, "socket.close() ?? true") // The probe finds the page, too.
-		w.until("since && failures == 1 && " + connected)
+		w.until("connectedAt && failures == 1 && " + connected)
 		w.open(strings.TrimPrefix(front.URL, "http://") + "/chat")
 		w.until(`$("msg").value == "a draft"`)
 	})
@@ -1345,7 +1378,7 @@ func TestScreenshots(t *testing.T) {
 
 			p.setOffline(false)
 			p.until(`$("status").textContent == "Connected"`)
-			eval[bool](p, `$("msg").value = ""; showLength(); true`)
+			eval[bool](p, `$("msg").value = ""; showCounter(); true`)
 			sendLines(t, s, 60)
 			p.until(lastLine + `.startsWith("One of many lines")`)
 			p.until("!batch.hasChildNodes()")
