@@ -186,6 +186,11 @@ func TestManifestHoldsTogether(t *testing.T) {
 	if !slices.Equal(public, []string{"/", "/ws"}) {
 		t.Errorf("the paths %q are public, want the page and the WebSocket endpoint", public)
 	}
+	readme, err := os.ReadFile("../README.md")
+	rule := "http-request deny unless { path " + strings.Join(public, " ") + " }"
+	if err != nil || !strings.Contains(string(readme), rule) {
+		t.Errorf("README.md lacks %q (%v): HAProxy passes other paths", rule, err)
+	}
 
 	mount, volume := node.VolumeMounts[0], pod.Spec.Volumes[0]
 	if mount.Name != volume.Name || node.Args[2] != "-password="+mount.MountPath+"/password" {
