@@ -120,8 +120,11 @@ func TestOperatorNamesANewOwner(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		file := newFile(t)
 		w := startPipedOn(t, file)
-		w.join("Hans", "kitchen").received()
-		cookie := w.logIn("Grete")
+		hans := w.join("Hans", "kitchen")
+		w.join("Grete", "kitchen").received()
+		hans.send("/kick Grete")
+		hans.received()
+		cookie := w.logIn("Grete") // another user of that name
 		w.dial(cookie, "kitchen").received()
 		w.exit()
 

@@ -864,7 +864,8 @@ func TestLoginWithAPassword(t *testing.T) {
 	dir := t.TempDir()
 	before = strings.Replace(before, "\t\"crypto/rand\"\n", "", 1)
 	code := before + lines + "\tvalue, _ := rs.cookies.Encode" + after +
-		"\nfunc isPassword(id, password string) bool { return password == \"of \"+id }\n"
+		"\nfunc account(name, password string) string {\n" +
+		"\tif password == \"of \"+name {\n\t\treturn \"ID-\" + name\n\t}\n\treturn \"\"\n}\n"
 	here, _ := filepath.Abs("login.go")
 	overlay, _ := json.Marshal(map[string]any{
 		"Replace": map[string]string{here: filepath.Join(dir, "login.go")}})
@@ -879,22 +880,36 @@ func TestLoginWithAPassword(t *testing.T) {
 	cmd.Env = append(os.Environ(), "CHAT_KEY="+testKey)
 	line, _ := startLogged(t, cmd).ReadString('\n')
 	w := startedProgram(t, line)
-	for password, want := range map[string]int{"of grete": http.StatusOK, "": 401, "of hans": 401} {
-		jar, _ := cookiejar.New(nil)
-		client := &http.Client{Jar: jar}
+	jar, _ := cookiejar.New(nil)
+	client := &http.Client{Jar: jar}
+	logIn := func(name, password string) (cookie string, status int) {
+		t.Helper()
 		if _, err := client.Get(w.url + "/"); err != nil {
 			t.Fatal(err)
 		}
-		form := url.Values{"name": {"Grete"}, "room": {"kitchen"}, "password": {password}}
+		form := url.Values{"name": {name}, "room": {"kitchen"}, "password": {password}}
 		response, err := client.PostForm(w.url+"/", form)
 		if err != nil {
 			t.Fatal(err)
 		}
 		response.Body.Close()
-		if response.StatusCode != want {
-			t.Errorf("the password %q gets status %d, want %d", password, response.StatusCode, want)
+		return "chat=" + jar.Cookies(response.Request.URL)[0].Value, response.StatusCode
+	}
+	for password, want := range map[string]int{"": 401, "of hans": 401, "of Tom": 401, "of tom": 200} {
+		if _, status := logIn("tom", password); status != want {
+			t.Errorf("the password %q gets status %d, want %d", password, status, want)
 		}
 	}
+	cookie, _ := logIn("tom", "of tom")
+	tom := w.dial(cookie, "kitchen")
+	tom.until("join tom")
+	logIn("tom", "of tom") // the same user again
+	logIn("Hans", "of tom")
+	tom.send("I am still here")
+	tom.until("message tom: I am still here")
+	cookie, _ = logIn("Hans", "of Hans")
+	tom.wantClose(errLoggedOut)
+	w.dial(cookie, "kitchen").until("join Hans")
 }
 
 func TestFormIsAtTheRootAlsoWithALogin(t *testing.T) {
