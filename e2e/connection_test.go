@@ -780,12 +780,14 @@ func TestOnlyABlockedWebSocketIsReportedAsBlocked(t *testing.T) {
 			s := startQuick(t, "localhost:0")
 			server := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: s.addr})
 			var broken, cut, cutOnce atomic.Bool
+			cuts := make(chan struct{}, 2) // a value for each handshake cut by cutOnce
 			front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				switch {
 				case broken.Load():
 					test.handle(w, r, server)
 				case r.URL.Path == "/ws" && cutOnce.Swap(false):
 					broken.Store(true)
+					cuts <- struct{}{}
 					panic(http.ErrAbortHandler)
 				case r.URL.Path == "/ws" && cut.Load():
 					panic(http.ErrAbortHandler)
@@ -803,9 +805,10 @@ func TestOnlyABlockedWebSocketIsReportedAsBlocked(t *testing.T) {
 			if got, want := get[string](w, `$("status").textContent`), test.want; got != want {
 				t.Errorf("the status is %q, want %q", got, want)
 			}
+			<-cuts
 			cutOnce.Store(true)
 			broken.Store(false)
-			w.until("successfulProbes == 1")
+			<-cuts // Not earlier: the handshake would break it again.
 			broken.Store(false)
 			w.until(connected)
 			if got := get[[]string](w, "statuses"); slices.ContainsFunc(got, func(text string) bool { return strings.Contains(text, "cannot connect") }) {
