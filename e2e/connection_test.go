@@ -490,6 +490,7 @@ func TestSendAgainSendsTheMessage(t *testing.T) {
 		w.until(`document.querySelector(".pending")`)
 		(<-conns).Close()
 		w.until(connected + ` && !document.querySelector(".pending")`)
+		w.until(`$("log").textContent.includes("Reconnected")`) // The button moves no more.
 		w.click(button)
 		wantSent("")
 

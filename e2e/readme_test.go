@@ -438,7 +438,6 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
-	"unicode/utf8"
 	"testing/synctest"
 
 	"github.com/gorilla/websocket"
