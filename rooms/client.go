@@ -342,7 +342,7 @@ func (c *Client) readEnd() chan *websocket.CloseError {
 	return c.readEndChan
 }
 
-// writePump writes queued messages and pings to the peer, all that is written on conn but pongs.
+// writePump writes the queued messages, pings and the close frame; readPump writes the pongs.
 // After the close frame, or when a write fails, it finishes the client.
 func (c *Client) writePump() {
 	ticker := time.NewTicker(pingPeriod)
