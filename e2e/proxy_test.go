@@ -410,7 +410,7 @@ func TestLogsOfProxiesTellTheClientsAddress(t *testing.T) {
 	}
 }
 
-// HAProxy, as cluster/README.md configures it, takes a node out of rotation while it
+// HAProxy, with cluster/haproxy.cfg, takes a node out of rotation while it
 // hangs or is disconnected from NATS.
 func TestHAProxyBalancesOnlyToReadyNodes(t *testing.T) {
 	t.Parallel()
@@ -499,12 +499,14 @@ func startNode(t *testing.T, addr string) *server {
 	return startCluster(t, "-nats", "nats://"+addr)
 }
 
-// startHAProxy starts HAProxy as cluster/README.md configures it, on addr, for two
-// nodes.
+// startHAProxy starts HAProxy with cluster/haproxy.cfg, on addr, for two nodes.
 func startHAProxy(t *testing.T, addr, one, two string) *output {
 	t.Helper()
-	config := codeFrom(t, "../cluster/README.md", "defaults")
-	config = replace(t, config, "bind :80", "bind "+addr)
+	text, err := os.ReadFile("../cluster/haproxy.cfg")
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := replace(t, string(text), "bind :80", "bind "+addr)
 	config = replace(t, config, "10.0.0.1:8080", one)
 	config = replace(t, config, "10.0.0.2:8080", two)
 	wantTimeout(t, config, `timeout tunnel +(\w+)`)

@@ -96,10 +96,20 @@ type manifest struct {
 
 func readManifest(t *testing.T) *manifest {
 	t.Helper()
-	text, err := os.ReadFile("chat.yaml")
+	return parse(t, read(t, "chat.yaml"))
+}
+
+func read(t *testing.T, file string) string {
+	t.Helper()
+	text, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return string(text)
+}
+
+func parse(t *testing.T, text string) *manifest {
+	t.Helper()
 	m := new(manifest)
 	kinds := []struct {
 		name  string
@@ -112,7 +122,7 @@ func readManifest(t *testing.T) *manifest {
 		{"networking.k8s.io/v1 NetworkPolicy", &m.nats},
 		{"networking.k8s.io/v1 Ingress", &m.ingress},
 	}
-	documents := strings.Split(string(text), "\n---\n")
+	documents := strings.Split(text, "\n---\n")
 	if len(documents) != len(kinds) {
 		t.Fatalf("got %d documents, want %d", len(documents), len(kinds))
 	}
@@ -186,10 +196,9 @@ func TestManifestHoldsTogether(t *testing.T) {
 	if !slices.Equal(public, []string{"/", "/ws"}) {
 		t.Errorf("the paths %q are public, want the page and the WebSocket endpoint", public)
 	}
-	readme, err := os.ReadFile("../README.md")
 	rule := "http-request deny unless { path " + strings.Join(public, " ") + " }"
-	if err != nil || !strings.Contains(string(readme), rule) {
-		t.Errorf("README.md lacks %q (%v): HAProxy passes other paths", rule, err)
+	if !strings.Contains(read(t, "../haproxy.cfg"), rule) {
+		t.Errorf("haproxy.cfg lacks %q: it passes other paths", rule)
 	}
 
 	mount, volume := node.VolumeMounts[0], pod.Spec.Volumes[0]
@@ -203,36 +212,51 @@ func TestManifestHoldsTogether(t *testing.T) {
 	}
 }
 
-// This reads the values for the chart, without the chart.
+// Values are those for the chart of NATS, as far as nats.yaml and nats-tls.yaml set them.
+type values struct {
+	Config struct {
+		Cluster struct {
+			Enabled  bool
+			Replicas int
+			Merge    map[string]any
+			TLS      secret
+		}
+		NATS  struct{ TLS secret }
+		Merge map[string]any
+	}
+	Container    container
+	Reloader     container
+	PromExporter container
+	NATSBox      struct{ Enabled bool }
+	PodTemplate  struct {
+		Merge                     core.PodTemplateSpec
+		TopologySpreadConstraints map[string]core.TopologySpreadConstraint
+	}
+	TLSCA secret
+}
+
+type container struct {
+	Enabled bool
+	Env     map[string]core.EnvVar // without their names
+	Merge   core.Container
+}
+
+type secret struct {
+	Enabled    bool
+	SecretName string
+}
+
+// readValues reads a file of values, without the chart.
+func readValues(t *testing.T, file string) (v values) {
+	t.Helper()
+	if err := yaml.UnmarshalStrict([]byte(read(t, file)), &v); err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
 func TestNATSHasTheSettingsOfItsConfigurationAndAcceptsNodesOnly(t *testing.T) {
-	m := readManifest(t)
-	text, err := os.ReadFile("nats.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	type labels struct{ Labels map[string]string }
-	var values struct {
-		Config struct {
-			Cluster struct {
-				Enabled  bool
-				Replicas int
-				Merge    map[string]any
-			}
-			Merge map[string]any
-		}
-		Container struct {
-			Env   map[string]core.EnvVar // without their names
-			Merge core.Container
-		}
-		PodTemplate struct {
-			Merge                     struct{ Metadata labels }
-			TopologySpreadConstraints map[string]core.TopologySpreadConstraint
-		}
-		PromExporter struct{ Enabled bool }
-	}
-	if err := yaml.UnmarshalStrict(text, &values); err != nil {
-		t.Fatal(err)
-	}
+	m, values := readManifest(t), readValues(t, "nats.yaml")
 	got := fmt.Sprint(values.Config.Cluster.Merge, values.Config.Merge)
 	want := "map[ping_interval:5s ping_max:2] map[authorization:map[users:[map[" +
 		"password:<< $CHAT_PASSWORD >> permissions:map[publish:chat subscribe:chat] " +
@@ -256,7 +280,7 @@ func TestNATSHasTheSettingsOfItsConfigurationAndAcceptsNodesOnly(t *testing.T) {
 	if got, want := pod.Spec.Containers[0].Args[1], "-nats="+strings.Join(urls, ","); got != want {
 		t.Errorf("the nodes have %s, want %s", got, want)
 	}
-	nats := values.PodTemplate.Merge.Metadata.Labels["app"]
+	nats := values.PodTemplate.Merge.Labels["app"]
 	if got := m.nats.Spec.PodSelector.MatchLabels["app"]; got != nats {
 		t.Errorf("the NetworkPolicy of NATS selects %q, want %q", got, nats)
 	}
@@ -276,17 +300,56 @@ func TestNATSHasTheSettingsOfItsConfigurationAndAcceptsNodesOnly(t *testing.T) {
 	}
 }
 
-// A pod of a namespace that enforces the restricted Pod Security Standard must have these.
-func TestPodIsAcceptedInRestrictedNamespaces(t *testing.T) {
-	pod := readManifest(t).deployment.Spec.Template.Spec
-	node := pod.Containers[0].SecurityContext
-	seccomp := pod.SecurityContext.SeccompProfile
-	if seccomp == nil || seccomp.Type != core.SeccompProfileTypeRuntimeDefault {
-		t.Errorf("seccompProfile is %v, want RuntimeDefault", seccomp)
+func TestTLSLinesOfTheManifestFitTheSecretOfNATS(t *testing.T) {
+	// As nats-tls.yaml and README.md say.
+	text := strings.ReplaceAll(read(t, "chat.yaml"), "# - {name: ", "- {name: ")
+	pod := parse(t, text).deployment.Spec.Template.Spec
+	values := readValues(t, "nats-tls.yaml")
+	name := pod.Volumes[1].Secret.SecretName
+	for _, got := range []secret{values.TLSCA, values.Config.NATS.TLS, values.Config.Cluster.TLS} {
+		if !got.Enabled || got.SecretName != name {
+			t.Errorf("NATS has TLS %+v, want it with the secret %s", got, name)
+		}
 	}
-	if !*pod.SecurityContext.RunAsNonRoot || *node.AllowPrivilegeEscalation ||
-		node.Capabilities.Drop[0] != "ALL" {
-		t.Error("the pod may gain privileges")
+	mount := pod.Containers[0].VolumeMounts[1]
+	if items := pod.Volumes[1].Secret.Items; len(items) != 1 || items[0].Path != "ca.crt" {
+		t.Errorf("nodes have %v of %s, want ca.crt alone", items, name)
+	}
+	if mount.Name != pod.Volumes[1].Name {
+		t.Errorf("%s is not in the volume %s", mount.MountPath, pod.Volumes[1].Name)
+	}
+	want := core.EnvVar{Name: "SSL_CERT_FILE", Value: mount.MountPath + "/ca.crt"}
+	if got := pod.Containers[0].Env[1]; got != want {
+		t.Errorf("nodes have %v, want %v", got, want)
+	}
+}
+
+// A pod of a namespace that enforces the restricted Pod Security Standard must have these.
+func TestPodsAreAcceptedInRestrictedNamespaces(t *testing.T) {
+	node := readManifest(t).deployment.Spec.Template.Spec
+	values := readValues(t, "nats.yaml")
+	nats := values.PodTemplate.Merge.Spec
+	// The chart has one pod more by default, of tools.
+	if values.NATSBox.Enabled {
+		t.Error("natsBox is enabled")
+	}
+	nats.Containers = []core.Container{
+		values.Container.Merge, values.Reloader.Merge, values.PromExporter.Merge,
+	}
+	for name, pod := range map[string]core.PodSpec{"a node": node, "NATS": nats} {
+		context := pod.SecurityContext
+		if seccomp := context.SeccompProfile; seccomp.Type != core.SeccompProfileTypeRuntimeDefault {
+			t.Errorf("%s: seccompProfile is %v, want RuntimeDefault", name, seccomp)
+		}
+		if !*context.RunAsNonRoot || *context.RunAsUser == 0 {
+			t.Errorf("%s may run as root", name)
+		}
+		for i, container := range pod.Containers {
+			context := container.SecurityContext
+			if *context.AllowPrivilegeEscalation || context.Capabilities.Drop[0] != "ALL" {
+				t.Errorf("container %d of %s may gain privileges", i, name)
+			}
+		}
 	}
 }
 
@@ -306,7 +369,7 @@ func TestTimesOfTheManifestAreLongEnough(t *testing.T) {
 	reconnect := number(t, "../relay.go", `\breconnectWait = (\d+) \* time\.Millisecond\n`) *
 		number(t, "../relay.go", `\bsettleWait = (\d+) \* reconnectWait\n`)
 	probe := node.ReadinessProbe
-	checks := number(t, "../README.md", `default-server check inter 1s fall (\d+)`)
+	checks := number(t, "../haproxy.cfg", `default-server check inter 1s fall (\d+)`)
 	for name, failures := range map[string]int64{
 		"Kubernetes": 1000 * int64(probe.PeriodSeconds*(probe.FailureThreshold-1)),
 		"HAProxy":    1000 * (checks - 1),
