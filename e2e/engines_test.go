@@ -38,7 +38,7 @@ func TestFirefoxAndWebKitSendAndShowMessages(t *testing.T) {
 
 		limit := strings.Repeat("🐢", 128)
 		w.send(limit + "x")
-		w.until(fmt.Sprintf(`$("msg").value == "%sx" && $("counter").textContent == "Not sent: too long by about 1 character"`, limit))
+		w.until(fmt.Sprintf(`$("msg").value == "%sx" && $("counter").textContent == "Not sent. Too long by about 1 character"`, limit))
 		w.press(backspace)
 		w.press(enter)
 		w.until(fmt.Sprintf(`$("msg").value == "" && %s == %q`, lastLine, limit))
@@ -53,7 +53,7 @@ func TestFirefoxAndWebKitKeepTheDraftAndReconnect(t *testing.T) {
 		s.stop(t)
 		w.until(`$("status").textContent.includes("restarting")`)
 		w.send("patience")
-		w.until(`$("counter").textContent == "Not sent: send again once connected"`)
+		w.until(`$("counter").textContent == "Not sent. Send again once connected"`)
 		s = startQuick(t, s.addr)
 		w.until(connected)
 		w.until(`$("msg").value == "patience"`)
@@ -221,10 +221,24 @@ func TestAxeFindsNoViolationsInFirefoxAndWebKit(t *testing.T) {
 		w.until(`document.querySelector(".notice")`)
 		w.send(strings.Repeat("x", 513))
 		get[bool](w, "(() => {"+string(axe)+"; return true })()")
-		for _, violation := range get[[]string](w, `axe.run().then((result) => result.violations.map((v) =>
-			v.id + ": " + v.help + " " + v.nodes.map((n) => n.html + " " + n.failureSummary)))`) {
-			t.Error(violation)
+		check := func(scheme string) {
+			t.Helper()
+			for _, violation := range get[[]string](w, `axe.run().then((result) => result.violations.map((v) =>
+				v.id + ": " + v.help + " " + v.nodes.map((n) => n.html + " " + n.failureSummary)))`) {
+				t.Errorf("%s: %s", scheme, violation)
+			}
 		}
+		check("light")
+		// The engines' protocols cannot set a media feature. WebKit has no forced colors.
+		if got := get[string](w, `(() => {
+			const isDark = (rule) => rule.media?.mediaText === "(prefers-color-scheme: dark)";
+			[...document.styleSheets[0].cssRules].find(isDark).media.mediaText = "all";
+			document.documentElement.style.colorScheme = "dark";
+			return getComputedStyle(document.documentElement).backgroundColor;
+		})()`); got != "rgb(22, 25, 29)" {
+			t.Errorf("the dark background is %s, want --paper's", got)
+		}
+		check("dark")
 	})
 }
 

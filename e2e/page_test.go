@@ -283,7 +283,7 @@ func TestDraftIsKeptWhileOffline(t *testing.T) {
 	p.until(`$("status").textContent.includes("You are offline")`)
 	p.send("kept")
 	p.wantDraft("kept")
-	if got := eval[string](p, `$("counter").textContent + " " + $("msg").getAttribute("aria-invalid")`); got != "Not sent: send again once connected true" {
+	if got := eval[string](p, `$("counter").textContent + " " + $("msg").getAttribute("aria-invalid")`); got != "Not sent. Send again once connected true" {
 		t.Errorf("counter and aria-invalid are %q, want that the message was not sent", got)
 	}
 	p.setOffline(false)
@@ -364,9 +364,9 @@ func TestMessageLimitCountsBytes(t *testing.T) {
 	}{
 		{"far below", strings.Repeat("x", 400), ""},
 		{"just below", strings.Repeat("x", 500), "Space for about 12 characters"},
-		{"ASCII at the limit", strings.Repeat("x", 512), "No space left"},
-		{"emoji at the limit", strings.Repeat("🐢", 128), "No space left"},
-		{"surrounding spaces do not count", "  " + strings.Repeat("é", 256) + "  ", "No space left"},
+		{"ASCII at the limit", strings.Repeat("x", 512), "Space for about 0 characters"},
+		{"emoji at the limit", strings.Repeat("🐢", 128), "Space for about 0 characters"},
+		{"surrounding spaces do not count", "  " + strings.Repeat("é", 256) + "  ", "Space for about 0 characters"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p.insert(tt.draft)
@@ -388,7 +388,7 @@ func TestMessageLimitCountsBytes(t *testing.T) {
 		}
 		p.press(kb.Enter)
 		p.wantDraft(draft)
-		if got, want := eval[string](p, `$("counter").textContent`), "Not sent: too long by about 1 character"; got != want {
+		if got, want := eval[string](p, `$("counter").textContent`), "Not sent. Too long by about 1 character"; got != want {
 			t.Errorf("counter %q after Enter, want %q", got, want)
 		}
 		if got := eval[string](p, `$("msg").getAttribute("aria-invalid")`); got != "true" {
