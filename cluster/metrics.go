@@ -110,7 +110,7 @@ func newMetrics(r *Relay) *metrics {
 func (r *Relay) countNodes() {
 	heard := int64(0)
 	for id, node := range r.nodes {
-		switch silence := time.Duration(r.ticks-node.heard) * reportPeriod; {
+		switch silence := time.Duration(r.ticks-node.lastHeard) * reportPeriod; {
 		case silence <= nodeWait:
 			heard++
 		case silence > forgetWait:

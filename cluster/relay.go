@@ -85,15 +85,17 @@ type Relay struct {
 
 	running sync.WaitGroup // run
 
-	// From run to handlers: joined is closed; this node receives its echoes; the numbers of
-	// messages in outgoing and in flight, and of nodes whose messages arrive.
-	hasJoined, ready        atomic.Bool
-	queued, unechoed, heard atomic.Int64
+	// From run to handlers:
+	hasJoined atomic.Bool  // joined is closed
+	ready     atomic.Bool  // this node receives its echoes
+	queued    atomic.Int64 // number of messages in outgoing
+	unechoed  atomic.Int64 // number of this node's messages in flight
+	heard     atomic.Int64 // number of nodes whose messages arrive, this one included
 
 	// Owned by run:
-	nc        *nats.Conn // nil until the first connection
-	probe     <-chan time.Time
-	outgoing  [][]byte // messages of clients, to publish
+	nc        *nats.Conn       // nil until the first connection
+	probe     <-chan time.Time // time of the next probe
+	outgoing  [][]byte         // messages of clients, to publish
 	state     state
 	ticks     int                // reports since the start
 	idleTicks int                // reports since the last echo, or change of the connection
@@ -114,8 +116,8 @@ const (
 
 // A sender is a node of the room, as far as this one has received its messages.
 type sender struct {
-	nextSeq uint64 // number of messages that it has published
-	heard   int    // ticks when the last message or probe arrived
+	nextSeq   uint64 // number of messages that it has published
+	lastHeard int    // ticks when the last message or probe arrived
 }
 
 // join joins hub to the room of that subject, in the background, and retries until it has
@@ -242,9 +244,9 @@ func (r *Relay) settle() {
 	}
 }
 
-// publish publishes message; without text it is a probe. The header has the node's ID, and
-// how many messages it has published before, so that others can count what they miss. After
-// an error, NATS has not received all of it.
+// publish publishes message; without text it is a probe, which does not count. The header has
+// the node's ID, and how many messages it has published before, so that others can count what
+// they miss. After an error, NATS has not received all of it.
 func (r *Relay) publish(message []byte) error {
 	header := nats.Header{"Node": {r.id}, "Said": {strconv.FormatUint(r.published, 10)}}
 	err := r.nc.PublishMsg(&nats.Msg{Subject: r.subject, Header: header, Data: message})
@@ -337,7 +339,7 @@ func (r *Relay) isNew(message *nats.Msg) bool {
 		return false
 	}
 	lost := seq - node.nextSeq
-	node.nextSeq, node.heard = seq+min(1, uint64(len(message.Data))), r.ticks
+	node.nextSeq, node.lastHeard = seq+min(1, uint64(len(message.Data))), r.ticks
 	if id != r.id {
 		r.metrics.count(missed, lost)
 		return true
