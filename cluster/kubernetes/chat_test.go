@@ -17,6 +17,9 @@ import (
 	networking "k8s.io/api/networking/v1"
 	policy "k8s.io/api/policy/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	level "k8s.io/pod-security-admission/api"
+	security "k8s.io/pod-security-admission/policy"
 	"sigs.k8s.io/yaml"
 )
 
@@ -324,31 +327,29 @@ func TestTLSLinesOfTheManifestFitTheSecretOfNATS(t *testing.T) {
 	}
 }
 
-// A pod of a namespace that enforces the restricted Pod Security Standard must have these.
+// By the code that Kubernetes refuses pods with.
 func TestPodsAreAcceptedInRestrictedNamespaces(t *testing.T) {
-	node := readManifest(t).deployment.Spec.Template.Spec
 	values := readValues(t, "nats.yaml")
-	nats := values.PodTemplate.Merge.Spec
 	// The chart has one pod more by default, of tools.
 	if values.NATSBox.Enabled {
 		t.Error("natsBox is enabled")
 	}
+	nats := values.PodTemplate.Merge.Spec
 	nats.Containers = []core.Container{
 		values.Container.Merge, values.Reloader.Merge, values.PromExporter.Merge,
 	}
-	for name, pod := range map[string]core.PodSpec{"a node": node, "NATS": nats} {
-		context := pod.SecurityContext
-		if seccomp := context.SeccompProfile; seccomp.Type != core.SeccompProfileTypeRuntimeDefault {
-			t.Errorf("%s: seccompProfile is %v, want RuntimeDefault", name, seccomp)
-		}
-		if !*context.RunAsNonRoot || *context.RunAsUser == 0 {
-			t.Errorf("%s may run as root", name)
-		}
-		for i, container := range pod.Containers {
-			context := container.SecurityContext
-			if *context.AllowPrivilegeEscalation || context.Capabilities.Drop[0] != "ALL" {
-				t.Errorf("container %d of %s may gain privileges", i, name)
-			}
+	evaluator, err := security.NewEvaluator(security.DefaultChecks(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	restricted := level.LevelVersion{Level: level.LevelRestricted, Version: level.LatestVersion()}
+	for name, pod := range map[string]core.PodSpec{
+		"a node": readManifest(t).deployment.Spec.Template.Spec,
+		"NATS":   nats,
+	} {
+		checks := evaluator.EvaluatePod(restricted, &metav1.ObjectMeta{}, &pod)
+		if result := security.AggregateCheckResults(checks); !result.Allowed {
+			t.Errorf("%s is refused: %s", name, result.ForbiddenDetail())
 		}
 	}
 }
