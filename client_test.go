@@ -218,7 +218,6 @@ func TestConstantsAndCloseReasonsAreAsPromised(t *testing.T) {
 		"backpressureDelay": {backpressureDelay, time.Millisecond},
 		"shutdownWait":      {shutdownWait, 8 * time.Second},
 		"logWait":           {logWait, time.Second / 10},
-		"maxHeaderSize":     {maxHeaderSize, 16384},
 		"httpTimeout":       {httpTimeout, 10 * time.Second},
 		"idleTimeout":       {idleTimeout, 75 * time.Second},
 		"forceAfter":        {forceAfter, time.Second},
@@ -1765,7 +1764,7 @@ func TestSenderIsRateLimitedAndNeverDropped(t *testing.T) {
 					s.wantLogged(t)
 				}
 			}
-			s.wantLogged(t, "pipe: rate limited to 100 messages a second")
+			s.wantLogged(t, "pipe: rate limited: 1/10ms")
 		})
 	}
 }

@@ -861,7 +861,7 @@ func TestRunMayWriteToConnWhenItRegistersAClient(t *testing.T) {
 func TestPeerMayBeAskedForAPasswordBeforeItRegisters(t *testing.T) {
 	withServer(t, func(t *testing.T, s *server) {
 		s.serve = func(w http.ResponseWriter, req *http.Request) {
-			conn, err := upgrader.Upgrade(&delayedHandshake{ResponseWriter: w}, req, nil)
+			conn, err := upgrader.Upgrade(delayedHandshake{w}, req, nil)
 			if err != nil {
 				t.Error(err)
 				return
@@ -1500,7 +1500,7 @@ func TestServerLogsAURLThatCanBeOpened(t *testing.T) {
 		book := captureLog(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if err := run(ctx, addr); err != nil {
+		if err := run(ctx, addr); err != http.ErrServerClosed {
 			t.Fatal(err)
 		}
 		if got := book.lines(); len(got) > 2 {
@@ -1537,8 +1537,8 @@ func TestServeReturnsAtOnceIfAllClientsDisconnect(t *testing.T) {
 		synctest.Wait()
 		start := time.Now()
 		cancel()
-		if err := wait(t, result, "serve"); err != nil {
-			t.Errorf("serve returned %v, want nil", err)
+		if err := wait(t, result, "serve"); err != http.ErrServerClosed {
+			t.Errorf("serve returned %v, want %v", err, http.ErrServerClosed)
 		}
 		if _, err := idle.Read(make([]byte, 1)); err != io.EOF {
 			t.Errorf("reading from the server gives %v, want %v", err, io.EOF)
@@ -1559,8 +1559,8 @@ func TestServeReturnsAfterShutdownWaitDespiteASlowClient(t *testing.T) {
 		start := time.Now()
 		cancel()
 		p.wantClose(errShuttingDown)
-		if err := wait(t, result, "serve"); err != nil {
-			t.Errorf("serve returned %v, want nil", err)
+		if err := wait(t, result, "serve"); err != http.ErrServerClosed {
+			t.Errorf("serve returned %v, want %v", err, http.ErrServerClosed)
 		}
 		if got := time.Since(start); got != shutdownWait {
 			t.Errorf("serve returned after %v, want %v", got, shutdownWait)

@@ -33,9 +33,6 @@ const (
 	// balancers, which answer 502 if the server closes first (60 s in AWS).
 	idleTimeout = 75 * time.Second
 
-	// Maximum size in bytes of a request header. (net/http allows 4 KiB more.)
-	maxHeaderSize = 16 << 10
-
 	// Time allowed for all clients to disconnect during a graceful shutdown: less than the
 	// ten seconds that docker stop allows by default.
 	shutdownWait = 8 * time.Second
@@ -66,13 +63,13 @@ func main() {
 	}
 	ctx, restore := signal.NotifyContext(context.Background(), signals...)
 	context.AfterFunc(ctx, func() { time.Sleep(forceAfter); restore() })
-	if err := run(ctx, *addr); err != nil {
+	if err := run(ctx, *addr); err != http.ErrServerClosed {
 		log.Fatal(err)
 	}
 }
 
-// run listens on addr and serves until ctx is done. It returns an error if listening fails,
-// at once or later.
+// run listens on addr and serves until ctx is done. It returns http.ErrServerClosed, or the
+// error if listening fails, at once or later.
 func run(ctx context.Context, addr string) error {
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -89,7 +86,7 @@ func run(ctx context.Context, addr string) error {
 
 // serve accepts connections on listener until ctx is done or listener fails. Then it
 // stops the hub, and waits up to shutdownWait for all clients to disconnect. It returns
-// the listener's error, if any.
+// http.ErrServerClosed, or the listener's error.
 func serve(ctx context.Context, listener net.Listener) error {
 	hub := newHub()
 	go hub.run()
@@ -102,14 +99,11 @@ func serve(ctx context.Context, listener net.Listener) error {
 		ReadTimeout:    httpTimeout,
 		WriteTimeout:   httpTimeout,
 		IdleTimeout:    idleTimeout,
-		MaxHeaderBytes: maxHeaderSize,
+		MaxHeaderBytes: 16 << 10, // net/http allows 4 KiB more.
 	}
 	// This does not close WebSockets: the hub does.
 	context.AfterFunc(ctx, func() { server.Close() })
 	err := server.Serve(listener)
-	if err == http.ErrServerClosed {
-		err = nil
-	}
 
 	hub.stop()
 	logSoon("shutting down")

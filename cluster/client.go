@@ -115,7 +115,7 @@ type Client struct {
 
 	// Owned by readPump:
 	bucketFullAt time.Time // when the token bucket of the rate limit is full again
-	limited      sync.Once // to log that the rate limit delays this client
+	logged       sync.Once // that the rate limit delays this client
 	receiving    bool      // a message has begun and is not complete
 
 	// Owned by writePump: reason was set when the last write returned.
@@ -142,8 +142,7 @@ func (c *Client) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	default:
 	}
-	handshake := &delayedHandshake{ResponseWriter: w}
-	conn, err := upgrader.Upgrade(handshake, r, nil)
+	conn, err := upgrader.Upgrade(delayedHandshake{w}, r, nil)
 	if err != nil {
 		log.Printf("%s: handshake refused: %q (Origin %q, Host %q)", r.RemoteAddr, err,
 			excerpt(r.Header.Get("Origin")), excerpt(r.Host))
@@ -152,7 +151,9 @@ func (c *Client) serve(w http.ResponseWriter, r *http.Request) {
 	c.conn, c.send = conn, make(chan []byte, sendQueueSize)
 	c.heartbeat = r.URL.Query().Has(heartbeat)
 	c.hub.passToRun(c.hub.register, c)
-	handshake.conn.answer() // Later, in readPump, it would take a larger stack.
+	if delayed, ok := conn.NetConn().(*delayedConn); ok {
+		delayed.answer() // Later, in readPump, it would take a larger stack.
+	}
 	go c.writePump()
 	go c.readPump()
 }
@@ -303,12 +304,10 @@ func (c *Client) alive() {
 func (c *Client) limitRate() {
 	missing := max(0, time.Until(c.bucketFullAt)) + rateInterval
 	c.bucketFullAt = time.Now().Add(missing)
-	wait := missing - rateBurst*rateInterval
-	if wait > 0 && c.reason.Load() == nil { // Later, the peer's close frame may be next.
-		c.limited.Do(func() { // in a goroutine, as writes to a log can block
-			go log.Printf("%v: rate limited to %d messages a second", c.conn.RemoteAddr(),
-				time.Second/rateInterval)
-		})
+	// No delay once there is a reason to end: the peer's close frame may be next.
+	if wait := missing - rateBurst*rateInterval; wait > 0 && c.reason.Load() == nil {
+		// In a goroutine, as writes to a log can block.
+		c.logged.Do(func() { go log.Printf("%v: rate limited: 1/%v", c.conn.RemoteAddr(), rateInterval) })
 		time.Sleep(wait)
 	}
 }
@@ -338,7 +337,7 @@ func (c *Client) readEnd() chan *websocket.CloseError {
 }
 
 // writePump writes the queued messages, pings and the close frame; readPump writes the pongs.
-// After the close frame, or when a write fails, it finishes the client.
+// After the close frame, or a failed write, it finishes the client, and waits for readPump.
 func (c *Client) writePump() {
 	ticker := time.NewTicker(pingPeriod)
 	defer ticker.Stop()
@@ -359,7 +358,10 @@ func (c *Client) writePump() {
 			}
 		case <-ticker.C:
 			c.setWriteDeadline()
-			err = c.ping()
+			err = c.conn.WriteMessage(websocket.PingMessage, nil)
+			if err == nil && (c.heartbeat || c.conn.Subprotocol() == heartbeat) {
+				err = c.conn.WriteMessage(websocket.TextMessage, nil)
+			}
 		}
 	}
 	c.finish(err)
@@ -373,20 +375,11 @@ func (c *Client) setWriteDeadline() {
 	}
 }
 
-// ping writes a ping, and a heartbeat if the peer has asked for it.
-func (c *Client) ping() error {
-	err := c.conn.WriteMessage(websocket.PingMessage, nil)
-	if err == nil && (c.heartbeat || c.conn.Subprotocol() == heartbeat) {
-		err = c.conn.WriteMessage(websocket.TextMessage, nil)
-	}
-	return err
-}
-
 // writeClose writes the close frame. It always returns an error, as nothing may follow.
 func (c *Client) writeClose() error {
 	c.reason.CompareAndSwap(nil, errUnregistered) // if the application itself has closed send
-	reason := c.reason.Load()
-	if reason.Code != 1006 { // which is never sent: RFC 6455 section 7.4.1
+	// 1006 is never sent: RFC 6455 section 7.4.1.
+	if reason := c.reason.Load(); reason.Code != 1006 {
 		// The text has at most 123 bytes: RFC 6455 section 5.5.
 		text := strings.ToValidUTF8(reason.Text[:min(len(reason.Text), 123)], "")
 		c.conn.WriteMessage(websocket.CloseMessage, websocket.FormatCloseMessage(reason.Code, text))
@@ -438,41 +431,31 @@ func excerpt(s string) string { return s[:min(len(s), 200)] }
 
 // A delayedHandshake is the ResponseWriter for Upgrade, which hijacks conn from it. (An
 // http.ResponseController also finds Hijack behind middleware that has only Unwrap.)
-type delayedHandshake struct {
-	http.ResponseWriter
-	conn *delayedConn
-}
+type delayedHandshake struct{ http.ResponseWriter }
 
-func (h *delayedHandshake) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+func (h delayedHandshake) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	conn, buffered, err := http.NewResponseController(h.ResponseWriter).Hijack()
-	h.conn = &delayedConn{Conn: conn}
-	return h.conn, buffered, err
+	return &delayedConn{Conn: conn}, buffered, err
 }
 
 // A delayedConn holds back the first write, Upgrade's response, until answer or the next Read
 // or Write: an application may exchange messages with the peer before it registers the client.
 type delayedConn struct {
 	net.Conn
-	response []byte
-	answered sync.Once
-	err      error // of answer
-}
-
-// answer writes the handshake response. Only the first call does.
-func (c *delayedConn) answer() error {
-	c.answered.Do(func() {
-		c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
-		if _, err := c.Conn.Write(c.response); err != nil {
-			// stopReading would take an error of another type for a protocol violation.
-			c.err = closeError(1006, "handshake response: %v", err)
-		}
-	})
-	return c.err
+	answer func() error // writes the response at its first call; set by the first Write
 }
 
 func (c *delayedConn) Write(p []byte) (int, error) {
-	if c.response == nil {
-		c.response = bytes.Clone(p)
+	if c.answer == nil {
+		response := bytes.Clone(p)
+		c.answer = sync.OnceValue(func() error {
+			c.Conn.SetWriteDeadline(time.Now().Add(writeWait))
+			if _, err := c.Conn.Write(response); err != nil {
+				// stopReading would take an error of another type for a protocol violation.
+				return closeError(1006, "handshake response: %v", err)
+			}
+			return nil
+		})
 		return len(p), nil
 	}
 	if err := c.answer(); err != nil {

@@ -25,9 +25,6 @@ const (
 	// balancers, which answer 502 if the server closes first (60 s in AWS).
 	idleTimeout = 75 * time.Second
 
-	// Maximum size in bytes of a request header. (net/http allows 4 KiB more.)
-	maxHeaderSize = 16 << 10
-
 	// Time allowed for all clients to disconnect during a graceful shutdown: less than the
 	// ten seconds that docker stop allows by default.
 	shutdownWait = 8 * time.Second
@@ -63,14 +60,14 @@ func main() {
 	}
 	ctx, restore := signal.NotifyContext(context.Background(), signals...)
 	context.AfterFunc(ctx, func() { time.Sleep(forceAfter); restore() })
-	if err := run(ctx, *addr); err != nil {
+	if err := run(ctx, *addr); err != http.ErrServerClosed {
 		log.Fatal(err)
 	}
 }
 
 // run opens the database, listens on addr and serves until ctx is done, or until the
-// database's file is deleted or replaced. It returns an error if one of these fails, or if it
-// cannot save what is queued for the database.
+// database's file is deleted or replaced. It returns http.ErrServerClosed, or the error if
+// one of these fails, or if it cannot save what is queued for the database.
 func run(ctx context.Context, addr string) (err error) {
 	key := os.Getenv("CHAT_KEY")
 	if key != "" && len(key) < 32 {
@@ -80,7 +77,7 @@ func run(ctx context.Context, addr string) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = cmp.Or(err, store.close()) }()
+	defer func() { err = cmp.Or(store.close(), err) }()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go store.db.watch(ctx, cancel)
@@ -99,21 +96,18 @@ func run(ctx context.Context, addr string) (err error) {
 
 // serve accepts connections on listener until ctx is done or listener fails. Then it
 // stops the hubs, and waits up to shutdownWait for all clients to disconnect. It returns
-// the listener's error, if any.
+// http.ErrServerClosed, or the listener's error.
 func serve(ctx context.Context, listener net.Listener, rooms *Rooms) error {
 	server := &http.Server{
 		Handler:        rooms.handler(),
 		ReadTimeout:    httpTimeout,
 		WriteTimeout:   httpTimeout,
 		IdleTimeout:    idleTimeout,
-		MaxHeaderBytes: maxHeaderSize,
+		MaxHeaderBytes: 16 << 10, // net/http allows 4 KiB more.
 	}
 	// This does not close WebSockets: the hubs do.
 	context.AfterFunc(ctx, func() { server.Close() })
 	err := server.Serve(listener)
-	if err == http.ErrServerClosed {
-		err = nil
-	}
 
 	disconnected := make(chan struct{})
 	go func() { rooms.stop(); close(disconnected) }()
