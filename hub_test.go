@@ -1164,7 +1164,7 @@ func TestReasonOfAClientThatEndsBeforeItsPumpsStartIsSent(t *testing.T) {
 }
 
 func TestManyClientsLeaveNothingBehindInAnyShape(t *testing.T) {
-	const n = 200
+	const n = 1000
 	served := shape{name: "served"} // as serveWs does
 	for _, shape := range append(shapes, served) {
 		runWithServer(t, shape.name, func(t *testing.T, s *server) {
