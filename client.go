@@ -115,7 +115,7 @@ type Client struct {
 
 	// Owned by readPump:
 	bucketFullAt time.Time // when the token bucket of the rate limit is full again
-	logged       sync.Once // that the rate limit delays this client
+	logged       sync.Once // for the log: the rate limit delays this client
 	receiving    bool      // a message has begun and is not complete
 
 	// Owned by writePump: reason was set when the last write returned.
@@ -259,8 +259,8 @@ func sendable(reason *websocket.CloseError) *websocket.CloseError {
 	return reason
 }
 
-// readPump does all reads on conn, until one fails: usually with the peer's close frame, or
-// because finish has closed conn. It is small, so that an idle client's stack is 2 KiB.
+// readPump does all reads on conn, until one fails, as when finish has closed conn. It is kept
+// small: an idle client's stack is 2 KiB. A client needs both pumps: neither ends it alone.
 func (c *Client) readPump() {
 	if !c.hub.passToRun(c.hub.opened, c) {
 		c.reason.CompareAndSwap(nil, errShuttingDown)
@@ -337,7 +337,7 @@ func (c *Client) readEnd() chan *websocket.CloseError {
 }
 
 // writePump writes the queued messages, pings and the close frame; readPump writes the pongs.
-// After the close frame, or a failed write, it finishes the client, and waits for readPump.
+// After the close frame, or when a write fails, it finishes the client.
 func (c *Client) writePump() {
 	ticker := time.NewTicker(pingPeriod)
 	defer ticker.Stop()

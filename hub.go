@@ -65,7 +65,7 @@ func (h *Hub) run() {
 			client.registered = true
 			h.clients[client] = true
 			h.open[client] = true
-			// APPLICATION: client has been registered. Welcome it, send it a history (of less than
+			// APPLICATION: client has been registered. Welcome it, send it a history (well below
 			// sendQueueSize messages), or announce it: with queue, deliver and deliverTo.
 			if stopped == nil {
 				h.drop(client, errShuttingDown)
@@ -97,8 +97,8 @@ func (h *Hub) run() {
 	}
 }
 
-// do runs f on run's goroutine, and returns true after that. After stop, it returns false
-// without running f. The hub is blocked while f runs. f may use clients, deliver, deliverTo,
+// do runs f on run's goroutine, and returns true after that. Once the hub stops, it returns
+// false without running f. The hub is blocked while f runs. f may use clients, deliver, deliverTo,
 // queue and drop. It deadlocks if it calls do, tell or end, or waits for a goroutine that does.
 func (h *Hub) do(f func()) bool {
 	returned := make(chan struct{})
