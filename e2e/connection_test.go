@@ -609,7 +609,7 @@ func TestSendAgainIsRefusedUntilReconnected(t *testing.T) {
 		w.insert(draft)
 		w.until(`document.querySelector(".notice button")`)
 		w.click(`document.querySelector(".notice button")`)
-		w.until(`$("counter").textContent == "Not sent. Send again once connected"`)
+		w.until(`$("counter").textContent == "Not sent. Try again once connected"`)
 		startServer(t, s.addr)
 		w.until(connected)
 		w.click(`document.querySelector(".notice button")`)
@@ -637,13 +637,13 @@ func TestLostConnectionIsAnnouncedOnce(t *testing.T) {
 		s.stop(t)
 		w.until(lastLine + ` == "The server is stopping or restarting."`)
 		w.send("a draft")
-		w.until(`$("counter").textContent == "Not sent. Send again once connected" && $("msg").getAttribute("aria-invalid") == "true" && $("msg").value == "a draft"`)
+		w.until(`$("counter").textContent == "Not sent. Try again once connected" && $("msg").getAttribute("aria-invalid") == "true" && $("msg").value == "a draft"`)
 		startServer(t, s.addr)
 		w.until(connected)
 		w.until(`$("counter").textContent == "" && $("msg").getAttribute("aria-invalid") == "false"`)
 		w.until(lastLine + `.startsWith("Reconnected")`)
 		spoken := get[[]string](w, `announcements.map((text) => text.replace(/^\d+:\d\d [AP]M /, ""))`)
-		if want := []string{"Notice, The server is stopping or restarting.", "Not sent. Send again once connected", "Notice, Reconnected. You may have missed messages."}; !slices.Equal(spoken, want) {
+		if want := []string{"Notice, The server is stopping or restarting.", "Not sent. Try again once connected", "Notice, Reconnected. You may have missed messages."}; !slices.Equal(spoken, want) {
 			t.Errorf("a screen reader announces %q, want %q", spoken, want)
 		}
 		if got := get[int](w, "bubbles"); got != 0 {

@@ -53,7 +53,7 @@ func TestFirefoxAndWebKitKeepTheDraftAndReconnect(t *testing.T) {
 		s.stop(t)
 		w.until(`$("status").textContent.includes("restarting")`)
 		w.send("patience")
-		w.until(`$("counter").textContent == "Not sent. Send again once connected"`)
+		w.until(`$("counter").textContent == "Not sent. Try again once connected"`)
 		s = startQuick(t, s.addr)
 		w.until(connected)
 		w.until(`$("msg").value == "patience"`)

@@ -283,7 +283,7 @@ func TestDraftIsKeptWhileOffline(t *testing.T) {
 	p.until(`$("status").textContent.includes("You are offline")`)
 	p.send("kept")
 	p.wantDraft("kept")
-	if got := eval[string](p, `$("counter").textContent + " " + $("msg").getAttribute("aria-invalid")`); got != "Not sent. Send again once connected true" {
+	if got := eval[string](p, `$("counter").textContent + " " + $("msg").getAttribute("aria-invalid")`); got != "Not sent. Try again once connected true" {
 		t.Errorf("counter and aria-invalid are %q, want that the message was not sent", got)
 	}
 	p.setOffline(false)
