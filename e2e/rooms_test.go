@@ -235,6 +235,14 @@ func TestLoggingOutLeavesNothingInTheBrowser(t *testing.T) {
 	if got := eval[string](grete, `$("name").textContent + ", " + msg.value + ", " + $("log").textContent`); !strings.HasPrefix(got, "Ursel, , ") || strings.Contains(got, "for you alone") || strings.Contains(got, "me too") {
 		t.Errorf("the next user's page shows %q, want nothing of the user before", got)
 	}
+
+	// Lines that arrive as the user logs out are not stored, and a browser that returns to the
+	// page from its back/forward cache shows none of it.
+	if got := eval[int](grete, `window.isBefore = true; forgetUser(); dispatchEvent(new Event("pagehide")); flush(); sessionStorage.length`); got != 0 {
+		t.Errorf("a page that is left after logging out stores %d items, want none", got)
+	}
+	eval[bool](grete, `dispatchEvent(new Event("pageshow"))`)
+	grete.until(`!window.isBefore && $("status")?.textContent == "Connected"`)
 }
 
 // The history is not read aloud at each load, but what comes then is.
