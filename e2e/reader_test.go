@@ -235,6 +235,13 @@ func TestTimeIsShownWhenTheMinuteChanges(t *testing.T) {
 	if got, want := eval[string](p, `$("log").lastChild.textContent`), "6:40 PM Anonymous: arrived"; got != want {
 		t.Errorf("in another time zone, a line is %q, want %q", got, want)
 	}
+
+	// A notice has its time, also one that replaces another of the same minute.
+	eval[bool](p, `showNotice("gone"); showNotice("gone"); true`)
+	p.until(lastLine + ` == "gone"`)
+	if got, want := eval[string](p, `$("log").lastChild.textContent`), "6:40 PM Notice, gone"; got != want {
+		t.Errorf("a notice is %q, want %q", got, want)
+	}
 }
 
 func TestCounterIsADescriptionNotALiveRegion(t *testing.T) {
