@@ -49,10 +49,6 @@ const (
 	// balancers, which answer 502 if the server closes first (60 s in AWS).
 	idleTimeout = 75 * time.Second
 
-	// Maximum size in bytes of a request header, which also bounds the URLs in the log.
-	// (net/http allows 4 KiB more.)
-	maxHeaderSize = 16 << 10
-
 	// Time allowed for all clients to disconnect during a graceful shutdown: less than the
 	// ten seconds that docker stop allows by default.
 	shutdownWait = 8 * time.Second
@@ -89,13 +85,14 @@ func main() {
 	}
 	ctx, restore := signal.NotifyContext(context.Background(), signals...)
 	context.AfterFunc(ctx, func() { time.Sleep(forceAfter); restore() })
-	if err := run(ctx, *addr, *urls, *creds, *password, *subject); err != nil {
+	if err := run(ctx, *addr, *urls, *creds, *password, *subject); err != http.ErrServerClosed {
 		log.Fatal(err)
 	}
 }
 
 // run listens on addr, joins the room of that subject, and serves it until ctx is done. It
-// returns an error if a flag is wrong, or if listening fails, at once or later.
+// returns http.ErrServerClosed, or the error if a flag is wrong, or if listening fails, at once
+// or later.
 func run(ctx context.Context, addr, urls, creds, password, subject string) error {
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
@@ -128,7 +125,7 @@ func run(ctx context.Context, addr, urls, creds, password, subject string) error
 
 // serve accepts connections on listener until ctx is done or listener fails. Then it stops
 // the hub, waits up to shutdownWait for all clients to disconnect, and stops the relay. It
-// returns the listener's error, if any.
+// returns http.ErrServerClosed, or the listener's error.
 func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 	hub := relay.hub
 	// The hub that clients use shares its channels and maps, except for broadcast, and no other
@@ -170,13 +167,10 @@ func serve(ctx context.Context, listener net.Listener, relay *Relay) error {
 		ReadTimeout:    httpTimeout,
 		WriteTimeout:   httpTimeout,
 		IdleTimeout:    idleTimeout,
-		MaxHeaderBytes: maxHeaderSize,
+		MaxHeaderBytes: 16 << 10, // net/http allows 4 KiB more.
 	}
 	context.AfterFunc(ctx, func() { server.Close() }) // The hub closes WebSockets, Close does not.
 	err := server.Serve(listener)
-	if err == http.ErrServerClosed {
-		err = nil
-	}
 
 	hub.stop()
 	logSoon("shutting down")

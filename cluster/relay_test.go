@@ -155,8 +155,8 @@ func serveOn(t testing.TB, listener net.Listener, relay *Relay, book *logBook) *
 	go func() { ended <- serve(ctx, listener, relay) }()
 	stop := sync.OnceFunc(func() {
 		cancel()
-		if err := <-ended; err != nil {
-			t.Errorf("serve returned %v, want nil", err)
+		if err := <-ended; err != http.ErrServerClosed {
+			t.Errorf("serve returned %v, want %v", err, http.ErrServerClosed)
 		}
 	})
 	t.Cleanup(stop)
