@@ -25,9 +25,16 @@ import (
 	"github.com/chromedp/chromedp/kb"
 )
 
-// browser starts the browser that all tests share. Each test opens its own tabs.
-var browser = sync.OnceValues(func() (context.Context, error) {
-	path, err := exec.LookPath("chromium")
+// shell and chromium are the browsers that the tests share, each started by the first test that
+// uses it. Each test opens its own tabs. The shell is Chromium without its windows: the same
+// engine, in which a tab takes a third of the CPU time to open. It never hides a tab.
+var (
+	shell    = sync.OnceValues(func() (context.Context, error) { return startChromium("chromium-headless-shell") })
+	chromium = sync.OnceValues(func() (context.Context, error) { return startChromium("chromium") })
+)
+
+func startChromium(name string) (context.Context, error) {
+	path, err := exec.LookPath(name)
 	if err != nil {
 		return nil, err
 	}
@@ -45,12 +52,23 @@ var browser = sync.OnceValues(func() (context.Context, error) {
 		chromedp.Flag("disable-smooth-scrolling", true), // whose end no event tells
 	)
 	ctx, _ = chromedp.NewContext(ctx)
-	closeBrowser = func() { chromedp.Cancel(ctx); closeAllocator() }
+	browsers.Lock()
+	defer browsers.Unlock()
+	browsers.close = append(browsers.close, func() { chromedp.Cancel(ctx); closeAllocator() })
 	return ctx, chromedp.Do(ctx)
-})
+}
 
-// closeBrowser closes the browser, if it has been started.
-var closeBrowser = func() {}
+// browsers has the functions that close the browsers that have been started.
+var browsers struct {
+	sync.Mutex
+	close []func()
+}
+
+func closeBrowsers() {
+	for _, closeBrowser := range browsers.close {
+		closeBrowser()
+	}
+}
 
 // spy runs before the page's script. It records the page's WebSockets in sockets, and the
 // maximum number of them that are open or connecting at once in atOnce.
@@ -78,12 +96,18 @@ type tab struct {
 	console []chromedp.ConsoleMessage
 }
 
-// newTab opens an empty tab; the test's end closes it.
+// newTab opens an empty tab in the shell; the test's end closes it.
 func newTab(t testing.TB) *tab {
+	t.Helper()
+	return newTabIn(t, shell)
+}
+
+// newTabIn opens an empty tab in the shell or in Chromium; the test's end closes it.
+func newTabIn(t testing.TB, browser func() (context.Context, error)) *tab {
 	t.Helper()
 	parent, err := browser()
 	if err != nil {
-		t.Fatalf("no browser: %v\nOn Debian: apt-get install chromium", err)
+		t.Fatalf("no browser: %v\nOn Debian: apt-get install chromium chromium-headless-shell", err)
 	}
 	ctx, cancel := chromedp.NewContext(parent, chromedp.WithNewBrowserContext())
 	t.Cleanup(cancel)
@@ -117,10 +141,16 @@ func (p *tab) open(url string) {
 	eval[bool](p, `var arrived = 0, pageReceive = receive; receive = (lines) => { arrived += lines.length; pageReceive(lines); }; true`)
 }
 
-// openTab opens the server's page in a new tab and waits until it is connected.
+// openTab opens the server's page in a new tab of the shell and waits until it is connected.
 func openTab(t testing.TB, s *server) *tab {
 	t.Helper()
-	p := newTab(t)
+	return openTabIn(t, shell, s)
+}
+
+// openTabIn opens the server's page in a new tab and waits until it is connected.
+func openTabIn(t testing.TB, browser func() (context.Context, error), s *server) *tab {
+	t.Helper()
+	p := newTabIn(t, browser)
 	p.open("http://" + s.addr + "/")
 	return p
 }
@@ -246,7 +276,7 @@ func (p *tab) media(name, value string) {
 	})
 }
 
-// hide opens another tab in front of p. show brings p to the front again.
+// hide opens another tab in front of p, which is one of chromium. show brings p to the front again.
 func (p *tab) hide() (show func()) {
 	p.t.Helper()
 	ctx, cancel := chromedp.NewContext(p.ctx, chromedp.WithNewWindow(false))

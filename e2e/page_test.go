@@ -297,7 +297,7 @@ func TestDraftIsKeptWhileOffline(t *testing.T) {
 func TestTabReconnectsAtOnceWhenItBecomesVisible(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
-	p := newTab(t)
+	p := newTabIn(t, chromium)
 	p.beforePage("setTimeout = () => 0") // The backoff never ends.
 	p.open("http://" + s.addr + "/")
 	show := p.hide()
@@ -719,7 +719,7 @@ func TestLogDropsOldLinesButNotThoseInView(t *testing.T) {
 func TestHiddenTabCountsAllMessagesAndLimitsItsLines(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, "localhost:0")
-	p := openTab(t, s)
+	p := openTabIn(t, chromium, s)
 	show := p.hide()
 	sendLines(t, s, 7000)
 	p.until("arrived == 7000")
@@ -788,7 +788,7 @@ func showFlood(t testing.TB) (p *tab, used func(metric string) float64, late tim
 	t.Helper()
 	const lines = 10_000
 	s := startServer(t, "localhost:0")
-	p = openTab(t, s)
+	p = openTabIn(t, chromium, s)
 	// CPU time, so that other processes on this machine do not count.
 	call(p, performance.Enable, performance.EnableParams{TimeDomain: performance.EnableTimeDomainThreadTicks})
 	metrics := func() map[string]float64 {
@@ -1310,7 +1310,7 @@ func TestScreenshots(t *testing.T) {
 		}
 		for _, size := range sizes {
 			s := startServer(t, "localhost:0")
-			p := newTab(t)
+			p := newTabIn(t, chromium)
 			p.media("prefers-color-scheme", scheme)
 			do(p, chromedp.EmulateViewport(size[0], size[1]))
 			p.beforePage(fakeClock)

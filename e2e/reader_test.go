@@ -771,7 +771,7 @@ func TestMarkerCountsRemovedLines(t *testing.T) {
 		t.Run(fmt.Sprint(lines), func(t *testing.T) {
 			t.Parallel()
 			s := startServer(t, "localhost:0")
-			p := openTab(t, s)
+			p := openTabIn(t, chromium, s)
 			send(t, s.dial(t), "seen")
 			p.untilShown(1)
 			show := p.hide()

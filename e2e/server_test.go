@@ -1,7 +1,7 @@
 // Package e2e tests the chat server from the outside: the real binary, real
 // processes and signals, and the page in a real browser.
 //
-// It needs browsers and proxies (apt-get install chromium firefox-esr
+// It needs browsers and proxies (apt-get install chromium chromium-headless-shell firefox-esr
 // webkit2gtk-driver xvfb nginx-light haproxy caddy systemd) and, once, `npm ci` in this folder.
 // It is a module of its own so that the server keeps a single dependency.
 package e2e
@@ -66,7 +66,7 @@ func testMain(m *testing.M) int {
 		fmt.Fprintf(os.Stderr, "go build: %v\n%s", err, out)
 		return 1
 	}
-	defer func() { closeBrowser() }() // evaluated at the end, as browser changes it
+	defer closeBrowsers()
 	defer closeEngines()
 	defer reportLoads()
 	return m.Run()
