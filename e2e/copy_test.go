@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"go/format"
 	"io"
 	"math/rand/v2"
 	"net/http"
@@ -568,6 +569,7 @@ func copyOf(t *testing.T, dir string, changes ...string) string {
 		}
 		write(t, filepath.Join(made, filepath.Base(path)), string(content))
 	}
+	changed := make(map[string]bool) // Go files
 	for _, change := range changes {
 		for _, file := range strings.Split(change, "\n--- ")[1:] {
 			name, hunks, _ := strings.Cut(file, "\n")
@@ -597,7 +599,8 @@ func copyOf(t *testing.T, dir string, changes ...string) string {
 				text = strings.Replace(text, before, after, 1)
 			}
 			if strings.HasSuffix(name, ".go") {
-				formatted, err := imports.Process(path, []byte(text[1:]), nil)
+				changed[path] = true
+				formatted, err := format.Source([]byte(text[1:]))
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -605,6 +608,13 @@ func copyOf(t *testing.T, dir string, changes ...string) string {
 			}
 			write(t, path, text[1:])
 		}
+	}
+	for path := range changed {
+		content, err := imports.Process(path, nil, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, path, string(content))
 	}
 	return made
 }
