@@ -156,7 +156,7 @@ func wantInCI(t *testing.T, root, folder, command string) {
 		t.Fatal(err)
 	}
 	run := string(script)
-	for _, targets := range regexp.MustCompile(`(?m)^make (.*)$`).FindAllStringSubmatch(run, -1) {
+	for _, targets := range regexp.MustCompile(`(?m)^\t*make (.*)$`).FindAllStringSubmatch(run, -1) {
 		make := exec.Command("sh", "-c", "make --dry-run "+targets[1])
 		make.Dir = root
 		out, err := make.CombinedOutput()
@@ -165,8 +165,9 @@ func wantInCI(t *testing.T, root, folder, command string) {
 		}
 		run += string(out)
 	}
-	run = strings.NewReplacer("\\\n\t", "", " -y --no-install-recommends", "", " -count=1", "").Replace(run)
+	run = strings.NewReplacer("\\\n\t\t", "", "\\\n\t", "", " -y --no-install-recommends", "", " -count=1", "").Replace(run)
 	for line := range strings.Lines(run) {
+		line = strings.TrimLeft(line, "\t") // of a function
 		if (folder == "." || strings.HasPrefix(command, "apt-get ")) && strings.HasPrefix(line, command) {
 			return
 		}
