@@ -170,9 +170,9 @@ func restart(t *testing.T, rounds int, signal syscall.Signal) {
 				lines, received = append(lines, line), append(received, time.Now())
 			}
 		}
+		killed := time.Now() // and not when the watcher notices, which a busy machine delays
 		cmd.Process.Signal(signal)
 		<-watcher.ended
-		killed := time.Now()
 		for _, line := range watcher.takeMessages() {
 			lines, received = append(lines, line), append(received, time.Now())
 		}
