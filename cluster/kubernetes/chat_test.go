@@ -298,6 +298,14 @@ func TestNATSHasTheSettingsOfItsConfigurationAndAcceptsNodesOnly(t *testing.T) {
 			}
 		}
 	}
+	annotations := values.PodTemplate.Merge.Annotations
+	port, scraped := annotations["prometheus.io/port"], annotations["prometheus.io/scrape"]
+	monitoring := m.nats.Spec.Ingress[2]
+	if scraped != "true" || !slices.ContainsFunc(monitoring.Ports,
+		func(open networking.NetworkPolicyPort) bool { return open.Port.String() == port }) {
+		t.Errorf("Prometheus reads port %s of NATS (%q), want one that the NetworkPolicy opens",
+			port, scraped)
+	}
 	if len(from) != 2 || from["4222"] != pod.Labels["app"] || from["6222"] != nats {
 		t.Errorf("NATS accepts connections of %v, want of nodes, and of its own servers", from)
 	}
