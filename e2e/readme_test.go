@@ -283,7 +283,7 @@ func TestSetupAndStopOfTheREADME(t *testing.T) {
 +	})
 +	server := &http.Server{Handler: mux}
 +	go server.Serve(listener)
-`+added(stop)+`+	return nil
+`+added(stop)+`+	return http.ErrServerClosed
 +}
 `)
 	conn := s.dial(t)
