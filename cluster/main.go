@@ -85,7 +85,8 @@ func main() {
 	}
 	ctx, restore := signal.NotifyContext(context.Background(), signals...)
 	context.AfterFunc(ctx, func() { time.Sleep(forceAfter); restore() })
-	if err := run(ctx, *addr, *urls, *creds, *password, *subject); err != http.ErrServerClosed {
+	err := run(ctx, *addr, *urls, *creds, *password, *subject)
+	if err != nil && err != http.ErrServerClosed {
 		log.Fatal(err)
 	}
 }

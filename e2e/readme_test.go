@@ -283,7 +283,7 @@ func TestSetupAndStopOfTheREADME(t *testing.T) {
 +	})
 +	server := &http.Server{Handler: mux}
 +	go server.Serve(listener)
-`+added(stop)+`+	return http.ErrServerClosed
+`+added(stop)+`+	return nil
 +}
 `)
 	conn := s.dial(t)

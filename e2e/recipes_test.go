@@ -246,7 +246,7 @@ func withRecipes(t *testing.T, headings ...string) []string {
 	}
 	const hub = "\thub := newHub()\n"
 	own = replace(t, own, hub, hub+"\thandlers(mux, hub)\n"+main)
-	return append(all, newFile("own.go", own+shutdown+end+"\treturn http.ErrServerClosed\n}\n"))
+	return append(all, newFile("own.go", own+shutdown+end+"\treturn nil\n}\n"))
 }
 
 // Each recipe needs only those before it.

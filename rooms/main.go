@@ -60,7 +60,7 @@ func main() {
 	}
 	ctx, restore := signal.NotifyContext(context.Background(), signals...)
 	context.AfterFunc(ctx, func() { time.Sleep(forceAfter); restore() })
-	if err := run(ctx, *addr); err != http.ErrServerClosed {
+	if err := run(ctx, *addr); err != nil && err != http.ErrServerClosed {
 		log.Fatal(err)
 	}
 }
