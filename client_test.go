@@ -118,6 +118,7 @@ var index = []struct {
 		TestHistoryMayExceedTheQueue,
 		TestUpstreamsServeWsWorksWithThesePumps,
 		TestPeerMayBeAskedForAPasswordBeforeItRegisters,
+		TestDelayedHandshakeDoesNotKeepTheWritersBuffer,
 		TestAnsweredHandshakeIsNotRejected,
 		TestPumpsEndInEveryShapeHoweverThePeerEnds,
 		TestStoppedHubEndsThePumpsOfEveryShape,
