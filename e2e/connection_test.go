@@ -459,7 +459,7 @@ func TestOnlyALostConnectionShowsTheAlarmColor(t *testing.T) {
 	p.until(`$("status").textContent == "Connected"`)
 	connected := eval[string](p, color)
 	eval[bool](p, "reconnectLater(); true")
-	p.until(`$("status").textContent.includes("Reconnecting")`)
+	p.until(`$("status").textContent.includes("Retrying")`)
 	if lost := eval[string](p, color); connecting != connected || lost == connected {
 		t.Errorf("colors %s while connecting, %s when connected, %s when lost, want only the third to differ", connecting, connected, lost)
 	}
@@ -659,19 +659,19 @@ func TestStatusIsAnnouncedWithoutANotice(t *testing.T) {
 		w.open(s.addr)
 		get[[]string](w, announced)
 		get[bool](w, `(connectedAt = 0, state = "connecting", failures = 3, reconnectLater(), true)`)
-		w.until(`$("status").textContent.includes("Reconnecting…")`)
+		w.until(`$("status").textContent.includes("Retrying…")`)
 		w.until(connected)
-		if got, want := get[[]string](w, `announcements.map((text) => text)`), []string{"No connection to the server. Reconnecting…", "Connected"}; !slices.Equal(got, want) {
+		if got, want := get[[]string](w, `announcements.map((text) => text)`), []string{"No connection to the server. Retrying…", "Connected"}; !slices.Equal(got, want) {
 			t.Errorf("a screen reader announces %q, want %q", got, want)
 		}
 	})
 }
 
 // otherPage is the status while a login or a captive portal responds.
-const otherPage = "Another page responds instead of the chat. Reload: you may have to log in."
+const otherPage = "Another page responds. Open the chat in a new tab: you may have to log in. Retrying…"
 
 // blocked is true while the status says that WebSocket connections are blocked.
-const blocked = `$("status").textContent == "The server responds, but the chat cannot connect. Try another network. Reconnecting…"`
+const blocked = `$("status").textContent == "The server responds, but the chat cannot connect. Try another network. Retrying…"`
 
 func TestBlockedWebSocketIsDistinguishedFromAServerThatIsDown(t *testing.T) {
 	t.Parallel()
@@ -719,7 +719,7 @@ func TestBlockedWebSocketIsDistinguishedFromAServerThatIsDown(t *testing.T) {
 					t.Errorf("the console shows the warnings %q, want one with the URL and what to check", warnings)
 				}
 				s.stop(t)
-				w.until(`$("status").textContent == "No connection to the server. Reconnecting…"`)
+				w.until(`$("status").textContent == "No connection to the server. Retrying…"`)
 			})
 		})
 	}
@@ -763,13 +763,13 @@ func TestOnlyABlockedWebSocketIsReportedAsBlocked(t *testing.T) {
 		want   string // the status
 	}{
 		{"a server that is down", func(http.ResponseWriter, *http.Request, http.Handler) { panic(http.ErrAbortHandler) },
-			"No connection to the server. Reconnecting…"},
+			"No connection to the server. Retrying…"},
 		{"a proxy whose server is down", func(w http.ResponseWriter, _ *http.Request, _ http.Handler) { w.WriteHeader(http.StatusBadGateway) },
-			"No connection to the server. Reconnecting…"},
+			"No connection to the server. Retrying…"},
 		{"a proxy that limits requests", func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
 			w.WriteHeader(http.StatusTooManyRequests)
 		},
-			"No connection to the server. Reconnecting…"},
+			"No connection to the server. Retrying…"},
 		{"a captive portal that redirects", func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
 			http.Redirect(w, r, "http://portal.invalid/", http.StatusFound)
 		}, otherPage},
@@ -862,9 +862,9 @@ func TestOfflineStatusBlamesNoProxy(t *testing.T) {
 	do(p, chromedp.Navigate("http://"+front+"/"))
 	p.until(blocked)
 	p.setOffline(true)
-	p.until(`$("status").textContent == "You are offline. Reconnecting…"`)
+	p.until(`$("status").textContent == "You are offline. Retrying…"`)
 	eval[bool](p, `connectNow(); true`) // as when the tab becomes visible
-	p.until(`$("status").textContent == "You are offline. Reconnecting…"`)
+	p.until(`$("status").textContent == "You are offline. Retrying…"`)
 	p.setOffline(false)
 	p.until(blocked)
 }

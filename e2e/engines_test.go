@@ -38,7 +38,7 @@ func TestFirefoxAndWebKitSendAndShowMessages(t *testing.T) {
 
 		limit := strings.Repeat("🐢", 128)
 		w.send(limit + "x")
-		w.until(fmt.Sprintf(`$("msg").value == "%sx" && $("counter").textContent == "Not sent. Too long by about 1 character"`, limit))
+		w.until(fmt.Sprintf(`$("msg").value == "%sx" && $("counter").textContent == "Not sent. Characters too many: about 1"`, limit))
 		w.press(backspace)
 		w.press(enter)
 		w.until(fmt.Sprintf(`$("msg").value == "" && %s == %q`, lastLine, limit))
@@ -304,8 +304,8 @@ var quick = sync.OnceValues(func() (string, error) {
 	for _, edit := range []struct{ file, old, new string }{
 		{"client.go", "pongWait = 60 * time.Second", "pongWait = 6 * time.Second"},
 		{"client.go", "pingPeriod = pongWait * 9 / 10", "pingPeriod = pongWait * 3 / 10"}, // so that a busy browser can answer in time
-		{"home.html", "responseTimeout = 10_000;", "responseTimeout = 1_000;"},
-		{"home.html", "maxBackoff = 10_000;", "maxBackoff = 1_000;"},
+		{"home.html", "responseTimeout = 10_000, maxBackoff = 10_000;",
+			"responseTimeout = 1_000, maxBackoff = 1_000;"},
 		{"home.html", "pingPeriod = 54_000;", "pingPeriod = 3_600;"},
 	} {
 		file, err := filepath.Abs(filepath.Join("..", edit.file))

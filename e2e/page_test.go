@@ -142,13 +142,13 @@ func TestStatusExplainsTheCloseCode(t *testing.T) {
 	s := startServer(t, "localhost:0")
 	for code, want := range map[int]string{
 		1001: "The server is stopping or restarting.",
-		1003: "The server closed the connection.",
+		1003: "You were disconnected.",
 		1006: "No connection to the server.",
-		1007: "The server closed the connection.",
-		1009: "The server closed the connection.",
+		1007: "You were disconnected.",
+		1009: "You were disconnected.",
 		1013: "Your connection was too slow.",
 		4321: "Disconnected: because.",
-		4322: "The server closed the connection.", // without a reason
+		4322: "You were disconnected.", // without a reason
 	} {
 		t.Run(fmt.Sprint(code), func(t *testing.T) {
 			t.Parallel()
@@ -173,7 +173,7 @@ func TestStatusExplainsTheCloseCode(t *testing.T) {
 			}))
 			defer close(seen)
 			p.send("offend")
-			p.until(fmt.Sprintf(`$("status").textContent == "%s Reconnecting…"`, want))
+			p.until(fmt.Sprintf(`$("status").textContent == "%s Retrying…"`, want))
 			p.until(fmt.Sprintf(`$("log").innerText.includes(%q)`, want))
 			seen <- struct{}{}
 			p.until(`$("status").textContent == "Connected"`)
@@ -363,10 +363,10 @@ func TestMessageLimitCountsBytes(t *testing.T) {
 		name, draft, counter string
 	}{
 		{"far below", strings.Repeat("x", 400), ""},
-		{"just below", strings.Repeat("x", 500), "Space for about 12 characters"},
-		{"ASCII at the limit", strings.Repeat("x", 512), "Space for about 0 characters"},
-		{"emoji at the limit", strings.Repeat("🐢", 128), "Space for about 0 characters"},
-		{"surrounding spaces do not count", "  " + strings.Repeat("é", 256) + "  ", "Space for about 0 characters"},
+		{"just below", strings.Repeat("x", 500), "Characters left: about 12"},
+		{"ASCII at the limit", strings.Repeat("x", 512), "Characters left: about 0"},
+		{"emoji at the limit", strings.Repeat("🐢", 128), "Characters left: about 0"},
+		{"surrounding spaces do not count", "  " + strings.Repeat("é", 256) + "  ", "Characters left: about 0"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p.insert(tt.draft)
@@ -383,12 +383,12 @@ func TestMessageLimitCountsBytes(t *testing.T) {
 	}
 	for _, draft := range []string{strings.Repeat("x", 513), strings.Repeat("🐢", 128) + "x"} {
 		p.insert(draft)
-		if got, want := eval[string](p, `$("counter").textContent`), "Too long by about 1 character"; got != want {
+		if got, want := eval[string](p, `$("counter").textContent`), "Characters too many: about 1"; got != want {
 			t.Errorf("counter %q, want %q", got, want)
 		}
 		p.press(kb.Enter)
 		p.wantDraft(draft)
-		if got, want := eval[string](p, `$("counter").textContent`), "Not sent. Too long by about 1 character"; got != want {
+		if got, want := eval[string](p, `$("counter").textContent`), "Not sent. Characters too many: about 1"; got != want {
 			t.Errorf("counter %q after Enter, want %q", got, want)
 		}
 		if got := eval[string](p, `$("msg").getAttribute("aria-invalid")`); got != "true" {
@@ -908,7 +908,7 @@ func TestLayoutFitsScreensOfAnyWidth(t *testing.T) {
 	p.untilShown(101)
 	p.fill("name", strings.Repeat("W", 32))
 	p.fill("msg", strings.Repeat("w", 520))
-	for _, status := range []string{"Connected", "The server is stopping or restarting. Reconnecting…"} {
+	for _, status := range []string{"Connected", "The server is stopping or restarting. Retrying…"} {
 		if status != "Connected" {
 			s.stop(t)
 		}
@@ -966,7 +966,7 @@ func TestNothingOverlapsZoomedOrWithLargeFonts(t *testing.T) {
 	} {
 		do(p, chromedp.EmulateViewport(size.width, size.height, chromedp.EmulateScale(size.scale)))
 		eval[bool](p, `document.documentElement.style.fontSize = "`+size.font+`"; true`)
-		for _, status := range []string{"Connected", "The server responds, but the chat cannot connect. Try another network. Reconnecting…"} {
+		for _, status := range []string{"Connected", "The server responds, but the chat cannot connect. Try another network. Retrying…"} {
 			eval[bool](p, fmt.Sprintf("$('status').textContent = %q; true", status))
 			if got := eval[[]string](p, `(() => {
 				const boxes = [];
@@ -1025,7 +1025,7 @@ func TestLogHasTwoLinesInTheSmallestWindow(t *testing.T) {
 	sendLines(t, s, 100)
 	p.untilShown(100)
 	s.stop(t)
-	p.until(`$("status").textContent == "The server is stopping or restarting. Reconnecting…"`)
+	p.until(`$("status").textContent == "The server is stopping or restarting. Retrying…"`)
 	p.fill("msg", strings.Repeat("w", 520))
 	for _, size := range [][2]int64{{341, 156}, {320, 120}, {200, 100}, {640, 80}} {
 		for _, font := range []string{"16px", "32px"} {
@@ -1109,7 +1109,7 @@ func TestTextDroppedOnTheInputIsInserted(t *testing.T) {
 }
 
 // A proxy in front of the chat responds with 401, or redirects to a login page.
-func TestExpiredLoginAtAProxyAdvisesToReload(t *testing.T) {
+func TestExpiredLoginAtAProxyAdvisesANewTab(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{http.StatusFound, http.StatusUnauthorized} {
 		t.Run(fmt.Sprint(status), func(t *testing.T) {
@@ -1144,7 +1144,7 @@ func testLogin(t *testing.T, w *window, status int) {
 	w.until(advice)
 	for n := requests.Load(); requests.Load() < n+3; time.Sleep(pollInterval) { // also during further probes
 		if !get[bool](w, advice) {
-			t.Fatalf("the status is %q, want the advice to reload", get[string](w, `$("status").textContent`))
+			t.Fatalf("the status is %q, want the advice to open a new tab", get[string](w, `$("status").textContent`))
 		}
 	}
 	expired.Store(false)

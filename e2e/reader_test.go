@@ -65,13 +65,13 @@ func TestNameCountsTowardsTheMessageLimit(t *testing.T) {
 	p := openTab(t, startServer(t, "localhost:0"))
 	p.fill("msg", strings.Repeat("x", 505))
 	p.fill("name", "שרה") // six bytes, and two for the colon and the space
-	if got, want := eval[string](p, `$("counter").textContent`), "Too long by about 1 character"; got != want {
+	if got, want := eval[string](p, `$("counter").textContent`), "Characters too many: about 1"; got != want {
 		t.Errorf("counter %q, want %q", got, want)
 	}
 	p.press(kb.Enter)
 	p.wantLog()
 	p.press(kb.Backspace)
-	if got, want := eval[string](p, `$("counter").textContent`), "Space for about 0 characters"; got != want {
+	if got, want := eval[string](p, `$("counter").textContent`), "Characters left: about 0"; got != want {
 		t.Errorf("counter %q, want %q", got, want)
 	}
 	p.press(kb.Enter)
@@ -319,8 +319,8 @@ func TestDraftSurvivesReloadAndBackNavigation(t *testing.T) {
 	p.wantDraft("")
 	p.insert(strings.Repeat("x", 500))
 	p.open(page)
-	if got := eval[string](p, `$("counter").textContent`); got != "Space for about 12 characters" {
-		t.Errorf("counter %q after a reload, want %q", got, "Space for about 12 characters")
+	if got := eval[string](p, `$("counter").textContent`); got != "Characters left: about 12" {
+		t.Errorf("counter %q after a reload, want %q", got, "Characters left: about 12")
 	}
 }
 

@@ -705,7 +705,7 @@ func TestScriptOfThePageIsShort(t *testing.T) {
 			t.Errorf("a line has %d columns, want at most 100: %s", n, line)
 		}
 	}
-	const most = 266 + 4 // with the lines of <script>, </script>, </body> and </html>
+	const most = 250 + 4 // with the lines of <script>, </script>, </body> and </html>
 	if code > most || code < 100 {
 		t.Errorf("the script has %d lines of code, want at most %d", code-4, most-4)
 	}
