@@ -1995,7 +1995,7 @@ func withServer(t *testing.T, test func(*testing.T, *server)) {
 	inBubble(t, func(t *testing.T) { test(t, pipeServer(t)) })
 }
 
-// runWithServer runs test as a subtest, in a bubble with a server.
+// runWithServer runs test as a subtest, in a bubble with a server: its sleeps take no real time.
 func runWithServer(t *testing.T, name string, test func(*testing.T, *server)) {
 	t.Run(name, func(t *testing.T) { withServer(t, test) })
 }

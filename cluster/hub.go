@@ -98,8 +98,8 @@ func (h *Hub) run() {
 }
 
 // do runs f on run's goroutine, and returns true after that. Once the hub stops, it returns
-// false without running f. The hub is blocked while f runs. f may use clients, deliver, deliverTo,
-// queue and drop. It deadlocks if it calls do, tell or end, or waits for a goroutine that does.
+// false without running f. f blocks the hub, and may use clients, deliver, deliverTo, queue
+// and drop. It deadlocks if it calls do, tell or end, or waits for a goroutine that does.
 func (h *Hub) do(f func()) bool {
 	returned := make(chan struct{})
 	select {

@@ -120,7 +120,7 @@ type Client struct {
 
 	// Owned by readPump:
 	bucketFullAt time.Time // when the token bucket of the rate limit is full again
-	logged       sync.Once // for the log: the rate limit delays this client
+	logged       sync.Once // to log once that the rate limit delays this client
 	receiving    bool      // a message has begun and is not complete
 
 	// Owned by writePump: reason was set when the last write returned.
@@ -265,7 +265,7 @@ func sendable(reason *websocket.CloseError) *websocket.CloseError {
 }
 
 // readPump does all reads on conn, until one fails, as when finish has closed conn. It is kept
-// small: an idle client's stack is 2 KiB. A client needs both pumps: neither ends it alone.
+// small: an idle client's stack is 2 KiB. A client ends only if both pumps were started.
 func (c *Client) readPump() {
 	if !c.hub.passToRun(c.hub.opened, c) {
 		c.reason.CompareAndSwap(nil, errShuttingDown)
